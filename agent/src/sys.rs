@@ -1,0 +1,4 @@
+//! Socket and kernel calls, behind safe functions.
+pub mod netns;
+pub mod socket;
+pub mod splice;

@@ -1,0 +1,2 @@
+//! What the kernel program and the agent share, defined once: map keys and values, counters, limits.
+#![no_std]
