@@ -59,6 +59,14 @@ impl Snapshot {
         &self.workloads
     }
 
+    /// Whether both say the same, whatever their generations.
+    pub fn describes_the_same_as(&self, other: &Self) -> bool {
+        self.mode == other.mode
+            && self.trust_domain == other.trust_domain
+            && self.local == other.local
+            && self.workloads == other.workloads
+    }
+
     /// The identities that this node must hold certificates for.
     pub fn local_identities(&self) -> std::collections::BTreeSet<SpiffeId> {
         self.local.iter().map(|pod| pod.workload.id.clone()).collect()
