@@ -162,7 +162,7 @@ mod tests {
         let writers: Vec<_> = (0..4)
             .map(|_| {
                 let state = state.clone();
-                std::thread::spawn(move || (0..100).for_each(|_| drop(state.replace(snapshot("web", &[])))))
+                std::thread::spawn(move || (0..100).for_each(|_| assert!(state.replace(snapshot("web", &[])) > 1)))
             })
             .collect();
         let mut last = 0;

@@ -117,10 +117,7 @@ fn workload(trust_domain: &TrustDomain, entries: &[&WorkloadEntry], report: &mut
         .map_err(|error| {
             let hint = "correct the namespace or the service account".to_owned();
             let finding = first.origin.finding("spec.serviceAccount", first.origin.line, error.to_string(), hint);
-            // A bad name has been reported by its own reader; this is for what only an ID forbids.
-            if !report.errors.iter().any(|error| error.line == finding.line && error.file == finding.file) {
-                report.errors.push(finding);
-            }
+            report.errors.push(finding);
         })
         .ok()?;
     Some(Arc::new(Workload {

@@ -41,8 +41,9 @@ pub(super) struct SyntaxError {
     pub(super) message: String,
 }
 
-/// Deep enough for any resource, shallow enough for any stack.
-const DEPTH: usize = 64;
+/// Twice as deep as any resource, and shallow enough for a thread's stack: reading recurses, with frames of 50 kB a level
+/// where the compiler does not optimise.
+const DEPTH: usize = 20;
 /// Room for a hundred thousand resources in one file; expansion of aliases stays bounded by the library's own limits.
 const NODES: usize = 50_000_000;
 
@@ -71,6 +72,8 @@ pub(super) fn parse(text: &str) -> (Vec<Node>, Option<SyntaxError>) {
             max_total_scalar_bytes: usize::MAX,
         },
         with_snippet: false,
+        // YAML 1.2: `no` and `y` are texts, and may be names.
+        strict_booleans: true,
     };
     let mut documents = Vec::new();
     let mut bytes = text.as_bytes();
@@ -232,10 +235,14 @@ mod tests {
             let before = format!("*a{}", n - 1);
             bomb += &format!("a{n}: &a{n} [{}]\n", [before.as_str(); 10].join(", "));
         }
-        assert!(parse(&bomb).1.is_some());
-        assert!(parse(&"[".repeat(100_000)).1.is_some());
-        assert!(parse(&"- ".repeat(100_000)).1.is_some());
-        assert!(parse(&"{a: ".repeat(10_000)).1.is_some());
+        let deep = |open: &str, close: &str, depth: usize| format!("{}x{}", open.repeat(depth), close.repeat(depth));
+        for (open, close) in [("[", "]"), ("{a: ", "}"), ("- ", "")] {
+            assert!(parse(&deep(open, close, DEPTH)).1.is_none(), "{open}");
+            assert!(parse(&deep(open, close, DEPTH + 1)).1.is_some(), "{open}");
+        }
+        for text in [bomb, "[".repeat(100_000), "- ".repeat(100_000), "{a: ".repeat(10_000), "? ".repeat(10_000)] {
+            assert!(parse(&text).1.is_some(), "{}", &text[..8]);
+        }
     }
 
     proptest! {

@@ -31,9 +31,19 @@ impl<'a> Fields<'a> {
         Self { origin, prefix: String::new(), pairs, line: origin.line, known: Vec::new() }
     }
 
-    /// The line of a field, or that of the mapping if it is not there.
+    /// The line of a field, or that of the mapping if it is not there. `a.b` is a field of the mapping `a`.
     pub(super) fn line_of(&self, key: &str) -> u64 {
-        self.pairs.iter().find(|pair| pair.key == key).map_or(self.line, |pair| pair.line)
+        if let Some(pair) = find(self.pairs, key) {
+            return pair.line;
+        }
+        let inside = key.split_once('.').and_then(|(outer, inner)| Some((find(self.pairs, outer)?, inner)));
+        match inside {
+            Some((Pair { value: Node { value: Value::Map(pairs), .. }, line, .. }, inner)) => {
+                find(pairs, inner).map_or(*line, |pair| pair.line)
+            }
+            Some((outer, _)) => outer.line,
+            None => self.line,
+        }
     }
 
     pub(super) fn path(&self, key: &str) -> String {
@@ -50,14 +60,15 @@ impl<'a> Fields<'a> {
 
     /// Whether a field is there and holds something, be it wrong.
     pub(super) fn has(&self, key: &str) -> bool {
-        self.pairs.iter().any(|pair| pair.key == key && pair.value.value != Value::Null)
+        find(self.pairs, key).is_some_and(|pair| pair.value.value != Value::Null)
     }
 
     /// A text that must be there.
     pub(super) fn required(&mut self, report: &mut Report, key: &'static str, hint: &str) -> Option<&'a str> {
         let text = self.text(report, key).filter(|text| !text.is_empty());
-        // One of another kind has been reported already.
-        if text.is_none() && !report.errors.last().is_some_and(|last| last.field == Some(self.path(key))) {
+        let absent = |node: &Node| matches!(&node.value, Value::Null) || node.value == Value::Text(String::new());
+        // A value of another kind has been reported already.
+        if find(self.pairs, key).is_none_or(|pair| absent(&pair.value)) {
             self.error(report, key, "is missing or empty", hint);
         }
         text
@@ -67,7 +78,7 @@ impl<'a> Fields<'a> {
     pub(super) fn take(&mut self, key: &'static str) -> Option<&'a Node> {
         self.known.push(key);
         let pairs: &'a [Pair] = self.pairs;
-        pairs.iter().find(|pair| pair.key == key).map(|pair| &pair.value).filter(|node| node.value != Value::Null)
+        find(pairs, key).map(|pair| &pair.value).filter(|node| node.value != Value::Null)
     }
 
     /// Takes fields whose content is of no concern.
@@ -231,6 +242,10 @@ pub(super) fn parse_duration(text: &str) -> Option<Duration> {
         total = total.checked_add(Duration::try_from_secs_f64(number * seconds).ok()?)?;
     }
     (!text.is_empty()).then_some(total)
+}
+
+fn find<'a>(pairs: &'a [Pair], key: &str) -> Option<&'a Pair> {
+    pairs.iter().find(|pair| pair.key == key)
 }
 
 /// How many letters must be put in, taken out or changed to make one word of the other.

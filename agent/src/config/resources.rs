@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 use super::{
-    document::Pair,
+    document::{Node, Pair, Value},
     fields::{Fields, Unknown},
     finding::{Origin, Report},
 };
@@ -93,13 +93,20 @@ pub(super) fn workload_entry(
         None | Some("") => "default".to_owned(),
         Some(account) => account.to_owned(),
     };
-    if let Err(message) = kubernetes_name(&service_account, true) {
-        spec.error(report, "serviceAccount", message, "write the name of a service account: a-z, 0-9, '-' and '.'");
+    let account_is_good = kubernetes_name(&service_account, true);
+    if let Err(message) = &account_is_good {
+        spec.error(
+            report,
+            "serviceAccount",
+            message.as_str(),
+            "write the name of a service account: a-z, 0-9, '-' and '.'",
+        );
     }
+    let spec_labels = spec.texts(report, "labels");
+    let in_mesh = in_mesh(&top, &metadata.labels, &spec_labels, report);
     // As Istio does: labels of both places, those in the metadata first.
-    let mut labels = spec.texts(report, "labels");
+    let mut labels = spec_labels;
     labels.extend(metadata.labels);
-    let in_mesh = in_mesh(&top, &labels, report);
     for key in ["ports", "network", "locality", "weight"] {
         if spec.take(key).is_some() {
             let hint = "remove it, or leave it for Istio's sake";
@@ -109,6 +116,7 @@ pub(super) fn workload_entry(
     let address_line = spec.line_of("address");
     spec.finish(report, Unknown::Error);
     top.finish(report, Unknown::Error);
+    account_is_good.ok()?;
     Some(WorkloadEntry {
         origin: origin.clone(),
         name: metadata.name,
@@ -150,10 +158,9 @@ pub(super) fn peer_authentication(
             }
             selector.finish(report, Unknown::Error);
         }
-        if let Some(node) = spec.take("portLevelMtls") {
-            if !matches!(&node.value, super::document::Value::Map(pairs) if pairs.is_empty()) {
-                spec.error(report, "portLevelMtls", format!("a mode for some ports {unsupported}"), hint);
-            }
+        let no_ports = |node: &Node| matches!(&node.value, Value::Map(pairs) if pairs.is_empty());
+        if spec.take("portLevelMtls").is_some_and(|node| !no_ports(node)) {
+            spec.error(report, "portLevelMtls", format!("a mode for some ports {unsupported}"), hint);
         }
         if let Some(mut mtls) = spec.fields(report, "mtls") {
             let modes = [
@@ -192,19 +199,31 @@ fn netns(top: &Fields<'_>, metadata: &Metadata, report: &mut Report) -> Result<O
     result
 }
 
-fn in_mesh(top: &Fields<'_>, labels: &BTreeMap<String, String>, report: &mut Report) -> Option<bool> {
-    for key in labels.keys().filter(|key| key.starts_with(OUR_PREFIX) && *key != MESH) {
-        top.error(report, "labels", format!("{key} is not known"), format!("known here: {MESH}"));
-    }
-    match labels.get(MESH).map(String::as_str) {
-        None | Some("enabled") => Some(true),
-        Some("disabled") => Some(false),
-        Some(other) => {
-            let hint = format!("write {MESH}: enabled or {MESH}: disabled");
-            top.error(report, "labels", format!("{MESH}: {other:?} is not known"), hint);
-            None
+fn in_mesh(
+    top: &Fields<'_>,
+    metadata: &BTreeMap<String, String>,
+    spec: &BTreeMap<String, String>,
+    report: &mut Report,
+) -> Option<bool> {
+    let mut result = Some(None);
+    for (field, labels) in [("metadata.labels", metadata), ("spec.labels", spec)] {
+        for (key, value) in labels.iter().filter(|(key, _)| key.starts_with(OUR_PREFIX)) {
+            match (key.as_str(), value.as_str()) {
+                (MESH, "enabled") => result = result.map(|said| said.or(Some(true))),
+                (MESH, "disabled") => result = result.map(|said| said.or(Some(false))),
+                (MESH, other) => {
+                    let hint = format!("write {MESH}: enabled or {MESH}: disabled");
+                    top.error(report, field, format!("{MESH}: {other:?} is not known"), hint);
+                    result = None;
+                }
+                (other, _) => {
+                    top.error(report, field, format!("{other} is not known"), format!("known here: {MESH}"));
+                    result = None;
+                }
+            }
         }
     }
+    result.map(|said| said.unwrap_or(true))
 }
 
 fn workload_address(spec: &mut Fields<'_>, report: &mut Report) -> Option<IpAddr> {
