@@ -53,6 +53,8 @@ counters! {
     UdpPassed = "udp_passed",
 }
 
+const _: () = assert!(Counter::ALL.len() <= crate::MAX_COUNTERS as usize);
+
 #[cfg(test)]
 mod tests {
     use super::Counter;

@@ -13,5 +13,7 @@ pub const MAX_CLIENTS: u32 = 262_144;
 pub const MAX_REFUSED: u32 = 16384;
 /// Self-tests under way.
 pub const MAX_PROBES: u32 = 1024;
+/// Slots for counters: more than there are, so that a version with more of them can adopt the maps of its predecessor.
+pub const MAX_COUNTERS: u32 = 64;
 /// How long connect() itself repeats a refusal.
 pub const REFUSED_FOR_NANOS: u64 = 1_000_000_000;

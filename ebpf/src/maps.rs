@@ -6,7 +6,7 @@ use aya_ebpf::{
     maps::{HashMap, LruHashMap, PerCpuArray, SockHash},
 };
 use marline_common::{
-    Address, Counter, Endpoint, MAX_ADDRESSES, MAX_CLIENTS, MAX_ORIGINS, MAX_PODS, MAX_PROBES, MAX_REFUSED, NetnsCookie,
+    Address, Endpoint, MAX_ADDRESSES, MAX_CLIENTS, MAX_COUNTERS, MAX_ORIGINS, MAX_PODS, MAX_PROBES, MAX_REFUSED, NetnsCookie,
     Origin, PodEndpoint, PodEntry, SocketEntry,
 };
 
@@ -46,4 +46,4 @@ pub(crate) static REFUSED: LruHashMap<PodEndpoint, u64> = LruHashMap::with_max_e
 pub(crate) static PROBES: HashMap<PodEndpoint, u32> = HashMap::with_max_entries(MAX_PROBES, BPF_F_NO_PREALLOC);
 
 #[map]
-pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
+pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_COUNTERS, 0);
