@@ -187,17 +187,18 @@ fn any_mix_of_sizes_buffers_and_manners_arrives_exactly() {
         let world = World::new().await;
         let most: usize = if emulated() { 300_000 } else { 6_000_000 };
         let buffers = || proptest::option::of(32_000_usize..200_000);
-        let manner =
-            || (1_usize..100_000, prop_oneof![Just(usize::MAX), 50_000_usize..500_000]).prop_map(|(chunk, pause_every)| {
-                Manner { chunk, pause_every }
-            });
+        let manner = || {
+            (1_usize..100_000, prop_oneof![Just(usize::MAX), 50_000_usize..500_000])
+                .prop_map(|(chunk, pause_every)| Manner { chunk, pause_every })
+        };
         let cases = (0..most, 0..most, buffers(), buffers(), manner(), manner());
         let mut runner = proptest::test_runner::TestRunner::default();
         for _ in 0..if emulated() { 6 } else { 24 } {
             use proptest::strategy::ValueTree;
             let (up, down, send, receive, writer, reader) = cases.new_tree(&mut runner).expect("a case").current();
             for carrier in world.carriers() {
-                let what = format!("{carrier:?} up {up} down {down} buffers {send:?}/{receive:?} {writer:?} {reader:?}");
+                let what =
+                    format!("{carrier:?} up {up} down {down} buffers {send:?}/{receive:?} {writer:?} {reader:?}");
                 both_ways(world.line(carrier, Buffers { send, receive }).await, up, down, writer, reader, &what).await;
             }
         }

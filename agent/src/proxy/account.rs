@@ -24,9 +24,15 @@ pub struct Account {
 enum End {
     /// Dropped on the way: its task was ended with the agent or the pod.
     Abandoned,
-    Refused { reason: &'static str, text: String },
+    Refused {
+        reason: &'static str,
+        text: String,
+    },
     Closed,
-    Failed { reason: &'static str, text: String },
+    Failed {
+        reason: &'static str,
+        text: String,
+    },
 }
 
 impl Account {

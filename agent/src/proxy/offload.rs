@@ -63,8 +63,15 @@ pub enum OffloadError {
 pub enum Records {
     /// None: the bytes go as they are.
     Plain(PumpKind),
-    Kernel { pump: PumpKind, session: Arc<Session> },
-    Userspace { sealer: Box<Sealer>, opener: Box<Opener>, session: Arc<Session> },
+    Kernel {
+        pump: PumpKind,
+        session: Arc<Session>,
+    },
+    Userspace {
+        sealer: Box<Sealer>,
+        opener: Box<Opener>,
+        session: Arc<Session>,
+    },
 }
 
 impl Records {

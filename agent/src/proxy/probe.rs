@@ -1,12 +1,7 @@
 //! Finds out what this kernel can do by doing it: a handshake, keys to the kernel, and a transfer through both ends of the real
 //! pump, checked byte for byte, over loopback. Versions are not compared: backports and configurations decide.
 
-use std::{
-    io,
-    net::Ipv4Addr,
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, net::Ipv4Addr, sync::Arc, time::Duration};
 
 use rustls::{
     ClientConfig, RootCertStore, SupportedCipherSuite, crypto::CryptoProvider, sign::SingleCertAndKey, version::TLS13,
@@ -84,10 +79,8 @@ async fn transfer(
         SockRef::from(socket).set_recv_buffer_size(SMALL_BUFFER)?;
     }
     let name = config::server_name(1, "probe.marline.internal");
-    let (near, far) = tokio::join!(
-        handshake::connect(&mut wire, client, name, LIMIT),
-        handshake::accept(&mut peer, server, LIMIT)
-    );
+    let (near, far) =
+        tokio::join!(handshake::connect(&mut wire, client, name, LIMIT), handshake::accept(&mut peer, server, LIMIT));
     let capabilities = Capabilities { suites: vec![suite.suite()], pump: kind, why: String::new() };
     let near = offload::offload(&wire, near?, RecordsChoice::Kernel, &capabilities)?;
     let far = offload::offload(&peer, far?, RecordsChoice::Kernel, &capabilities)?;

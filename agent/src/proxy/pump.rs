@@ -7,17 +7,13 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use tokio::{
-    io::Interest,
-    net::TcpStream,
-    sync::watch,
-};
+use tokio::{io::Interest, net::TcpStream, sync::watch};
 
 use crate::{
     sys::socket,
     tls::{
         ktls::KtlsError,
-        records::{Opener, RecordError, Sealer, Session},
+        records::{ALERT, Opener, RecordError, Sealer, Session},
     },
 };
 
@@ -99,6 +95,24 @@ pub async fn run(
         }
     }
     Ok(())
+}
+
+/// Ends a wire leg whose connection goes no further: with an alert where there are records, and not as the end of a stream.
+pub async fn refuse(wire: TcpStream, records: Records, alert: u8) {
+    let payload = [2, alert];
+    let said = match records {
+        // The guard's reset says it.
+        Records::Plain(_) => return,
+        Records::Kernel { .. } => socket::send_record(&wire, ALERT, &payload).map(drop),
+        Records::Userspace { mut sealer, .. } => match sealer.seal(ALERT, &payload) {
+            Ok(record) => socket::send(&wire, &record).map(drop),
+            Err(error) => Err(io::Error::other(error)),
+        },
+    };
+    match said.and_then(|()| super::capture::settle(&wire)).and_then(|()| shut(&wire)) {
+        Ok(()) => {}
+        Err(error) => tracing::debug!(%error, "the peer could not be told why it is refused"),
+    }
 }
 
 /// Passes a failure on to both ends as what TCP has for it.

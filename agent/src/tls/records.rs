@@ -37,7 +37,9 @@ pub const AES_GCM_RECORDS: u64 = 1 << 24;
 
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
-    #[error("the peer sent a record header that TLS 1.3 does not allow: type {content_type}, version {version:#06x}, length {length}")]
+    #[error(
+        "the peer sent a record header that TLS 1.3 does not allow: type {content_type}, version {version:#06x}, length {length}"
+    )]
     Header { content_type: u8, version: u16, length: usize },
     #[error("a record could not be opened or sealed")]
     Crypto(#[source] rustls::Error),
@@ -266,7 +268,10 @@ mod tests {
     #[test]
     fn key_update_is_read_and_must_end_its_record() {
         assert_eq!(read_control(HANDSHAKE, &key_update_message(true)).ok(), Some(Control::KeyUpdate { answer: true }));
-        assert_eq!(read_control(HANDSHAKE, &key_update_message(false)).ok(), Some(Control::KeyUpdate { answer: false }));
+        assert_eq!(
+            read_control(HANDSHAKE, &key_update_message(false)).ok(),
+            Some(Control::KeyUpdate { answer: false })
+        );
         assert!(read_control(HANDSHAKE, &[24, 0, 0, 1, 2]).is_err());
         assert!(read_control(HANDSHAKE, &[24, 0, 0, 1, 0, 24, 0, 0, 1, 0]).is_err());
         assert_eq!(read_control(HANDSHAKE, &[4, 0, 0, 2, 9, 9]).ok(), Some(Control::Nothing));

@@ -4,7 +4,7 @@
 use std::{io, net::Ipv4Addr, sync::Arc, time::Duration};
 
 use marline::{
-    identity::{Svid, TrustDomain, SpiffeId, ca::Ca},
+    identity::{SpiffeId, Svid, TrustDomain, ca::Ca},
     proxy::{
         handshake::{self, Secured},
         offload::{self, Capabilities, PumpKind, Records, RecordsChoice},
@@ -67,8 +67,7 @@ impl World {
 
     /// What is to be tested on this kernel. Where it has no kernel TLS, that is said.
     pub(crate) fn carriers(&self) -> Vec<Carrier> {
-        let mut carriers =
-            vec![Carrier::Plain(PumpKind::Copy), Carrier::Plain(PumpKind::Splice), Carrier::Userspace];
+        let mut carriers = vec![Carrier::Plain(PumpKind::Copy), Carrier::Plain(PumpKind::Splice), Carrier::Userspace];
         if self.kernel.suites.is_empty() {
             println!("SKIPPED: kernel TLS: this kernel has none ({})", self.kernel.why);
         } else {
@@ -93,10 +92,8 @@ impl World {
         let server = config::server_config(&self.svid, self.roots.clone(), self.svid.id.trust_domain())
             .expect("a server configuration");
         let name = config::server_name(1, "test");
-        let (near, far) = tokio::join!(
-            handshake::connect(near, client, name, PATIENCE),
-            handshake::accept(far, server, PATIENCE)
-        );
+        let (near, far) =
+            tokio::join!(handshake::connect(near, client, name, PATIENCE), handshake::accept(far, server, PATIENCE));
         (near.expect("the client's handshake"), far.expect("the server's handshake"))
     }
 
@@ -126,7 +123,10 @@ impl World {
     }
 
     /// A pump whose peer on the wire is the test itself: the client's socket, the raw wire, and the peer's keys.
-    pub(crate) async fn half(&self, carrier: Carrier) -> (TcpStream, JoinHandle<Result<(), PumpError>>, TcpStream, Secured) {
+    pub(crate) async fn half(
+        &self,
+        carrier: Carrier,
+    ) -> (TcpStream, JoinHandle<Result<(), PumpError>>, TcpStream, Secured) {
         let (client, app) = pair(Buffers::default()).await;
         let (mut wire, mut peer) = pair(Buffers::default()).await;
         let (near, far) = self.secured(&mut wire, &mut peer).await;

@@ -168,7 +168,8 @@ async fn userspace(
             Err(error) => return Err(PumpError::Wire(error)),
         }
         let opened = open_all(&mut buffer[..filled], opener, session)?;
-        let mut pieces: Vec<_> = opened.plaintext.iter().map(|range| io::IoSlice::new(&buffer[range.clone()])).collect();
+        let mut pieces: Vec<_> =
+            opened.plaintext.iter().map(|range| io::IoSlice::new(&buffer[range.clone()])).collect();
         let bytes = pieces.iter().map(|piece| piece.len()).sum();
         send_all_vectored(app, &mut pieces).await.map_err(PumpError::Application)?;
         add(&moved.received, bytes);

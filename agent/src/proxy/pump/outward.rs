@@ -18,7 +18,9 @@ use crate::{
     sys::{socket, splice::Pipe},
     tls::{
         ktls::{self, Direction},
-        records::{ALERT, APPLICATION_DATA, CLOSE_NOTIFY, HANDSHAKE, MAX_PLAINTEXT, Sealer, Session, key_update_message},
+        records::{
+            ALERT, APPLICATION_DATA, CLOSE_NOTIFY, HANDSHAKE, MAX_PLAINTEXT, Sealer, Session, key_update_message,
+        },
     },
 };
 
@@ -92,12 +94,7 @@ async fn splice(app: &TcpStream, wire: &TcpStream, out: &mut Out, moved: &Moved)
     }
 }
 
-async fn seal_and_send(
-    wire: &TcpStream,
-    sealer: &mut Sealer,
-    session: &Session,
-    data: &[u8],
-) -> Result<(), PumpError> {
+async fn seal_and_send(wire: &TcpStream, sealer: &mut Sealer, session: &Session, data: &[u8]) -> Result<(), PumpError> {
     let mut records = Vec::with_capacity(data.len() / MAX_PLAINTEXT + 2);
     if session.take_update_wanted() || sealer.sealed() >= session.record_limit() {
         records.push(sealer.seal(HANDSHAKE, &key_update_message(false))?);
@@ -112,12 +109,7 @@ async fn seal_and_send(
 
 /// Changes the kernel's key where the peer asked for it or the key has sealed enough. `sealed` counts more records than there
 /// are: every write is taken to end in a short one.
-async fn keep_key_fresh(
-    wire: &TcpStream,
-    session: &Session,
-    sealed: &mut u64,
-    bytes: usize,
-) -> Result<(), PumpError> {
+async fn keep_key_fresh(wire: &TcpStream, session: &Session, sealed: &mut u64, bytes: usize) -> Result<(), PumpError> {
     *sealed += (bytes / MAX_PLAINTEXT) as u64 + 1;
     let spent = *sealed >= session.record_limit();
     if !(spent || session.take_update_wanted()) {
@@ -128,7 +120,9 @@ async fn keep_key_fresh(
     loop {
         match wire.try_io(Interest::WRITABLE, || socket::send_record(wire, HANDSHAKE, &message)) {
             Ok(_) => break,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => wire.writable().await.map_err(PumpError::Wire)?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                wire.writable().await.map_err(PumpError::Wire)?
+            }
             Err(error) => return Err(PumpError::Wire(error)),
         }
     }
@@ -194,7 +188,9 @@ fn blocking_close_notify(wire: &OwnedFd) -> io::Result<Said> {
     match result {
         Ok(_) if taken < PATIENCE => Ok(Said::AllSent),
         Ok(_) => Ok(Said::Taken),
-        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(Said::NoRoom),
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+            Ok(Said::NoRoom)
+        }
         Err(error) => Err(error),
     }
 }
