@@ -22,8 +22,9 @@ impl LogReader {
     pub(super) fn start(ebpf: &mut Ebpf) -> Result<Self, BpfError> {
         let runtime = Handle::try_current().map_err(|_| BpfError::NoRuntime)?;
         let reader = EbpfLogger::init_with_logger(ebpf, ToTracing).map_err(BpfError::Log)?;
-        let mut reader = AsyncFd::register_with_interest(reader, Interest::READABLE)
-            .map_err(|error| BpfError::file("cannot poll", "the log of the kernel programs")(error.into()))?;
+        #[expect(deprecated, reason = "its successor is unsafe to call; the reader does give one descriptor, its own, for life")]
+        let reader = AsyncFd::with_interest(reader, Interest::READABLE);
+        let mut reader = reader.map_err(BpfError::file("cannot poll", "the log of the kernel programs"))?;
         let task = runtime.spawn(async move {
             while let Ok(mut ready) = reader.readable_mut().await {
                 ready.get_inner_mut().flush();
