@@ -245,7 +245,11 @@ fn connect(socket: &Socket, to: SocketAddr, nonblock: bool) -> io::Result<String
     } else {
         socket.connect(&to.into())?;
     }
-    names(socket)
+    match names(socket) {
+        // Connected, and reset since.
+        Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => Ok("reset=1".into()),
+        names => names,
+    }
 }
 
 fn names(socket: &Socket) -> io::Result<String> {
