@@ -1,9 +1,14 @@
 //! Counting, and the last gate: what a pod's own socket sends must not leave past the agent.
-use aya_ebpf::{EbpfContext as _, helpers::bpf_sk_fullsock, macros::cgroup_skb, programs::SkBuffContext};
+use aya_ebpf::{
+    bindings::{__sk_buff, bpf_sock},
+    helpers::bpf_sk_fullsock,
+    macros::cgroup_skb,
+    programs::SkBuffContext,
+};
 use marline_common::{Address, Counter};
 
 use crate::{
-    context::{IPPROTO_TCP, IPPROTO_UDP, read},
+    context::{IPPROTO_TCP, IPPROTO_UDP, read, read_pointer},
     maps::{ADDRESSES, COUNTERS},
 };
 
@@ -29,7 +34,7 @@ pub(crate) fn count(counter: Counter) {
 #[cgroup_skb]
 pub fn egress(ctx: SkBuffContext) -> i32 {
     let skb = ctx.skb.skb;
-    let (protocol, source, destination) = match read!(skb, protocol) {
+    let (protocol, source, destination) = match read!(skb as __sk_buff, protocol) {
         ETH_P_IP => {
             let (Ok(protocol), Ok(source), Ok(destination)) =
                 (ctx.load::<u8>(9), ctx.load::<u32>(12), ctx.load::<u32>(16))
@@ -73,12 +78,12 @@ pub fn egress(ctx: SkBuffContext) -> i32 {
 /// Whether the sender is a TCP socket, however its packet is dressed (IPv6 extension headers come before the TCP header).
 #[inline(always)]
 fn of_tcp_socket(ctx: &SkBuffContext) -> bool {
-    let _ = ctx.as_ptr();
-    let sk = read!(ctx.skb.skb, __bindgen_anon_2.sk);
+    let skb = ctx.skb.skb;
+    let sk = read_pointer!(skb as __sk_buff, __bindgen_anon_2);
     if sk.is_null() {
         return false;
     }
     // SAFETY: `sk` is the context's own socket and not null.
     let sk = unsafe { bpf_sk_fullsock(sk) };
-    !sk.is_null() && read!(sk, protocol) == IPPROTO_TCP
+    !sk.is_null() && read!(sk as bpf_sock, protocol) == IPPROTO_TCP
 }

@@ -4,7 +4,7 @@
 //! appearances. All run on the socket's cgroup, fixed when it was made, so the agent's own sockets are never turned around.
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::bpf_sock,
+    bindings::{bpf_sock, bpf_sock_addr, bpf_sock_ops},
     helpers::{
         bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_set_retval,
         bpf_sk_storage_get,
@@ -20,7 +20,8 @@ use marline_common::{
 use crate::{
     account::count,
     context::{
-        AF_INET, ECONNREFUSED, EPROTONOSUPPORT, IPPROTO_MPTCP, IPPROTO_TCP, SOCK_STREAM, read, read_address6, write,
+        AF_INET, ECONNREFUSED, EPROTONOSUPPORT, IPPROTO_MPTCP, IPPROTO_TCP, SOCK_STREAM, read, read_address6,
+        read_pointer, write,
     },
     maps::{CLIENTS, ORIGINS, PODS, PROBES, REFUSED, SOCKETS},
 };
@@ -33,13 +34,13 @@ const TCP_CONNECT_CB: u32 = 3;
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
-    let destination = Endpoint::new(Address::v4(read!(sa, user_ip4)), read!(sa, user_port) as u16);
+    let destination = Endpoint::new(Address::v4(read!(sa as bpf_sock_addr, user_ip4)), read!(sa as bpf_sock_addr, user_port) as u16);
     match verdict(&ctx, &destination) {
         Verdict::Pass => PASS,
         Verdict::Refuse => refuse(ECONNREFUSED),
         Verdict::Redirect(port) => {
-            write!(sa, user_ip4, Address::LOOPBACK4.words[3]);
-            write!(sa, user_port, u32::from(port));
+            write!(sa as bpf_sock_addr, user_ip4, Address::LOOPBACK4.words[3]);
+            write!(sa as bpf_sock_addr, user_port, u32::from(port));
             PASS
         }
     }
@@ -48,7 +49,7 @@ pub fn connect4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
-    let destination = Endpoint::new(read_address6!(sa, user_ip6), read!(sa, user_port) as u16);
+    let destination = Endpoint::new(read_address6!(sa as bpf_sock_addr, user_ip6), read!(sa as bpf_sock_addr, user_port) as u16);
     match verdict(&ctx, &destination) {
         Verdict::Pass => PASS,
         Verdict::Refuse => refuse(ECONNREFUSED),
@@ -71,7 +72,7 @@ enum Verdict {
 #[inline(always)]
 fn verdict(ctx: &SockAddrContext, destination: &Endpoint) -> Verdict {
     let sa = ctx.sock_addr;
-    if read!(sa, type_) != SOCK_STREAM || read!(sa, protocol) != IPPROTO_TCP {
+    if read!(sa as bpf_sock_addr, type_) != SOCK_STREAM || read!(sa as bpf_sock_addr, protocol) != IPPROTO_TCP {
         return Verdict::Pass;
     }
     let netns = netns(ctx);
@@ -96,7 +97,8 @@ fn verdict(ctx: &SockAddrContext, destination: &Endpoint) -> Verdict {
         debug!(ctx, "refused a connection to an IPv6 link-local address");
         return Verdict::Refuse;
     }
-    if read!(socket(ctx), bound_dev_if) != 0 {
+    let sk = socket(ctx);
+    if read!(sk as bpf_sock, bound_dev_if) != 0 {
         count(Counter::OutboundRefusedDevice);
         debug!(ctx, "refused a connection from a socket that is bound to a device");
         return Verdict::Refuse;
@@ -162,7 +164,7 @@ fn refuse(errno: i32) -> i32 {
 #[sock_ops]
 pub fn connecting(ctx: SockOpsContext) -> u32 {
     let ops = ctx.ops;
-    if read!(ops, op) != TCP_CONNECT_CB {
+    if read!(ops as bpf_sock_ops, op) != TCP_CONNECT_CB {
         return 1;
     }
     // SAFETY: the context is this program's own.
@@ -171,19 +173,19 @@ pub fn connecting(ctx: SockOpsContext) -> u32 {
     if unsafe { PODS.get(netns) }.is_none() {
         return 1;
     }
-    let sk = read!(ops, __bindgen_anon_2.sk);
+    let sk = read_pointer!(ops as bpf_sock_ops, __bindgen_anon_2);
     if sk.is_null() {
         return 1;
     }
-    let local = if read!(ops, family) == AF_INET {
-        Address::v4(read!(ops, local_ip4))
-    } else if read_address6!(ops, remote_ip6).is_v4() {
+    let local = if read!(ops as bpf_sock_ops, family) == AF_INET {
+        Address::v4(read!(ops as bpf_sock_ops, local_ip4))
+    } else if read_address6!(ops as bpf_sock_ops, remote_ip6).is_v4() {
         // The IPv4 address is set by now, its v4-mapped copy is not.
-        Address::v4(read!(ops, local_ip4))
+        Address::v4(read!(ops as bpf_sock_ops, local_ip4))
     } else {
-        read_address6!(ops, local_ip6)
+        read_address6!(ops as bpf_sock_ops, local_ip6)
     };
-    let key = PodEndpoint::new(netns, Endpoint::new(local, (read!(ops, local_port) as u16).to_be()));
+    let key = PodEndpoint::new(netns, Endpoint::new(local, (read!(ops as bpf_sock_ops, local_port) as u16).to_be()));
     // SAFETY: the context's own socket, not null.
     let entry: *mut SocketEntry =
         unsafe { bpf_sk_storage_get(core::ptr::from_ref(&SOCKETS).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), 0) }
@@ -213,12 +215,12 @@ pub fn connecting(ctx: SockOpsContext) -> u32 {
 #[cgroup_sock_addr(getpeername4)]
 pub fn getpeername4(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
-    let shown = Endpoint::new(Address::v4(read!(sa, user_ip4)), read!(sa, user_port) as u16);
+    let shown = Endpoint::new(Address::v4(read!(sa as bpf_sock_addr, user_ip4)), read!(sa as bpf_sock_addr, user_port) as u16);
     if let Some(peer) = true_peer(&ctx, shown)
         && peer.address.is_v4()
     {
-        write!(sa, user_ip4, peer.address.words[3]);
-        write!(sa, user_port, u32::from(peer.port));
+        write!(sa as bpf_sock_addr, user_ip4, peer.address.words[3]);
+        write!(sa as bpf_sock_addr, user_port, u32::from(peer.port));
     }
     PASS
 }
@@ -226,7 +228,7 @@ pub fn getpeername4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub fn getpeername6(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
-    let shown = Endpoint::new(read_address6!(sa, user_ip6), read!(sa, user_port) as u16);
+    let shown = Endpoint::new(read_address6!(sa as bpf_sock_addr, user_ip6), read!(sa as bpf_sock_addr, user_port) as u16);
     if let Some(peer) = true_peer(&ctx, shown) {
         show6(&ctx, &peer);
     }
@@ -249,8 +251,8 @@ fn true_peer(ctx: &SockAddrContext, shown: Endpoint) -> Option<Endpoint> {
 #[cgroup_sock_addr(getsockname4)]
 pub fn getsockname4(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
-    if let Some(own) = own_address(&ctx, Address::v4(read!(sa, user_ip4))) {
-        write!(sa, user_ip4, own.words[3]);
+    if let Some(own) = own_address(&ctx, Address::v4(read!(sa as bpf_sock_addr, user_ip4))) {
+        write!(sa as bpf_sock_addr, user_ip4, own.words[3]);
     }
     PASS
 }
@@ -258,8 +260,8 @@ pub fn getsockname4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getsockname6)]
 pub fn getsockname6(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
-    if let Some(own) = own_address(&ctx, read_address6!(sa, user_ip6)) {
-        show6(&ctx, &Endpoint::new(own, read!(sa, user_port) as u16));
+    if let Some(own) = own_address(&ctx, read_address6!(sa as bpf_sock_addr, user_ip6)) {
+        show6(&ctx, &Endpoint::new(own, read!(sa as bpf_sock_addr, user_port) as u16));
     }
     PASS
 }
@@ -280,7 +282,8 @@ fn own_address(ctx: &SockAddrContext, shown: Address) -> Option<Address> {
 /// MPTCP can open further paths that no hook sees. Refused like on a kernel without it, which programs are used to.
 #[cgroup_sock(sock_create)]
 pub fn create(ctx: SockContext) -> i32 {
-    if read!(ctx.sock, protocol) != IPPROTO_MPTCP {
+    let sk = ctx.sock;
+    if read!(sk as bpf_sock, protocol) != IPPROTO_MPTCP {
         return PASS;
     }
     // SAFETY: the context is this program's own.
@@ -301,15 +304,16 @@ fn netns(ctx: &SockAddrContext) -> NetnsCookie {
 
 #[inline(always)]
 fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
-    read!(ctx.sock_addr, __bindgen_anon_1.sk)
+    let sa = ctx.sock_addr;
+    read_pointer!(sa as bpf_sock_addr, __bindgen_anon_1)
 }
 
 #[inline(always)]
 fn show6(ctx: &SockAddrContext, endpoint: &Endpoint) {
     let sa = ctx.sock_addr;
-    write!(sa, user_ip6[0], endpoint.address.words[0]);
-    write!(sa, user_ip6[1], endpoint.address.words[1]);
-    write!(sa, user_ip6[2], endpoint.address.words[2]);
-    write!(sa, user_ip6[3], endpoint.address.words[3]);
-    write!(sa, user_port, u32::from(endpoint.port));
+    write!(sa as bpf_sock_addr, user_ip6[0], endpoint.address.words[0]);
+    write!(sa as bpf_sock_addr, user_ip6[1], endpoint.address.words[1]);
+    write!(sa as bpf_sock_addr, user_ip6[2], endpoint.address.words[2]);
+    write!(sa as bpf_sock_addr, user_ip6[3], endpoint.address.words[3]);
+    write!(sa as bpf_sock_addr, user_port, u32::from(endpoint.port));
 }

@@ -1,38 +1,76 @@
 //! Reading and writing the kernel's context structures, one field at a time.
 //!
-//! The verifier allows each field in its own width only, so the compiler must not join two accesses: they are volatile.
+//! The verifier wants each access in the field's own width and at a constant distance from the context pointer. The compiler
+//! promises neither: it joins neighbouring accesses and lets two branches share one. So the instruction is written down.
 
-/// Reads a field of a context structure that the kernel gave the program.
+/// Reads a 32-bit field of a context structure: `read!(pointer as Type, field)` or `read!(pointer as Type, field[index])`.
 macro_rules! read {
-    ($pointer:expr, $($field:tt)+) => {
+    ($pointer:ident as $type:ty, $field:ident $([$index:literal])?) => {{
+        let value: u64;
         // SAFETY: the kernel passes a valid context, and the verifier rejects any access outside of it.
-        unsafe { core::ptr::read_volatile(core::ptr::addr_of!((*$pointer).$($field)+)) }
-    };
+        unsafe {
+            core::arch::asm!(
+                "{value} = *(u32 *)({pointer} + {offset})",
+                value = out(reg) value,
+                pointer = in(reg) $pointer,
+                offset = const core::mem::offset_of!($type, $field) $(+ 4 * $index)?,
+                options(nostack, readonly),
+            );
+        }
+        value as u32
+    }};
 }
 
-/// Writes a field of a context structure that the kernel gave the program.
-macro_rules! write {
-    ($pointer:expr, $($field:ident).+ $([$index:literal])?, $value:expr) => {
-        // SAFETY: as for `read!`; fields that must not be written are rejected by the verifier.
-        unsafe { core::ptr::write_volatile(core::ptr::addr_of_mut!((*$pointer).$($field).+ $([$index])?), $value) }
-    };
+/// Reads the pointer that a context structure holds in this field.
+macro_rules! read_pointer {
+    ($pointer:ident as $type:ty, $field:ident) => {{
+        let value: u64;
+        // SAFETY: as for `read!`.
+        unsafe {
+            core::arch::asm!(
+                "{value} = *(u64 *)({pointer} + {offset})",
+                value = out(reg) value,
+                pointer = in(reg) $pointer,
+                offset = const core::mem::offset_of!($type, $field),
+                options(nostack, readonly),
+            );
+        }
+        value as *mut aya_ebpf::bindings::bpf_sock
+    }};
 }
 
 /// Reads an IPv6 address out of a context structure.
 macro_rules! read_address6 {
-    ($pointer:expr, $field:ident) => {
+    ($pointer:ident as $type:ty, $field:ident) => {
         marline_common::Address {
             words: [
-                crate::context::read!($pointer, $field[0]),
-                crate::context::read!($pointer, $field[1]),
-                crate::context::read!($pointer, $field[2]),
-                crate::context::read!($pointer, $field[3]),
+                crate::context::read!($pointer as $type, $field[0]),
+                crate::context::read!($pointer as $type, $field[1]),
+                crate::context::read!($pointer as $type, $field[2]),
+                crate::context::read!($pointer as $type, $field[3]),
             ],
         }
     };
 }
 
-pub(crate) use {read, read_address6, write};
+/// Writes a 32-bit field of a context structure.
+macro_rules! write {
+    ($pointer:ident as $type:ty, $field:ident $([$index:literal])?, $value:expr) => {{
+        let value: u32 = $value;
+        // SAFETY: as for `read!`; fields that must not be written are rejected by the verifier.
+        unsafe {
+            core::arch::asm!(
+                "*(u32 *)({pointer} + {offset}) = {value}",
+                value = in(reg) u64::from(value),
+                pointer = in(reg) $pointer,
+                offset = const core::mem::offset_of!($type, $field) $(+ 4 * $index)?,
+                options(nostack),
+            );
+        }
+    }};
+}
+
+pub(crate) use {read, read_address6, read_pointer, write};
 
 pub(crate) const AF_INET: u32 = 2;
 pub(crate) const SOCK_STREAM: u32 = 1;

@@ -1,7 +1,7 @@
 //! Inbound: what arrives at an enrolled pod goes to the agent's listener, or nowhere.
 //!
 //! Attached to the network namespace of each pod. Runs where the kernel looks for a listener, so once per connection.
-use aya_ebpf::{macros::sk_lookup, programs::SkLookupContext};
+use aya_ebpf::{bindings::bpf_sk_lookup, macros::sk_lookup, programs::SkLookupContext};
 use aya_log_ebpf::debug;
 use marline_common::{Address, Counter, Endpoint, POD_READY, PodEndpoint};
 
@@ -19,13 +19,13 @@ const REPLACE: u64 = 1;
 #[sk_lookup]
 pub fn inbound(ctx: SkLookupContext) -> u32 {
     let lookup = ctx.lookup;
-    if read!(lookup, protocol) != IPPROTO_TCP || read!(lookup, ingress_ifindex) == LOOPBACK_IFINDEX {
+    if read!(lookup as bpf_sk_lookup, protocol) != IPPROTO_TCP || read!(lookup as bpf_sk_lookup, ingress_ifindex) == LOOPBACK_IFINDEX {
         return PASS;
     }
-    let (local, remote) = if read!(lookup, family) == AF_INET {
-        (Address::v4(read!(lookup, local_ip4)), Address::v4(read!(lookup, remote_ip4)))
+    let (local, remote) = if read!(lookup as bpf_sk_lookup, family) == AF_INET {
+        (Address::v4(read!(lookup as bpf_sk_lookup, local_ip4)), Address::v4(read!(lookup as bpf_sk_lookup, remote_ip4)))
     } else {
-        (read_address6!(lookup, local_ip6), read_address6!(lookup, remote_ip6))
+        (read_address6!(lookup as bpf_sk_lookup, local_ip6), read_address6!(lookup as bpf_sk_lookup, remote_ip6))
     };
     // The agent's own leg and the pod's connections to itself come over the loopback device, but show the interface that holds
     // the address.
@@ -45,7 +45,7 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
     // SAFETY: only the state is used, one aligned word.
     let ready = unsafe { PODS.get(netns) }.is_some_and(|pod| pod.state == POD_READY);
     if !ready {
-        let port = (read!(lookup, local_port) as u16).to_be();
+        let port = (read!(lookup as bpf_sk_lookup, local_port) as u16).to_be();
         let probe = PodEndpoint::new(netns, Endpoint::new(local, port));
         // SAFETY: the value is not read.
         if unsafe { PROBES.get(probe) }.is_none() {

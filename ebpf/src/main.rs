@@ -7,6 +7,7 @@
 //! and counted. Only helpers that Linux 6.1 has for the program type are used.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod account;
 mod capture;

@@ -140,8 +140,13 @@ fn ensure_bpffs(root: &Path) -> Result<(), BpfError> {
     // In a mount namespace of its own (`ip netns exec` makes one) the pins would end with the agent, and the pods be open.
     let inode = |path: &str| fs::metadata(path).map(|metadata| metadata.ino());
     let own = inode("/proc/self/ns/mnt").map_err(BpfError::file("cannot examine", "/proc/self/ns/mnt"))?;
-    if inode("/proc/1/ns/mnt").map_err(BpfError::file("cannot examine", "/proc/1/ns/mnt"))? != own {
-        return Err(BpfError::PrivateMounts { path: root.to_path_buf() });
+    match inode("/proc/1/ns/mnt") {
+        Ok(host) if host != own => return Err(BpfError::PrivateMounts { path: root.to_path_buf() }),
+        Ok(_) => {}
+        Err(error) => tracing::warn!(
+            %error,
+            "cannot tell whether this mount namespace is the host's: if it is not, pods are open once the agent has ended"
+        ),
     }
     tracing::info!(path = BPFFS, "mounting the bpf filesystem");
     mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), None::<&str>)
