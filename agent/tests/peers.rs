@@ -386,7 +386,8 @@ fn a_workload_cannot_vouch_for_another() {
     let chain = [forged.key.cert.clone(), vec![leaf.der().clone()]].concat();
     let forged = Svid { key: Arc::new(CertifiedKey::new(chain, Arc::clone(&forged.key.key))), ..forged };
     for (refuser, _) in [client_meets(&mesh, &forged), server_meets(&mesh, &forged)] {
-        assert_eq!(refuser.reason, Reason::UnknownCa, "{refuser}");
+        assert_eq!(refuser.reason, Reason::NotAnSvid, "{refuser}");
+        assert!(refuser.text.contains("not a CA but a workload's"), "{refuser}");
     }
 }
 

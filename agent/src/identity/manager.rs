@@ -263,3 +263,191 @@ fn with_causes(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::identity::TrustDomain;
+
+    const LIFE: Duration = Duration::from_secs(24 * 3_600);
+
+    /// A CA that can be out of order.
+    struct Flaky {
+        ca: Ca,
+        down: Arc<AtomicBool>,
+    }
+
+    impl Source for Flaky {
+        fn issue(&self, id: &SpiffeId, lifetime: Duration) -> Result<Svid, IdentityError> {
+            match self.down.load(Ordering::SeqCst) {
+                true => Err(IdentityError::CaExpired(Duration::from_secs(1))),
+                false => self.ca.issue(id, lifetime),
+            }
+        }
+
+        fn roots(&self) -> Arc<RootCertStore> {
+            self.ca.roots()
+        }
+    }
+
+    fn manager(life: Duration) -> (Manager, Arc<AtomicBool>) {
+        let dir = tempfile::tempdir().unwrap();
+        Ca::init(dir.path(), &TrustDomain::parse("cluster.local").unwrap()).unwrap();
+        let down = Arc::new(AtomicBool::new(false));
+        let source = Flaky { ca: Ca::open(dir.path()).unwrap(), down: Arc::clone(&down) };
+        (Manager::with_source(Box::new(source), ManagerSettings { leaf_lifetime: life }), down)
+    }
+
+    fn id(account: &str) -> SpiffeId {
+        SpiffeId::new(&TrustDomain::parse("cluster.local").unwrap(), "shop", account).unwrap()
+    }
+
+    fn ids(accounts: &[&str]) -> BTreeSet<SpiffeId> {
+        accounts.iter().map(|account| id(account)).collect()
+    }
+
+    #[test]
+    fn certificates_come_and_go_with_their_workloads() {
+        let (manager, _) = manager(LIFE);
+        assert!(manager.svid(&id("web")).is_none());
+        manager.retain(&ids(&["web", "db"]));
+        let web = manager.svid(&id("web")).unwrap();
+        assert_eq!(web.id, id("web"));
+        manager.retain(&ids(&["web", "client"]));
+        assert!(manager.svid(&id("db")).is_none(), "gone with its last workload");
+        assert_eq!(manager.svid(&id("web")).unwrap().serial, web.serial, "not made again");
+        let listed: Vec<_> = manager.list().into_iter().map(|info| (info.id, info.valid)).collect();
+        assert_eq!(listed, [(id("client"), true), (id("web"), true)]);
+        assert_eq!(manager.counters(), ManagerCounters { issued: 3, failures: 0 });
+    }
+
+    #[test]
+    fn a_certificate_is_renewed_at_half_of_its_life_and_not_before() {
+        let (manager, _) = manager(LIFE);
+        manager.retain(&ids(&["web"]));
+        let first = manager.svid(&id("web")).unwrap().serial.clone();
+        let now = SystemTime::now();
+        let due = manager.renew_due(now + LIFE.mul_f64(0.44)).unwrap();
+        assert_eq!(manager.svid(&id("web")).unwrap().serial, first);
+        assert!(due >= now + LIFE.mul_f64(0.44) && due <= now + LIFE.mul_f64(0.56));
+        manager.renew_due(now + LIFE.mul_f64(0.56));
+        assert_ne!(manager.svid(&id("web")).unwrap().serial, first);
+    }
+
+    #[test]
+    fn many_certificates_do_not_come_due_together() {
+        let (manager, _) = manager(LIFE);
+        manager.retain(&(0..50).map(|n| id(&format!("a{n}"))).collect());
+        let due: BTreeSet<_> = manager.entries().values().map(|entry| entry.due.unwrap()).collect();
+        let spread = due.last().unwrap().duration_since(*due.first().unwrap()).unwrap();
+        assert!(spread > LIFE / 40, "only {spread:?} apart");
+    }
+
+    #[test]
+    fn a_failed_renewal_keeps_the_certificate_until_it_expires() {
+        let (manager, down) = manager(LIFE);
+        manager.retain(&ids(&["web"]));
+        let first = manager.svid(&id("web")).unwrap().serial.clone();
+        down.store(true, Ordering::SeqCst);
+        let mut now = SystemTime::now() + LIFE.mul_f64(0.56);
+        let mut attempts = 0;
+        while now < SystemTime::now() + LIFE.mul_f64(0.99) {
+            let next = manager.renew_due(now).unwrap();
+            assert!(next > now && next <= now + LAST_RETRY, "it waits, and not for ever");
+            attempts += 1;
+            now = next;
+        }
+        assert!((100..400).contains(&attempts), "{attempts} attempts in ten hours are neither a storm nor a sleep");
+        assert_eq!(manager.svid(&id("web")).unwrap().serial, first, "still good, still used");
+        let info = manager.list().remove(0);
+        assert_eq!((info.failed_renewals, info.valid), (attempts, true));
+        assert!(info.last_error.unwrap().contains("expired"));
+        assert_eq!(manager.counters().failures, u64::from(attempts));
+
+        down.store(false, Ordering::SeqCst);
+        manager.renew_due(now);
+        assert_ne!(manager.svid(&id("web")).unwrap().serial, first);
+        assert_eq!(manager.list().remove(0).failed_renewals, 0);
+    }
+
+    #[test]
+    fn an_identity_that_could_not_be_had_is_tried_again() {
+        let (manager, down) = manager(LIFE);
+        down.store(true, Ordering::SeqCst);
+        manager.retain(&ids(&["web"]));
+        assert!(manager.svid(&id("web")).is_none());
+        assert!(!manager.list().remove(0).valid);
+        down.store(false, Ordering::SeqCst);
+        let soon = manager.renew_due(SystemTime::now()).unwrap();
+        manager.renew_due(soon);
+        assert!(manager.svid(&id("web")).is_some());
+    }
+
+    #[test]
+    fn a_clock_that_is_set_back_gets_a_certificate_of_the_new_time() {
+        let (manager, _) = manager(LIFE);
+        manager.retain(&ids(&["web"]));
+        let first = manager.svid(&id("web")).unwrap().serial.clone();
+        manager.renew_due(SystemTime::now() - Duration::from_secs(3_600));
+        assert_ne!(manager.svid(&id("web")).unwrap().serial, first);
+    }
+
+    #[test]
+    fn an_expired_certificate_is_not_given_out() {
+        let (manager, _) = manager(LIFE);
+        manager.retain(&ids(&["web"]));
+        let old = manager.svid(&id("web")).unwrap();
+        let now = SystemTime::now();
+        let expired = Svid {
+            id: id("web"),
+            key: Arc::clone(&old.key),
+            serial: String::new(),
+            not_before: now - LIFE,
+            not_after: now,
+        };
+        manager.entries().get_mut(&id("web")).unwrap().svid = Some(Arc::new(expired));
+        assert!(manager.svid(&id("web")).is_none());
+        assert!(!manager.list().remove(0).valid);
+    }
+
+    #[test]
+    fn retries_grow_and_stay_in_bounds() {
+        for (failed, lifetime, least, most) in [
+            (0, LIFE, 500, 1_000),
+            (3, LIFE, 4_000, 8_000),
+            (40, LIFE, 150_000, 300_000),
+            (40, Duration::from_secs(4), 100, 200),
+        ] {
+            for _ in 0..50 {
+                let wait = retry_after(failed, lifetime);
+                assert!(
+                    wait >= Duration::from_millis(least) && wait <= Duration::from_millis(most),
+                    "{failed}: {wait:?}"
+                );
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn the_running_manager_renews_by_itself_and_stops_when_told() {
+        let (manager, _) = manager(Duration::from_secs(2));
+        let (stop, stopped) = watch::channel(false);
+        let running = tokio::spawn({
+            let manager = manager.clone();
+            async move { manager.run(stopped).await }
+        });
+        manager.retain(&ids(&["web"]));
+        let first = manager.svid(&id("web")).unwrap().serial.clone();
+        let renewed = async {
+            while manager.counters().issued < 3 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), renewed).await.unwrap();
+        assert_ne!(manager.list().remove(0).serial.unwrap(), first);
+        stop.send(true).unwrap();
+        tokio::time::timeout(Duration::from_secs(5), running).await.unwrap().unwrap();
+    }
+}

@@ -245,6 +245,10 @@ fn chain_error(error: webpki::Error) -> Error {
         E::UnknownIssuer | E::InvalidSignatureForPublicKey => CertificateError::UnknownIssuer,
         E::BadDer | E::BadDerTime | E::TrailingData(_) => CertificateError::BadEncoding,
         E::CertRevoked => CertificateError::Revoked,
+        E::EndEntityUsedAsCa => {
+            let signer = "what signed it is not a CA but a workload's certificate";
+            return PeerError::NotAnSvid(SvidFault::Other(signer.to_owned())).into();
+        }
         E::CaUsedAsEndEntity => return PeerError::NotAnSvid(SvidFault::IsCa).into(),
         E::RequiredEkuNotFoundContext(_) => {
             return PeerError::NotAnSvid(SvidFault::Other(
