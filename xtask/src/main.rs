@@ -32,6 +32,11 @@ enum Cmd {
     VmGuest { spec: PathBuf },
     #[command(hide = true)]
     VmShare(vm::share::Args),
+    #[command(hide = true)]
+    VmTied {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -39,6 +44,7 @@ fn main() -> ExitCode {
         Cmd::Vm(args) => (vm::run(&args), vm::EXIT_NO_VM),
         Cmd::VmGuest { spec } => vm::guest::main(&spec),
         Cmd::VmShare(args) => (vm::share::run(&args).map(|()| 0), 1),
+        Cmd::VmTied { command } => (vm::share::become_tied(&command).map(|()| 0), 1),
     };
     let code = result.unwrap_or_else(|error| {
         step::report(&error);

@@ -75,7 +75,7 @@ impl Machine<'_> {
         let _shares = self.share(&dir.0)?;
         fs::write(dir.0.join("initramfs"), self.initramfs).context("cannot write the initramfs")?;
         let log = dir.0.join("qemu.log");
-        let mut command = self.qemu(&dir.0);
+        let mut command = self.qemu(&dir.0)?;
         let file = File::create(&log).context("cannot create QEMU's log")?;
         command
             .stdin(Stdio::null())
@@ -146,8 +146,9 @@ impl Machine<'_> {
         Ok(daemons)
     }
 
-    fn qemu(&self, dir: &Path) -> Command {
-        let mut command = Command::new("qemu-system-x86_64");
+    fn qemu(&self, dir: &Path) -> Result<Command> {
+        let mut command = this_program("vm-tied")?;
+        command.arg("qemu-system-x86_64");
         // q35: the microvm machine hangs with these kernels.
         command.args(["-M", "q35", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
         // Without the wide vector units: emulating them costs more than they save.
@@ -180,7 +181,7 @@ impl Machine<'_> {
             "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic mitigations=off nokaslr audit=0 apparmor=0 \
              random.trust_cpu=on tsc=reliable no_timer_check net.ifnames=0 cgroup_no_v1=all",
         );
-        command
+        Ok(command)
     }
 }
 
@@ -306,8 +307,14 @@ fn exit_code(dir: &Path, events: Sender<Event>) -> Result<()> {
 }
 
 fn share_command(dir: &Path, tag: &str) -> Result<Command> {
+    let mut command = this_program("vm-share")?;
+    command.arg(socket(dir, tag));
+    Ok(command)
+}
+
+fn this_program(subcommand: &str) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe().context("cannot find this program's own file")?);
-    command.arg("vm-share").arg(socket(dir, tag));
+    command.arg(subcommand);
     Ok(command)
 }
 

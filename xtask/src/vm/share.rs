@@ -33,10 +33,17 @@ pub(crate) struct Args {
     keep: Vec<PathBuf>,
 }
 
+/// Becomes the command, as a process that dies with its parent: whatever kills the tool, no VM is left behind.
+/// Returns only if it cannot.
+pub(crate) fn become_tied(command: &[String]) -> Result<()> {
+    let Some((program, arguments)) = command.split_first() else { bail!("no command") };
+    die_with_parent()?;
+    Err(Command::new(program).args(arguments).exec()).with_context(|| format!("cannot run {program}"))
+}
+
 /// Returns only if it cannot become virtiofsd.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    // Survives exec: no daemon is left behind when the tool is killed.
-    set_pdeathsig(Signal::SIGKILL).context("cannot tie the daemon to its parent")?;
+    die_with_parent()?;
     let (source, cache) = match (&args.folder, &args.read_only_root) {
         (Some(folder), _) => (folder, "auto"),
         (None, Some(at)) => {
@@ -63,6 +70,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         "log_level=err",
     ]);
     Err(command.exec()).with_context(|| format!("cannot run {VIRTIOFSD}"))
+}
+
+/// Survives exec.
+fn die_with_parent() -> Result<()> {
+    set_pdeathsig(Signal::SIGKILL).context("cannot tie the process to its parent")
 }
 
 /// Binds the root and the disks below it, each read-only. Not the pseudo file systems: the guest has its own.
