@@ -2,8 +2,10 @@
 //!
 //! Exit codes: 0 all is well; 1 something did not pass, or a step failed; 2 the command line is wrong. `vm` hands on its command's code.
 
+mod build;
 mod deps;
 mod step;
+mod toolchain;
 mod vm;
 mod workspace;
 
@@ -26,6 +28,10 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Cmd {
+    /// Build the eBPF program and the agent that embeds it
+    Build(build::Args),
+    /// Build the eBPF program alone
+    BuildEbpf,
     /// Run a command inside a stock Debian kernel that has kernel TLS
     Vm(vm::Args),
     #[command(hide = true)]
@@ -41,6 +47,8 @@ enum Cmd {
 
 fn main() -> ExitCode {
     let (result, failed) = match Cli::parse().command {
+        Cmd::Build(args) => (build::run(&args).map(|()| 0), 1),
+        Cmd::BuildEbpf => (build::ebpf().map(|()| 0), 1),
         Cmd::Vm(args) => (vm::run(&args), vm::EXIT_NO_VM),
         Cmd::VmGuest { spec } => vm::guest::main(&spec),
         Cmd::VmShare(args) => (vm::share::run(&args).map(|()| 0), 1),
