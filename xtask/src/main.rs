@@ -4,6 +4,7 @@
 
 mod build;
 mod deps;
+mod lint;
 mod step;
 mod toolchain;
 mod vm;
@@ -32,6 +33,8 @@ enum Cmd {
     Build(build::Args),
     /// Build the eBPF program alone
     BuildEbpf,
+    /// Check format, clippy, the rules of the house, and the licences of dependencies
+    Lint(lint::Args),
     /// Run a command inside a stock Debian kernel that has kernel TLS
     Vm(vm::Args),
     #[command(hide = true)]
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
     let (result, failed) = match Cli::parse().command {
         Cmd::Build(args) => (build::run(&args).map(|()| 0), 1),
         Cmd::BuildEbpf => (build::ebpf().map(|()| 0), 1),
+        Cmd::Lint(args) => (lint::run(&args).map(|()| 0), 1),
         Cmd::Vm(args) => (vm::run(&args), vm::EXIT_NO_VM),
         Cmd::VmGuest { spec } => vm::guest::main(&spec),
         Cmd::VmShare(args) => (vm::share::run(&args).map(|()| 0), 1),

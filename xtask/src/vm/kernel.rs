@@ -60,10 +60,6 @@ impl Unpacked {
         self.root.join("boot").join(format!("vmlinuz-{}", self.release))
     }
 
-    pub(crate) fn config(&self) -> PathBuf {
-        self.root.join("boot").join(format!("config-{}", self.release))
-    }
-
     pub(crate) fn modules(&self) -> PathBuf {
         self.root.join("lib/modules").join(&self.release)
     }
