@@ -74,7 +74,7 @@ pub(crate) fn agent(release: bool) -> Result<PathBuf> {
     ebpf()?;
     let step = Step::begin(if release { "building the agent (release)" } else { "building the agent" });
     let mut cargo = workspace::cargo();
-    cargo.args(["build", "--locked", "--package", "marline", "--bin", "marline"]);
+    cargo.args(["build", "--package", "marline", "--bin", "marline"]);
     if release {
         cargo.arg("--release");
     }
@@ -92,6 +92,8 @@ pub(crate) struct Artifact {
     pub kind: String,
     pub executable: PathBuf,
     pub package_root: PathBuf,
+    /// Whether it is a test harness, and not the program itself.
+    pub test: bool,
 }
 
 /// Runs cargo with its own diagnostics on the terminal, and returns the executables it made.
@@ -105,7 +107,13 @@ pub(crate) fn artifacts(step: &Step, cargo: &mut Command) -> Result<Vec<Artifact
 struct Message {
     manifest_path: PathBuf,
     target: Target,
+    profile: Profile,
     executable: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct Profile {
+    test: bool,
 }
 
 #[derive(Deserialize)]
@@ -119,7 +127,13 @@ fn artifact(line: &str) -> Option<Artifact> {
     let message: Message = serde_json::from_str(line).ok()?;
     let kind = message.target.kind.into_iter().next()?;
     let package_root = message.manifest_path.parent()?.to_path_buf();
-    Some(Artifact { name: message.target.name, kind, executable: message.executable, package_root })
+    Some(Artifact {
+        name: message.target.name,
+        kind,
+        executable: message.executable,
+        package_root,
+        test: message.profile.test,
+    })
 }
 
 /// Writes a file as a whole, and only if it differs: whoever depends on it is built anew for a new time stamp alone.
@@ -173,15 +187,16 @@ mod tests {
 
     #[test]
     fn only_messages_about_executables_count() {
-        let binary = r#"{"reason":"compiler-artifact","manifest_path":"/w/tests/Cargo.toml","target":{"kind":["test"],"name":"matrix","x":1},"executable":"/t/matrix-1"}"#;
+        let binary = r#"{"reason":"compiler-artifact","manifest_path":"/w/tests/Cargo.toml","target":{"kind":["test"],"name":"matrix","x":1},"profile":{"test":true},"executable":"/t/matrix-1"}"#;
         let expected = Artifact {
             name: "matrix".into(),
             kind: "test".into(),
             executable: "/t/matrix-1".into(),
             package_root: "/w/tests".into(),
+            test: true,
         };
         assert_eq!(artifact(binary), Some(expected));
-        let library = r#"{"reason":"compiler-artifact","manifest_path":"/w/c/Cargo.toml","target":{"kind":["lib"],"name":"c"},"executable":null}"#;
+        let library = r#"{"reason":"compiler-artifact","manifest_path":"/w/c/Cargo.toml","target":{"kind":["lib"],"name":"c"},"profile":{"test":false},"executable":null}"#;
         assert_eq!(artifact(library), None);
         assert_eq!(artifact(r#"{"reason":"build-finished","success":true}"#), None);
         assert_eq!(artifact("not json"), None);

@@ -5,7 +5,10 @@
 mod build;
 mod deps;
 mod lint;
+mod load;
+mod signals;
 mod step;
+mod test;
 mod toolchain;
 mod vm;
 mod workspace;
@@ -33,10 +36,16 @@ enum Cmd {
     Build(build::Args),
     /// Build the eBPF program alone
     BuildEbpf,
+    /// Run all tests: in the crates, on this kernel, in the VM
+    Test(test::Args),
     /// Check format, clippy, the rules of the house, and the licences of dependencies
     Lint(lint::Args),
+    /// Build the agent and run it on this host
+    Load(load::Args),
     /// Run a command inside a stock Debian kernel that has kernel TLS
     Vm(vm::Args),
+    #[command(hide = true)]
+    TestGuest { plan: PathBuf },
     #[command(hide = true)]
     VmGuest { spec: PathBuf },
     #[command(hide = true)]
@@ -52,6 +61,9 @@ fn main() -> ExitCode {
     let (result, failed) = match Cli::parse().command {
         Cmd::Build(args) => (build::run(&args).map(|()| 0), 1),
         Cmd::BuildEbpf => (build::ebpf().map(|()| 0), 1),
+        Cmd::Test(args) => (test::run(&args), 1),
+        Cmd::TestGuest { plan } => (test::guest(&plan), 1),
+        Cmd::Load(args) => (load::run(&args).map(|()| 0), 1),
         Cmd::Lint(args) => (lint::run(&args).map(|()| 0), 1),
         Cmd::Vm(args) => (vm::run(&args), vm::EXIT_NO_VM),
         Cmd::VmGuest { spec } => vm::guest::main(&spec),

@@ -13,16 +13,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use nix::sys::{
-    signal::{SigSet, SigmaskHow, Signal},
-    signalfd::{SfdFlags, SignalFd},
-};
+use nix::sys::signal::Signal;
 
 use super::{
     guest::{self, Spec},
     initramfs,
 };
-use crate::step::describe;
+use crate::{signals::Signals, step::describe};
 
 /// How the processor of the guest is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,36 +185,6 @@ impl Machine<'_> {
 enum Event {
     Exit(i32),
     NobodyListens,
-}
-
-/// SIGINT and SIGTERM, kept from killing us before QEMU is dead.
-struct Signals {
-    old: SigSet,
-    fd: SignalFd,
-}
-
-impl Signals {
-    fn take() -> Result<Self> {
-        let mut set = SigSet::empty();
-        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-            set.add(signal);
-        }
-        let fd = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
-            .context("cannot watch for signals")?;
-        let old = set.thread_swap_mask(SigmaskHow::SIG_BLOCK).context("cannot hold signals back")?;
-        Ok(Self { old, fd })
-    }
-
-    fn pending(&self) -> Option<Signal> {
-        let info = self.fd.read_signal().ok().flatten()?;
-        Signal::try_from(i32::try_from(info.ssi_signo).ok()?).ok()
-    }
-}
-
-impl Drop for Signals {
-    fn drop(&mut self) {
-        let _ = self.old.thread_set_mask();
-    }
 }
 
 /// A private folder for sockets: their paths are limited to some 100 bytes, which a checkout's path may exceed.
