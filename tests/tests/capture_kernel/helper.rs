@@ -135,11 +135,7 @@ fn serve() {
     }
 }
 
-fn carry_out(
-    verb: &str,
-    arguments: &HashMap<&str, &str>,
-    sockets: &mut HashMap<String, Socket>,
-) -> io::Result<String> {
+fn carry_out(verb: &str, arguments: &HashMap<&str, &str>, sockets: &mut HashMap<String, Socket>) -> io::Result<String> {
     let address = |key: &str| -> SocketAddr {
         arguments.get(key).unwrap_or_else(|| panic!("{verb} without {key}")).parse().expect("an address")
     };
