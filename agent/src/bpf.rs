@@ -1,1 +1,337 @@
-//! bpf
+//! Capture: the kernel programs on the pods' cgroup and namespaces, and the maps by which the agent and they agree.
+//!
+//! This room enrols pods, answers where a connection wanted to go, and proves that capture works (`selftest`). Accepting and
+//! serving connections is left to `proxy`, which pods there are to `state`. Links and maps are pinned: whatever becomes of
+//! the agent, an enrolled pod stays closed until an agent serves it or withdraws it.
+use std::{
+    fmt, io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsRawFd, BorrowedFd},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use aya::{Ebpf, maps::MapError};
+use marline_common::{Address, Counter, Endpoint, POD_READY, POD_REFUSED, PodEndpoint, PodEntry};
+
+mod error;
+mod load;
+mod log;
+mod pins;
+pub mod probe;
+pub mod selftest;
+
+pub use error::BpfError;
+use load::Maps;
+use pins::{Pins, inbound_link};
+
+use crate::sys::{
+    clock,
+    netns::{Netns, NetnsCookie, socket_netns},
+};
+
+#[derive(Clone, Debug)]
+pub struct CaptureSettings {
+    /// The cgroup2 directory that holds the pods, and not the agent.
+    pub cgroup: PathBuf,
+    /// Where links and maps are pinned, on a bpf filesystem. Each agent on a host has its own.
+    pub pin_path: PathBuf,
+}
+
+/// The kernel's side of the agent. Cheap to clone.
+#[derive(Clone)]
+pub struct Capture(Arc<Inner>);
+
+struct Inner {
+    cgroup: PathBuf,
+    ebpf: Mutex<Ebpf>,
+    maps: Mutex<Maps>,
+    pins: Pins,
+    _log: log::LogReader,
+}
+
+/// A pod's part in its own capture. All sockets are TCP listeners that were made in the pod's namespace.
+#[derive(Debug)]
+pub struct PodListeners<'a> {
+    pub netns: &'a Netns,
+    /// Ports of the outbound listeners at 127.0.0.1 and ::1.
+    pub outbound4: Option<u16>,
+    pub outbound6: Option<u16>,
+    /// The inbound listeners, one for each family. Bound to a loopback address, so that only what was steered reaches them
+    /// with a local address of the pod.
+    pub inbound4: Option<BorrowedFd<'a>>,
+    pub inbound6: Option<BorrowedFd<'a>>,
+    /// All addresses of the pod but loopback. Connections to any other address of the namespace are refused.
+    pub addresses: &'a [IpAddr],
+}
+
+/// A pod that is captured but still closed. Dropping it leaves the pod closed.
+#[must_use = "the pod stays closed until `ready` is called"]
+#[derive(Debug)]
+pub struct Enrolment {
+    capture: Capture,
+    netns: NetnsCookie,
+}
+
+/// Where a redirected connection wanted to go, and who wanted it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OrigDst {
+    pub address: SocketAddr,
+    pub socket_cookie: u64,
+    pub cgroup_id: u64,
+}
+
+/// The true client of an inbound connection is on record for as long as this lives. Drop it before the leg's socket is
+/// closed: afterwards the port may be another leg's.
+#[derive(Debug)]
+pub struct ClientEntry {
+    capture: Capture,
+    key: PodEndpoint,
+}
+
+impl Capture {
+    /// Loads and attaches the kernel programs. Pods that a predecessor enrolled are closed until they are enrolled again;
+    /// [`Capture::pods`] lists them. Must be called inside the asynchronous runtime, which reads the programs' log.
+    pub fn load(settings: &CaptureSettings) -> Result<Self, BpfError> {
+        let cgroup = pins::open_cgroup(&settings.cgroup)?;
+        let pins = Pins::open(&settings.pin_path)?;
+        let mut ebpf = load::load(&pins)?;
+        let mut maps = load::maps(&mut ebpf)?;
+        close_all(&mut maps)?;
+        load::attach_cgroup(&mut ebpf, &pins, &cgroup, &settings.cgroup)?;
+        let log = log::LogReader::start(&mut ebpf)?;
+        let cgroup = settings.cgroup.clone();
+        Ok(Self(Arc::new(Inner { cgroup, ebpf: Mutex::new(ebpf), maps: Mutex::new(maps), pins, _log: log })))
+    }
+
+    /// Removes everything that an agent pinned there, whether it still runs or not. Its pods are open then.
+    pub fn unload(pin_path: &Path) -> Result<(), BpfError> {
+        pins::unload(pin_path)
+    }
+
+    pub fn cgroup(&self) -> &Path {
+        &self.0.cgroup
+    }
+
+    /// Every enrolled pod, also those that only a predecessor knew: whoever is not wanted any more must be withdrawn.
+    pub fn pods(&self) -> Result<Vec<NetnsCookie>, BpfError> {
+        self.maps().pods.keys().collect::<Result<_, _>>().map_err(BpfError::map("PODS"))
+    }
+
+    /// Captures a pod in both directions. It is closed from the first step on and opens with [`Enrolment::ready`]. To enrol a
+    /// pod again, with other addresses or listeners, closes it likewise.
+    pub fn enrol(&self, pod: &PodListeners<'_>) -> Result<Enrolment, BpfError> {
+        let netns = pod.netns.cookie();
+        for listener in [pod.inbound4, pod.inbound6].into_iter().flatten() {
+            if socket_netns(listener).map_err(BpfError::Socket)? != netns {
+                return Err(BpfError::ForeignListener { netns: pod.netns.path().to_path_buf() });
+            }
+        }
+        let own = |v4: bool| {
+            pod.addresses.iter().find(|address| address.is_ipv4() == v4).map_or(Address::UNSPECIFIED, |a| (*a).into())
+        };
+        let entry = PodEntry {
+            state: POD_REFUSED,
+            port4: pod.outbound4.unwrap_or_default().to_be(),
+            port6: pod.outbound6.unwrap_or_default().to_be(),
+            own4: own(true),
+            own6: own(false),
+        };
+        self.close(pod.netns, entry)?;
+
+        let mut maps = self.maps();
+        for address in pod.addresses {
+            match maps.addresses.get(&(*address).into(), 0) {
+                Ok(owner) if owner != netns => {
+                    let (address, netns) = (*address, pod.netns.path().to_path_buf());
+                    return Err(BpfError::AddressTaken { address, netns, owner: owner.0 });
+                }
+                Ok(_) | Err(MapError::KeyNotFound) => {}
+                Err(source) => return Err(BpfError::Map { name: "ADDRESSES", source }),
+            }
+        }
+        for old in addresses_of(&maps, netns)? {
+            if !pod.addresses.contains(&old.into()) {
+                forget_address(&mut maps, &old)?;
+            }
+        }
+        for address in pod.addresses {
+            let key = Address::from(*address);
+            maps.addresses.insert(key, netns, 0).map_err(BpfError::map("ADDRESSES"))?;
+            match if address.is_ipv4() { pod.inbound4 } else { pod.inbound6 } {
+                Some(listener) => maps.listeners.insert(key, listener.as_raw_fd(), 0),
+                None => absent_is_fine(maps.listeners.remove(&key)),
+            }
+            .map_err(BpfError::map("LISTENERS"))?;
+        }
+        drop(maps);
+        Ok(Enrolment { capture: self.clone(), netns })
+    }
+
+    /// Closes a pod in both directions without serving it: for one that is in the mesh but that the agent cannot speak for.
+    pub fn refuse(&self, netns: &Netns) -> Result<(), BpfError> {
+        let [own4, own6] = [Address::UNSPECIFIED; 2];
+        self.close(netns, PodEntry { state: POD_REFUSED, port4: 0, port6: 0, own4, own6 })
+    }
+
+    /// Lets go of a pod, which is open then: it has left the mesh, or is gone.
+    pub fn withdraw(&self, netns: NetnsCookie) -> Result<(), BpfError> {
+        self.0.pins.remove_link(&inbound_link(netns))?;
+        let mut maps = self.maps();
+        for address in addresses_of(&maps, netns)? {
+            forget_address(&mut maps, &address)?;
+        }
+        absent_is_fine(maps.pods.remove(&netns)).map_err(BpfError::map("PODS"))
+    }
+
+    /// Where the connection that came from `client`, in the pod, wanted to go. Answers once: the entry is taken out. `None` is
+    /// a connection that was not redirected, such as a program that connects to the agent's listener by itself: refuse it.
+    pub fn original_destination(&self, netns: NetnsCookie, client: SocketAddr) -> Result<Option<OrigDst>, BpfError> {
+        let key = PodEndpoint::new(netns, client.into());
+        let mut maps = self.maps();
+        let origin = match maps.origins.get(&key, 0) {
+            Err(MapError::KeyNotFound) => return Ok(None),
+            origin => origin.map_err(BpfError::map("ORIGINS"))?,
+        };
+        absent_is_fine(maps.origins.remove(&key)).map_err(BpfError::map("ORIGINS"))?;
+        Ok(Some(OrigDst {
+            address: origin.destination.into(),
+            socket_cookie: origin.socket_cookie,
+            cgroup_id: origin.cgroup_id,
+        }))
+    }
+
+    /// Puts the true client on record before the agent connects to the application from `leg_source`.
+    pub fn announce_client(
+        &self,
+        netns: NetnsCookie,
+        leg_source: SocketAddr,
+        client: SocketAddr,
+    ) -> Result<ClientEntry, BpfError> {
+        let key = PodEndpoint::new(netns, leg_source.into());
+        self.maps().clients.insert(key, Endpoint::from(client), 0).map_err(BpfError::map("CLIENTS"))?;
+        Ok(ClientEntry { capture: self.clone(), key })
+    }
+
+    /// For one second connect() itself will tell the pod that this destination refuses.
+    pub fn remember_refused(&self, netns: NetnsCookie, destination: SocketAddr) -> Result<(), BpfError> {
+        let key = PodEndpoint::new(netns, destination.into());
+        self.maps().refused.insert(key, clock::monotonic_nanos(), 0).map_err(BpfError::map("REFUSED"))
+    }
+
+    /// What the kernel programs counted since they were first pinned, by name.
+    pub fn counters(&self) -> Result<Vec<(&'static str, u64)>, BpfError> {
+        let maps = self.maps();
+        let sum = |counter: &Counter| {
+            let values = maps.counters.get(&(*counter as u32), 0).map_err(BpfError::map("COUNTERS"))?;
+            Ok((counter.name(), values.iter().sum()))
+        };
+        Counter::ALL.iter().map(sum).collect()
+    }
+
+    /// Lets one destination pass while the pod is closed, in either direction.
+    fn allow_probe(&self, netns: NetnsCookie, destination: SocketAddr) -> Result<ProbePass, BpfError> {
+        let key = PodEndpoint::new(netns, destination.into());
+        self.maps().probes.insert(key, 1, 0).map_err(BpfError::map("PROBES"))?;
+        Ok(ProbePass { capture: self.clone(), key })
+    }
+
+    fn close(&self, netns: &Netns, entry: PodEntry) -> Result<(), BpfError> {
+        self.maps().pods.insert(netns.cookie(), entry, 0).map_err(BpfError::map("PODS"))?;
+        let mut ebpf = self.0.ebpf.lock().unwrap_or_else(PoisonError::into_inner);
+        load::attach_netns(&mut ebpf, &self.0.pins, &inbound_link(netns.cookie()), netns)
+    }
+
+    fn maps(&self) -> MutexGuard<'_, Maps> {
+        // What a panicking thread left behind is in the kernel, entry by entry, and each is whole.
+        self.0.maps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Capture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Capture").field("cgroup", &self.0.cgroup).field("pins", &self.0.pins).finish_non_exhaustive()
+    }
+}
+
+impl Enrolment {
+    pub fn netns(&self) -> NetnsCookie {
+        self.netns
+    }
+
+    /// Opens the pod: both directions go through the agent from here on.
+    pub fn ready(self) -> Result<(), BpfError> {
+        let mut maps = self.capture.maps();
+        let mut entry = match maps.pods.get(&self.netns, 0) {
+            Err(MapError::KeyNotFound) => return Err(BpfError::NotEnrolled { netns: self.netns }),
+            entry => entry.map_err(BpfError::map("PODS"))?,
+        };
+        entry.state = POD_READY;
+        maps.pods.insert(self.netns, entry, 0).map_err(BpfError::map("PODS"))
+    }
+}
+
+impl Drop for ClientEntry {
+    fn drop(&mut self) {
+        if let Err(error) = absent_is_fine(self.capture.maps().clients.remove(&self.key)) {
+            tracing::warn!(%error, "a client's entry could not be removed");
+        }
+    }
+}
+
+#[derive(Debug)]
+struct ProbePass {
+    capture: Capture,
+    key: PodEndpoint,
+}
+
+impl Drop for ProbePass {
+    fn drop(&mut self) {
+        if let Err(error) = absent_is_fine(self.capture.maps().probes.remove(&self.key)) {
+            tracing::warn!(%error, "a probe's pass could not be removed");
+        }
+    }
+}
+
+/// A predecessor's listeners are gone, whatever its entries say.
+fn close_all(maps: &mut Maps) -> Result<(), BpfError> {
+    let pods: Vec<_> = maps.pods.iter().collect::<Result<_, _>>().map_err(BpfError::map("PODS"))?;
+    for (netns, entry) in pods {
+        let entry = PodEntry { state: POD_REFUSED, ..entry };
+        maps.pods.insert(netns, entry, 0).map_err(BpfError::map("PODS"))?;
+    }
+    let probes: Vec<_> = maps.probes.keys().collect::<Result<_, _>>().map_err(BpfError::map("PROBES"))?;
+    for probe in probes {
+        absent_is_fine(maps.probes.remove(&probe)).map_err(BpfError::map("PROBES"))?;
+    }
+    let clients: Vec<_> = maps.clients.keys().collect::<Result<_, _>>().map_err(BpfError::map("CLIENTS"))?;
+    for client in clients {
+        absent_is_fine(maps.clients.remove(&client)).map_err(BpfError::map("CLIENTS"))?;
+    }
+    Ok(())
+}
+
+fn addresses_of(maps: &Maps, netns: NetnsCookie) -> Result<Vec<Address>, BpfError> {
+    let mut found = Vec::new();
+    for entry in maps.addresses.iter() {
+        let (address, owner) = entry.map_err(BpfError::map("ADDRESSES"))?;
+        if owner == netns {
+            found.push(address);
+        }
+    }
+    Ok(found)
+}
+
+fn forget_address(maps: &mut Maps, address: &Address) -> Result<(), BpfError> {
+    absent_is_fine(maps.listeners.remove(address)).map_err(BpfError::map("LISTENERS"))?;
+    absent_is_fine(maps.addresses.remove(address)).map_err(BpfError::map("ADDRESSES"))
+}
+
+/// Removing what is not there is done already.
+fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}

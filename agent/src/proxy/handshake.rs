@@ -37,7 +37,7 @@ pub enum HandshakeError {
     #[error("the peer sent more than the handshake before it was done")]
     Trailing,
     #[error("the peer's certificate")]
-    Peer(#[source] crate::tls::TlsError),
+    Peer(#[source] crate::tls::config::TlsError),
     #[error("the handshake took longer than {0:?}")]
     TimedOut(Duration),
 }

@@ -118,7 +118,8 @@ async fn reset(leg: &TcpStream) -> io::Error {
 }
 
 async fn revocation(revoked: &mut watch::Receiver<Option<&'static str>>) -> &'static str {
-    match revoked.wait_for(Option::is_some).await {
+    let reason = revoked.wait_for(Option::is_some).await.map(|reason| *reason);
+    match reason {
         Ok(reason) => reason.unwrap_or("revoked"),
         // Who could revoke is gone: nobody will.
         Err(_) => std::future::pending().await,

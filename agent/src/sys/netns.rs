@@ -1,1 +1,124 @@
-//! netns
+//! Network namespaces: opening them, telling them apart, and doing something inside one.
+//!
+//! What is done inside is left to the caller; sockets made there stay there, whatever the thread does next.
+#![allow(unsafe_code)]
+use std::{
+    fs::File,
+    io,
+    net::UdpSocket,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    path::{Path, PathBuf},
+    process,
+};
+
+pub use marline_common::NetnsCookie;
+use nix::sched::{CloneFlags, setns};
+
+/// An open network namespace. It lives on as long as this does, also when its last process and its name are gone.
+#[derive(Debug)]
+pub struct Netns {
+    file: File,
+    path: PathBuf,
+    cookie: NetnsCookie,
+}
+
+impl Netns {
+    /// Opens the namespace at a path such as `/run/netns/NAME` or `/proc/PID/ns/net`.
+    pub fn open(path: impl Into<PathBuf>) -> io::Result<Self> {
+        let path = path.into();
+        let file = File::open(&path)?;
+        let cookie = inside(&file, own_cookie)??;
+        Ok(Self { file, path, cookie })
+    }
+
+    /// The namespace that the calling thread is in.
+    pub fn current() -> io::Result<Self> {
+        Self::open("/proc/thread-self/ns/net")
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn cookie(&self) -> NetnsCookie {
+        self.cookie
+    }
+
+    /// Runs `f` with the calling thread inside the namespace and brings the thread back. `f` must not await.
+    ///
+    /// A thread that cannot come back would make sockets in the wrong place: the process ends instead.
+    pub fn run<T>(&self, f: impl FnOnce() -> T) -> io::Result<T> {
+        inside(&self.file, f)
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// The libc crate does not have it yet; the same number on every architecture but sparc and parisc.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
+/// The namespace that a socket belongs to.
+pub fn socket_netns(socket: BorrowedFd<'_>) -> io::Result<NetnsCookie> {
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the descriptor is open for the call, and the kernel writes at most `length` bytes to `cookie`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(NetnsCookie(cookie)) } else { Err(io::Error::last_os_error()) }
+}
+
+fn own_cookie() -> io::Result<NetnsCookie> {
+    // Any socket will do. The namespace's loopback device may be down, which binding to the wildcard address survives.
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket_netns(socket.as_fd())
+}
+
+fn inside<T>(namespace: &File, f: impl FnOnce() -> T) -> io::Result<T> {
+    let home = Home(File::open("/proc/thread-self/ns/net")?);
+    setns(namespace, CloneFlags::CLONE_NEWNET)?;
+    let result = f();
+    drop(home);
+    Ok(result)
+}
+
+struct Home(File);
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        if let Err(error) = setns(&self.0, CloneFlags::CLONE_NEWNET) {
+            tracing::error!(%error, "cannot return to the agent's network namespace");
+            process::abort();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_has_the_same_cookie_however_it_is_opened() {
+        let by_thread = Netns::current().unwrap();
+        let by_process = Netns::open("/proc/self/ns/net").unwrap();
+        assert_eq!(by_thread.cookie(), by_process.cookie());
+        assert_eq!(by_thread.run(own_cookie).unwrap().unwrap(), by_thread.cookie());
+    }
+
+    #[test]
+    fn what_is_no_namespace_is_an_error_and_the_thread_stays() {
+        let before = Netns::current().unwrap().cookie();
+        assert!(Netns::open("/dev/null").is_err());
+        assert_eq!(Netns::current().unwrap().cookie(), before);
+    }
+}

@@ -1,0 +1,178 @@
+//! The embedded kernel programs: loading them onto the pinned maps, and attaching them in a predecessor's place.
+use std::{fs::File, os::fd::AsFd, path::Path};
+
+use aya::{
+    Ebpf, EbpfLoader, Pod, include_bytes_aligned,
+    maps::{HashMap, Map, MapData, MapType, PerCpuArray, SockHash},
+    programs::{
+        CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSock, CgroupSockAddr, ProgramError, SkLookup, SockOps,
+        links::FdLink,
+    },
+};
+use marline_common::{
+    Address, Endpoint, MAX_ADDRESSES, MAX_CLIENTS, MAX_COUNTERS, MAX_ORIGINS, MAX_PODS, MAX_PROBES, MAX_REFUSED,
+    Origin, PodEndpoint, PodEntry, SocketEntry,
+};
+
+use super::{error::BpfError, log, pins::Pins};
+use crate::sys::netns::{Netns, NetnsCookie};
+
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/marline-ebpf.o"));
+
+const ADDRESS_HOOKS: [&str; 6] =
+    ["connect4", "connect6", "getpeername4", "getpeername6", "getsockname4", "getsockname6"];
+const INBOUND: &str = "inbound";
+
+/// The shape of a map that outlives its agent: name, type, size of key and value, capacity.
+type Layout = (&'static str, MapType, usize, usize, u32);
+
+const PINNED: [Layout; 9] = [
+    ("PODS", MapType::Hash, size_of::<NetnsCookie>(), size_of::<PodEntry>(), MAX_PODS),
+    ("ADDRESSES", MapType::Hash, size_of::<Address>(), size_of::<NetnsCookie>(), MAX_ADDRESSES),
+    ("LISTENERS", MapType::SockHash, size_of::<Address>(), size_of::<u32>(), MAX_ADDRESSES),
+    ("SOCKETS", MapType::SkStorage, size_of::<u32>(), size_of::<SocketEntry>(), 0),
+    ("ORIGINS", MapType::LruHash, size_of::<PodEndpoint>(), size_of::<Origin>(), MAX_ORIGINS),
+    ("CLIENTS", MapType::Hash, size_of::<PodEndpoint>(), size_of::<Endpoint>(), MAX_CLIENTS),
+    ("REFUSED", MapType::LruHash, size_of::<PodEndpoint>(), size_of::<u64>(), MAX_REFUSED),
+    ("PROBES", MapType::Hash, size_of::<PodEndpoint>(), size_of::<u32>(), MAX_PROBES),
+    ("COUNTERS", MapType::PerCpuArray, size_of::<u32>(), size_of::<u64>(), MAX_COUNTERS),
+];
+
+/// The maps that the agent reads and writes.
+pub(super) struct Maps {
+    pub(super) pods: HashMap<MapData, NetnsCookie, PodEntry>,
+    pub(super) addresses: HashMap<MapData, Address, NetnsCookie>,
+    pub(super) listeners: SockHash<MapData, Address>,
+    pub(super) origins: HashMap<MapData, PodEndpoint, Origin>,
+    pub(super) clients: HashMap<MapData, PodEndpoint, Endpoint>,
+    pub(super) refused: HashMap<MapData, PodEndpoint, u64>,
+    pub(super) probes: HashMap<MapData, PodEndpoint, u32>,
+    pub(super) counters: PerCpuArray<MapData, u64>,
+}
+
+/// Loads every program. Maps that a predecessor pinned are taken over with what is in them.
+pub(super) fn load(pins: &Pins) -> Result<Ebpf, BpfError> {
+    if OBJECT.is_empty() {
+        return Err(BpfError::NoObject);
+    }
+    for layout in &PINNED {
+        check_layout(&pins.map(layout.0), layout)?;
+    }
+    let level = log::level();
+    let mut loader = EbpfLoader::new();
+    // Nothing is relocated against the kernel's own types.
+    loader.btf(None).override_global("AYA_LOG_LEVEL", &level, true);
+    for (name, ..) in PINNED {
+        loader.map_pin_path(name, pins.map(name));
+    }
+    let mut ebpf = loader.load(OBJECT).map_err(BpfError::Object)?;
+    for name in ADDRESS_HOOKS {
+        program::<CgroupSockAddr>(&mut ebpf, name)?.load().map_err(failed(name))?;
+    }
+    program::<SockOps>(&mut ebpf, "connecting")?.load().map_err(failed("connecting"))?;
+    program::<CgroupSock>(&mut ebpf, "create")?.load().map_err(failed("create"))?;
+    program::<CgroupSkb>(&mut ebpf, "egress")?.load().map_err(failed("egress"))?;
+    program::<SkLookup>(&mut ebpf, INBOUND)?.load().map_err(failed(INBOUND))?;
+    Ok(ebpf)
+}
+
+/// Takes the maps out of the loaded object.
+pub(super) fn maps(ebpf: &mut Ebpf) -> Result<Maps, BpfError> {
+    Ok(Maps {
+        pods: hash(ebpf, "PODS")?,
+        addresses: hash(ebpf, "ADDRESSES")?,
+        listeners: take(ebpf, "LISTENERS")?.try_into().map_err(BpfError::map("LISTENERS"))?,
+        origins: hash(ebpf, "ORIGINS")?,
+        clients: hash(ebpf, "CLIENTS")?,
+        refused: hash(ebpf, "REFUSED")?,
+        probes: hash(ebpf, "PROBES")?,
+        counters: take(ebpf, "COUNTERS")?.try_into().map_err(BpfError::map("COUNTERS"))?,
+    })
+}
+
+/// Attaches everything that hangs on the pods' cgroup. What a connect needs afterwards comes before the connect hooks.
+pub(super) fn attach_cgroup(ebpf: &mut Ebpf, pins: &Pins, cgroup: &File, path: &Path) -> Result<(), BpfError> {
+    // Links are always "multi"; the flag for it is refused with them.
+    const MODE: CgroupAttachMode = CgroupAttachMode::Single;
+    let attached = |name| move |source| BpfError::Attach { name, target: path.to_path_buf(), source };
+
+    let hook = program::<SockOps>(ebpf, "connecting")?;
+    let id = hook.attach(cgroup, MODE).map_err(attached("connecting"))?;
+    let link = hook.take_link(id).map_err(attached("connecting"))?;
+    pins.replace_link("connecting", fd_link("connecting", path, link.try_into())?)?;
+
+    let hook = program::<CgroupSock>(ebpf, "create")?;
+    let id = hook.attach(cgroup, MODE).map_err(attached("create"))?;
+    let link = hook.take_link(id).map_err(attached("create"))?;
+    pins.replace_link("create", fd_link("create", path, link.try_into())?)?;
+
+    let hook = program::<CgroupSkb>(ebpf, "egress")?;
+    let id = hook.attach(cgroup, CgroupSkbAttachType::Egress, MODE).map_err(attached("egress"))?;
+    let link = hook.take_link(id).map_err(attached("egress"))?;
+    pins.replace_link("egress", fd_link("egress", path, link.try_into())?)?;
+
+    for name in ADDRESS_HOOKS {
+        let hook = program::<CgroupSockAddr>(ebpf, name)?;
+        let id = hook.attach(cgroup, MODE).map_err(attached(name))?;
+        let link = hook.take_link(id).map_err(attached(name))?;
+        pins.replace_link(name, fd_link(name, path, link.try_into())?)?;
+    }
+    Ok(())
+}
+
+/// Attaches the inbound hook to a pod's namespace.
+pub(super) fn attach_netns(ebpf: &mut Ebpf, pins: &Pins, pin: &str, netns: &Netns) -> Result<(), BpfError> {
+    let attached = |source| BpfError::Attach { name: INBOUND, target: netns.path().to_path_buf(), source };
+    let hook = program::<SkLookup>(ebpf, INBOUND)?;
+    let id = hook.attach(netns.as_fd()).map_err(attached)?;
+    let link = hook.take_link(id).map_err(attached)?;
+    pins.replace_link(pin, link.into())
+}
+
+fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, BpfError>
+where
+    &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
+{
+    let program = ebpf.program_mut(name).ok_or(BpfError::Missing { kind: "program", name })?;
+    program.try_into().map_err(failed(name))
+}
+
+fn failed(name: &'static str) -> impl FnOnce(ProgramError) -> BpfError {
+    move |source| BpfError::Program { name, source }
+}
+
+fn fd_link(
+    name: &'static str,
+    target: &Path,
+    link: Result<FdLink, aya::programs::links::LinkError>,
+) -> Result<FdLink, BpfError> {
+    link.map_err(|_| BpfError::Attach { name, target: target.to_path_buf(), source: ProgramError::NotAttached })
+}
+
+fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, BpfError> {
+    ebpf.take_map(name).ok_or(BpfError::Missing { kind: "map", name })
+}
+
+fn hash<K: Pod, V: Pod>(ebpf: &mut Ebpf, name: &'static str) -> Result<HashMap<MapData, K, V>, BpfError> {
+    take(ebpf, name)?.try_into().map_err(BpfError::map(name))
+}
+
+/// A map of another shape must not be taken over: the programs would read past its values.
+fn check_layout(path: &Path, &(name, kind, key, value, capacity): &Layout) -> Result<(), BpfError> {
+    if !path.exists() {
+        return Ok(());
+    }
+    let info = MapData::from_pin(path).and_then(|map| map.info()).map_err(BpfError::map(name))?;
+    let found = (
+        info.map_type().map_err(BpfError::map(name))?,
+        info.key_size() as usize,
+        info.value_size() as usize,
+        info.max_entries(),
+    );
+    let expected = (kind, key, value, capacity);
+    if found == expected {
+        return Ok(());
+    }
+    let detail = format!("found type, key, value, capacity {found:?}, expected {expected:?}");
+    Err(BpfError::Layout { path: path.to_path_buf(), detail })
+}

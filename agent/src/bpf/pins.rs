@@ -1,0 +1,156 @@
+//! Where links and maps outlive the agent: the bpf filesystem, and the two questions to ask of the machine before using it.
+//!
+//! What is pinned is decided by `load.rs` and `bpf.rs`.
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::AsFd,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use aya::programs::links::FdLink;
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+    mount::{MsFlags, mount},
+    sys::statfs::{CGROUP2_SUPER_MAGIC, FsType, fstatfs, statfs},
+};
+
+use super::error::BpfError;
+use crate::sys::netns::NetnsCookie;
+
+const BPFFS: &str = "/sys/fs/bpf";
+const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
+
+/// The pins of one agent. Held exclusively for as long as this lives.
+#[derive(Debug)]
+pub(super) struct Pins {
+    root: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Pins {
+    /// Opens the place for pins, mounting the bpf filesystem and making the directories where they are missing.
+    pub(super) fn open(root: &Path) -> Result<Self, BpfError> {
+        ensure_bpffs(root)?;
+        for directory in [root.to_path_buf(), root.join("maps"), root.join("links")] {
+            fs::create_dir_all(&directory).map_err(BpfError::file("cannot create", &directory))?;
+        }
+        let directory = File::open(root).map_err(BpfError::file("cannot open", root))?;
+        let lock = Flock::lock(directory, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+            Errno::EWOULDBLOCK => BpfError::PinsInUse { path: root.to_path_buf() },
+            errno => BpfError::File { action: "cannot lock", path: root.to_path_buf(), source: errno.into() },
+        })?;
+        Ok(Self { root: root.to_path_buf(), _lock: lock })
+    }
+
+    pub(super) fn map(&self, name: &str) -> PathBuf {
+        self.root.join("maps").join(name)
+    }
+
+    /// Pins a link that is attached already, in the place of a predecessor's, which is detached by that: at no moment is
+    /// neither attached. A crash between the two steps leaves both, which is harmless, and the next start tidies up.
+    pub(super) fn replace_link(&self, name: &str, link: FdLink) -> Result<(), BpfError> {
+        let place = self.link(name);
+        // Names on the bpf filesystem may not contain a dot.
+        let new = self.link(&format!("{name}-new"));
+        remove_if_there(&new)?;
+        link.pin(&new).map_err(|source| BpfError::Pin { name: name.to_owned(), source })?;
+        fs::rename(&new, &place).map_err(BpfError::file("cannot put the new link in place at", place))
+    }
+
+    pub(super) fn remove_link(&self, name: &str) -> Result<(), BpfError> {
+        remove_if_there(&self.link(name))
+    }
+
+    fn link(&self, name: &str) -> PathBuf {
+        self.root.join("links").join(name)
+    }
+}
+
+/// The name of the inbound link of a pod.
+pub(super) fn inbound_link(netns: NetnsCookie) -> String {
+    format!("inbound-{}", netns.0)
+}
+
+/// Removes everything that is pinned there. Links go first, so that no program is left without its maps. Pods are open then.
+pub(super) fn unload(root: &Path) -> Result<(), BpfError> {
+    for directory in [root.join("links"), root.join("maps"), root.to_path_buf()] {
+        match fs::read_dir(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(BpfError::file("cannot list", directory)(error)),
+            Ok(entries) => {
+                for entry in entries {
+                    let path = entry.map_err(BpfError::file("cannot list", &directory))?.path();
+                    remove_if_there(&path)?;
+                }
+            }
+        }
+        fs::remove_dir(&directory).map_err(BpfError::file("cannot remove", directory))?;
+    }
+    Ok(())
+}
+
+/// Opens the pods' cgroup, after making sure that it is one and that the agent is not inside.
+pub(super) fn open_cgroup(path: &Path) -> Result<File, BpfError> {
+    let cgroup = File::open(path).map_err(BpfError::file("cannot open the pods' cgroup", path))?;
+    let filesystem = fstatfs(cgroup.as_fd()).map_err(|errno| BpfError::file("cannot examine", path)(errno.into()))?;
+    if filesystem.filesystem_type() != CGROUP2_SUPER_MAGIC {
+        return Err(BpfError::NotACgroup { path: path.to_path_buf() });
+    }
+    if agent_is_inside(path)? {
+        return Err(BpfError::AgentInsideCgroup { path: path.to_path_buf() });
+    }
+    Ok(cgroup)
+}
+
+/// Whether this process is in the cgroup or below it. Told by the lists of processes, which hold also where the agent has a
+/// cgroup namespace of its own and `/proc/self/cgroup` shows another path than the mount does.
+fn agent_is_inside(cgroup: &Path) -> Result<bool, BpfError> {
+    let own = std::process::id().to_string();
+    let list = cgroup.join("cgroup.procs");
+    // A threaded cgroup cannot list its processes (EOPNOTSUPP); such a one is not what pods live in.
+    let processes = fs::read_to_string(&list).map_err(BpfError::file("cannot read", &list))?;
+    if processes.lines().any(|process| process == own) {
+        return Ok(true);
+    }
+    for entry in fs::read_dir(cgroup).map_err(BpfError::file("cannot list", cgroup))? {
+        let entry = entry.map_err(BpfError::file("cannot list", cgroup))?;
+        // Groups come and go under our hands; one that is gone does not hold the agent.
+        if entry.file_type().is_ok_and(|kind| kind.is_dir())
+            && let Ok(true) = agent_is_inside(&entry.path())
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn ensure_bpffs(root: &Path) -> Result<(), BpfError> {
+    let there = root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let filesystem =
+        statfs(there).map_err(|errno| BpfError::file("cannot examine the filesystem of", there)(errno.into()))?;
+    if filesystem.filesystem_type() == BPF_FS_MAGIC {
+        return Ok(());
+    }
+    if !root.starts_with(BPFFS) || !Path::new(BPFFS).exists() {
+        return Err(BpfError::NotBpffs { path: root.to_path_buf() });
+    }
+    // In a mount namespace of its own (`ip netns exec` makes one) the pins would end with the agent, and the pods be open.
+    let inode = |path: &str| fs::metadata(path).map(|metadata| metadata.ino());
+    let own = inode("/proc/self/ns/mnt").map_err(BpfError::file("cannot examine", "/proc/self/ns/mnt"))?;
+    if inode("/proc/1/ns/mnt").map_err(BpfError::file("cannot examine", "/proc/1/ns/mnt"))? != own {
+        return Err(BpfError::PrivateMounts { path: root.to_path_buf() });
+    }
+    tracing::info!(path = BPFFS, "mounting the bpf filesystem");
+    mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), None::<&str>)
+        .map_err(|errno| BpfError::file("cannot mount the bpf filesystem at", BPFFS)(errno.into()))
+}
+
+fn remove_if_there(path: &Path) -> Result<(), BpfError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(BpfError::file("cannot remove", path)(error)),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,84 @@
+//! Counting, and the last gate: what a pod's own socket sends must not leave past the agent.
+use aya_ebpf::{EbpfContext as _, helpers::bpf_sk_fullsock, macros::cgroup_skb, programs::SkBuffContext};
+use marline_common::{Address, Counter};
+
+use crate::{
+    context::{IPPROTO_TCP, IPPROTO_UDP, read},
+    maps::{ADDRESSES, COUNTERS},
+};
+
+const PASS: i32 = 1;
+const DROP: i32 = 0;
+
+const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
+const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
+
+#[inline(always)]
+pub(crate) fn count(counter: Counter) {
+    if let Some(slot) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: the slot is this CPU's own and lives as long as the program.
+        unsafe { *slot += 1 };
+    }
+}
+
+/// TCP of an enrolled pod stays in the pod: it goes to the agent's listeners or to the pod's own services. This holds also for
+/// sockets that the connect hooks never saw: those connected before enrolment, and whatever finds another way to connect.
+///
+/// The pod is told by the packet's source address, which is all that Linux 6.1 offers here. The agent's own sockets live
+/// outside the pods' cgroup, so they never come this way.
+#[cgroup_skb]
+pub fn egress(ctx: SkBuffContext) -> i32 {
+    let skb = ctx.skb.skb;
+    let (protocol, source, destination) = match read!(skb, protocol) {
+        ETH_P_IP => {
+            let (Ok(protocol), Ok(source), Ok(destination)) =
+                (ctx.load::<u8>(9), ctx.load::<u32>(12), ctx.load::<u32>(16))
+            else {
+                return PASS;
+            };
+            (u32::from(protocol), Address::v4(source), Address::v4(destination))
+        }
+        ETH_P_IPV6 => {
+            let (Ok(protocol), Ok(source), Ok(destination)) =
+                (ctx.load::<u8>(6), ctx.load::<[u32; 4]>(8), ctx.load::<[u32; 4]>(24))
+            else {
+                return PASS;
+            };
+            (u32::from(protocol), Address { words: source }, Address { words: destination })
+        }
+        _ => return PASS,
+    };
+    if destination.is_loopback() {
+        return PASS;
+    }
+    // SAFETY: the value is one aligned word, read whole.
+    let Some(owner) = (unsafe { ADDRESSES.get(source) }).copied() else {
+        return PASS;
+    };
+    if protocol == IPPROTO_UDP {
+        count(Counter::UdpPassed);
+        return PASS;
+    }
+    if protocol != IPPROTO_TCP && !of_tcp_socket(&ctx) {
+        return PASS;
+    }
+    // SAFETY: as above.
+    if unsafe { ADDRESSES.get(destination) } == Some(&owner) {
+        return PASS;
+    }
+    count(Counter::EgressDropped);
+    DROP
+}
+
+/// Whether the sender is a TCP socket, however its packet is dressed (IPv6 extension headers come before the TCP header).
+#[inline(always)]
+fn of_tcp_socket(ctx: &SkBuffContext) -> bool {
+    let _ = ctx.as_ptr();
+    let sk = read!(ctx.skb.skb, __bindgen_anon_2.sk);
+    if sk.is_null() {
+        return false;
+    }
+    // SAFETY: `sk` is the context's own socket and not null.
+    let sk = unsafe { bpf_sk_fullsock(sk) };
+    !sk.is_null() && read!(sk, protocol) == IPPROTO_TCP
+}

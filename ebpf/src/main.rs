@@ -1,0 +1,25 @@
+//! Marline's kernel programs: they hand the sockets of enrolled pods to the agent.
+//!
+//! `capture` turns connects around, `lookup` steers what arrives, `account` counts both and holds the last gate;
+//! `maps` is all they know of the world. Loading, pinning and filling the maps is left to `agent/src/bpf.rs`.
+//!
+//! Rules: a namespace that is not in `PODS` is left alone; in one that is, whatever cannot be handed to the agent is refused
+//! and counted. Only helpers that Linux 6.1 has for the program type are used.
+#![no_std]
+#![no_main]
+
+mod account;
+mod capture;
+mod context;
+mod lookup;
+mod maps;
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 4] = *b"GPL\0";

@@ -1,0 +1,49 @@
+//! The maps. All are bounded; `common/src/limits.rs` says what happens at each bound. The agent pins them by these names.
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::SkStorage,
+    macros::{btf_map, map},
+    maps::{HashMap, LruHashMap, PerCpuArray, SockHash},
+};
+use marline_common::{
+    Address, Endpoint, MAX_ADDRESSES, MAX_CLIENTS, MAX_COUNTERS, MAX_ORIGINS, MAX_PODS, MAX_PROBES, MAX_REFUSED, NetnsCookie,
+    Origin, PodEndpoint, PodEntry, SocketEntry,
+};
+
+/// Enrolled pods. Written by the agent.
+#[map]
+pub(crate) static PODS: HashMap<NetnsCookie, PodEntry> = HashMap::with_max_entries(MAX_PODS, 0);
+
+/// The pods' addresses and whose they are. Written by the agent.
+#[map]
+pub(crate) static ADDRESSES: HashMap<Address, NetnsCookie> = HashMap::with_max_entries(MAX_ADDRESSES, 0);
+
+/// The agent's inbound listeners by the pod address they stand for; a listener leaves by itself when it is closed.
+///
+/// Keyed by address because a lookup program is not told its namespace on 6.1, and one program for all pods is loaded and
+/// verified once. Two pods of one agent therefore cannot share an address; the agent refuses to enrol the second.
+#[map]
+pub(crate) static LISTENERS: SockHash<Address> = SockHash::with_max_entries(MAX_ADDRESSES, 0);
+
+/// Redirected sockets and where they wanted to go. In the socket itself: it can be neither forged nor flooded nor outlived.
+#[btf_map]
+pub(crate) static SOCKETS: SkStorage<SocketEntry> = SkStorage::new();
+
+/// The same, by the leg's local endpoint, for the agent to find; taken out by it. Least recent go first.
+#[map]
+pub(crate) static ORIGINS: LruHashMap<PodEndpoint, Origin> = LruHashMap::with_max_entries(MAX_ORIGINS, 0);
+
+/// The true clients of inbound connections, by the local endpoint of the agent's leg. Written by the agent.
+#[map]
+pub(crate) static CLIENTS: HashMap<PodEndpoint, Endpoint> = HashMap::with_max_entries(MAX_CLIENTS, BPF_F_NO_PREALLOC);
+
+/// Destinations that refused a moment ago, and when (CLOCK_MONOTONIC). Written by the agent.
+#[map]
+pub(crate) static REFUSED: LruHashMap<PodEndpoint, u64> = LruHashMap::with_max_entries(MAX_REFUSED, 0);
+
+/// Destinations of the agent's own probes, which pass before a pod is ready. Written by the agent.
+#[map]
+pub(crate) static PROBES: HashMap<PodEndpoint, u32> = HashMap::with_max_entries(MAX_PROBES, BPF_F_NO_PREALLOC);
+
+#[map]
+pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_COUNTERS, 0);
