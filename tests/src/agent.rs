@@ -203,7 +203,11 @@ impl Agent {
             let entries = self.entries()?;
             let later = entries.get(skip..).unwrap_or_default();
             let found: Vec<Entry> = later.iter().filter(|entry| matches(entry)).cloned().collect();
-            Ok(if found.len() >= count { Look::Done(found) } else { Look::NotYet(format!("of {later:#?}")) })
+            Ok(if found.len() >= count {
+                Look::Done(found)
+            } else {
+                Look::NotYet(format!("{} of {} new ones", found.len(), later.len()))
+            })
         })
     }
 

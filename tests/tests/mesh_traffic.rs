@@ -90,12 +90,12 @@ fn entries(
     family: Family,
     port: u16,
 ) -> Result<Vec<Entry>> {
-    let (from, to) = (client.address(family), server.socket(family, port));
+    let to = server.socket(family, port);
     let mut all = Vec::new();
     for (agent, since) in cluster.agents().zip(since) {
         let direction = if agent.side() == client.side { Direction::Outbound } else { Direction::Inbound };
-        all.extend(agent.wait_entries(&format!("{from} to {to}"), since, count, |entry| {
-            entry.direction == direction && entry.connects(from, to)
+        all.extend(agent.wait_entries(&format!("{} to {to}", client.name), since, count, |entry| {
+            entry.direction == direction && entry.connects(client, to)
         })?);
     }
     ensure!(all.len() == 2 * count, "{count} connections made {} entries: {all:#?}", all.len());
@@ -116,9 +116,9 @@ fn a_pod_outside_reaches_permissive_and_is_refused_by_strict_at_once() -> Result
             let before = cluster.agent(server.side)?.entries()?.len();
             let outcome = nginx.keep_alive(&outside, address);
             ensure!(outcome.is_err(), "STRICT let plaintext from outside in: {outcome:?}");
-            let (from, to) = (outside.address(family), server.socket(family, nginx.port()));
+            let to = server.socket(family, nginx.port());
             let agent = cluster.agent(server.side)?;
-            let refused = agent.wait_entries("the refusal", before, 1, |entry| entry.connects(from, to))?;
+            let refused = agent.wait_entries("the refusal", before, 1, |entry| entry.connects(&outside, to))?;
             ensure!(
                 refused.iter().all(|entry| entry.verdict == Verdict::Refused && entry.reason.is_some()),
                 "{refused:#?}"
@@ -156,12 +156,12 @@ fn a_member_reaches_a_pod_outside_in_plaintext_and_pods_of_its_own_node_with_mtl
         for family in Family::BOTH {
             ensure!(inner.set_and_get(&client, neighbour.address(family))?.exact, "to the neighbour");
             let agent = cluster.agent(client.side)?;
-            let (from, to) = (client.address(family), neighbour.socket(family, inner.port()));
-            let entries = agent.wait_entries("the neighbour", 0, 2, |entry| entry.connects(from, to))?;
+            let to = neighbour.socket(family, inner.port());
+            let entries = agent.wait_entries("the neighbour", 0, 2, |entry| entry.connects(&client, to))?;
             ensure!(entries.iter().all(|entry| entry.mode.as_deref() == Some("mtls")), "{entries:#?}");
             ensure!(outer.set_and_get(&client, outside.address(family))?.exact, "to the pod outside");
             let to = outside.socket(family, outer.port());
-            let entries = agent.wait_entries("the pod outside", 0, 1, |entry| entry.connects(from, to))?;
+            let entries = agent.wait_entries("the pod outside", 0, 1, |entry| entry.connects(&client, to))?;
             ensure!(entries.iter().all(|entry| entry.mode.as_deref() == Some("plaintext")), "{entries:#?}");
         }
         Ok(())
