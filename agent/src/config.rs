@@ -11,7 +11,7 @@ mod resources;
 
 use std::{
     collections::HashMap,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -25,6 +25,9 @@ use crate::{identity::TrustDomain, policy::MtlsMode, state::Snapshot};
 use document::{Node, Pair, Value};
 use finding::{Origin, Report, about_file};
 use resources::WorkloadEntry;
+
+/// A hundred thousand workloads are 20 MB.
+const LARGEST_FILE: u64 = 256 << 20;
 
 /// A sound configuration.
 #[derive(Debug)]
@@ -47,7 +50,7 @@ pub fn reload(dir: &Path, running: &AgentConfig) -> Result<Loaded, ConfigErrors>
 }
 
 /// The files that make up the configuration, in the order of their names.
-pub(crate) fn configuration_files(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
+pub(crate) fn configuration_files(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
@@ -57,6 +60,18 @@ pub(crate) fn configuration_files(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
     }
     files.sort();
     Ok(files)
+}
+
+/// Reads a regular file: a pipe would keep the agent waiting for ever.
+pub(crate) fn read_file(file: &Path) -> io::Result<Vec<u8>> {
+    let metadata = fs::metadata(file)?;
+    if !metadata.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    if metadata.len() > LARGEST_FILE {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {LARGEST_FILE} bytes")));
+    }
+    fs::read(file)
 }
 
 fn read(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Loaded, ConfigErrors> {
@@ -111,7 +126,7 @@ struct Documents {
 
 impl Documents {
     fn read_file(&mut self, dir: &Path, file: &Path, report: &mut Report) {
-        let text = match fs::read(file).map(String::from_utf8) {
+        let text = match read_file(file).map(String::from_utf8) {
             Err(error) => {
                 let hint = "make it readable to the agent, or remove it";
                 report.errors.push(about_file(file, None, format!("cannot be read: {error}"), hint));

@@ -194,6 +194,8 @@ pub enum IdentityError {
     Unusable { dir: PathBuf, what: String },
     #[error("{id} is not in the CA's trust domain, {trust_domain}")]
     ForeignTrustDomain { id: SpiffeId, trust_domain: TrustDomain },
+    #[error("the CA is of trust domain {ca}, the configuration (spec.trustDomain) says {wanted}: correct one of them")]
+    OtherTrustDomain { ca: TrustDomain, wanted: TrustDomain },
     #[error("the CA's certificate expired {} ago", humantime(*.0))]
     CaExpired(Duration),
     #[error("a certificate life of {} is shorter than the shortest that makes sense, 2 seconds", humantime(*.0))]

@@ -391,9 +391,16 @@ fn the_errors_of_all_files_are_listed_at_once() {
     fs::write(dir.path().join("3.yaml"), b"a: \xff\n").unwrap();
     std::os::unix::fs::symlink("nowhere", dir.path().join("5.yaml")).unwrap();
     fs::create_dir(dir.path().join("6.yaml")).unwrap();
+    // A pipe that nobody writes to would keep a careless reader for ever.
+    assert!(std::process::Command::new("mkfifo").arg(dir.path().join("7.yaml")).status().unwrap().success());
+    fs::File::create(dir.path().join("8.yaml")).unwrap().set_len(1 << 30).unwrap();
     let errors = config::load(dir.path()).unwrap_err();
     let files: Vec<&str> = errors.errors.iter().map(file_name).collect();
-    assert_eq!(files, ["1.yaml", "1.yaml", "2.yaml", "2.yaml", "3.yaml", "5.yaml", "6.yaml"], "{errors}");
+    assert_eq!(
+        files,
+        ["1.yaml", "1.yaml", "2.yaml", "2.yaml", "3.yaml", "5.yaml", "6.yaml", "7.yaml", "8.yaml"],
+        "{errors}"
+    );
     let json = serde_json::to_value(&errors).unwrap();
     assert_eq!(json["errors"][0]["field"], "spec.address");
     assert_eq!(json["errors"][0]["line"], 6);

@@ -1,6 +1,6 @@
 //! Changes of the configuration directory while the agent runs: sound ones are swapped in, others leave the last good
 //! one in force, and somebody hears of both.
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
     fs,
