@@ -93,17 +93,13 @@ fn read(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Loaded, Config
             documents.check_agents(dir, &mut report);
         }
     }
-    let mut snapshot = None;
-    if let Some(agent) = documents.agents.first().and_then(|(_, agent)| agent.as_ref()) {
-        let mode = documents.modes.first().map_or_else(MtlsMode::default, |(_, mode)| *mode);
-        let trust_domain = trust_domain.unwrap_or(&agent.trust_domain);
-        snapshot = Some(assemble::snapshot(trust_domain, mode, &documents.workloads, &mut report));
-    }
     let agent = documents.agents.into_iter().next().and_then(|(_, agent)| agent);
-    match (agent, snapshot) {
-        (Some(agent), Some(snapshot)) if report.errors.is_empty() => {
-            Ok(Loaded { agent, snapshot, warnings: report.into_warnings() })
-        }
+    let mode = documents.modes.first().map_or_else(MtlsMode::default, |(_, mode)| *mode);
+    // Without a sound AgentConfig nothing is loaded, but the contradictions among workloads shall be told as well.
+    let trust_domain = trust_domain.or(agent.as_ref().map(|agent| &agent.trust_domain)).cloned().unwrap_or_default();
+    let snapshot = assemble::snapshot(&trust_domain, mode, &documents.workloads, &mut report);
+    match agent {
+        Some(agent) if report.errors.is_empty() => Ok(Loaded { agent, snapshot, warnings: report.into_warnings() }),
         _ => Err(report.into_errors()),
     }
 }
@@ -179,15 +175,13 @@ impl Documents {
             }
             ("WorkloadEntry", "networking.istio.io", "v1" | "v1beta1" | "v1alpha3") => {
                 assemble::unique_name(&mut self.names, &origin, report);
-                if let Some(metadata) = resources::metadata(&origin, document, report) {
-                    self.workloads.extend(resources::workload_entry(&origin, metadata, document, report));
-                }
+                let metadata = resources::metadata(&origin, document, report);
+                self.workloads.extend(resources::workload_entry(&origin, metadata, document, report));
             }
             ("PeerAuthentication", "security.istio.io", "v1" | "v1beta1") => {
                 assemble::unique_name(&mut self.names, &origin, report);
-                if let Some(metadata) = resources::metadata(&origin, document, report)
-                    && let Some(mode) = resources::peer_authentication(&origin, &metadata, document, report)
-                {
+                let metadata = resources::metadata(&origin, document, report);
+                if let Some(mode) = resources::peer_authentication(&origin, &metadata, document, report) {
                     self.mesh_mode(origin, mode, report);
                 }
             }

@@ -54,6 +54,13 @@ impl TrustDomain {
     }
 }
 
+/// Istio's own.
+impl Default for TrustDomain {
+    fn default() -> Self {
+        Self("cluster.local".into())
+    }
+}
+
 impl fmt::Display for TrustDomain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -303,6 +310,11 @@ mod tests {
         assert!(SpiffeId::new(&domain, "a", &"b".repeat(fits)).is_ok());
         assert!(SpiffeId::new(&domain, "a", &"b".repeat(fits + 1)).is_err());
         assert!(format!("spiffe://cluster.local/ns/a/sa/{}", "b".repeat(fits + 1)).parse::<SpiffeId>().is_err());
+    }
+
+    #[test]
+    fn the_default_trust_domain_is_istios_and_parses() {
+        assert_eq!(TrustDomain::parse("cluster.local").unwrap(), TrustDomain::default());
     }
 
     #[test]

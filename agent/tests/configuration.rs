@@ -247,6 +247,10 @@ fn every_fault_is_named_with_file_line_field_and_reason() {
         (entry("a", "::", "", ""), vec![(6, "spec.address", "not an address that others can reach")]),
         (entry("a", "::ffff:224.0.0.1", "", ""), vec![(6, "spec.address", "not an address that others can reach")]),
         (entry("UPPER", "10.0.0.1", "", ""), vec![(4, "metadata.name", "Kubernetes")]),
+        (
+            entry("UPPER", "nowhere", "", "  x: 1\n"),
+            vec![(4, "metadata.name", "Kubernetes"), (6, "spec.address", "not an IP"), (7, "spec.x", "not known")],
+        ),
         (entry("7", "10.0.0.1", "", ""), vec![(4, "metadata.name", "must be a text, but is a number")]),
         (entry("a", "10.0.0.1", "  namespace: a.b\n", ""), vec![(5, "metadata.namespace", "Kubernetes")]),
         (entry("a", "10.0.0.1", "", "  serviceAccount: ../x\n"), vec![(7, "spec.serviceAccount", "Kubernetes")]),
@@ -268,7 +272,10 @@ fn every_fault_is_named_with_file_line_field_and_reason() {
             entry("a", "10.0.0.1", "  annotations: {marline.io/netsn: /run/x}\n", ""),
             vec![(5, "metadata.annotations", "marline.io/netsn is not known")],
         ),
-        ("apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\n".into(), vec![(1, "metadata.name", "missing")]),
+        (
+            "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\n".into(),
+            vec![(1, "metadata.name", "missing"), (1, "spec", "missing")],
+        ),
         (
             "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {name: a}\nspce: {}\n".into(),
             vec![(1, "spec", "missing"), (4, "spce", "not known")],
@@ -415,6 +422,15 @@ fn a_directory_without_an_agent_is_refused() {
     let headless = load(&[("a.yaml", &entry("a", "10.0.0.1", "", ""))]).unwrap_err();
     assert!(headless.to_string().contains("no resource of kind AgentConfig"), "{headless}");
     assert_eq!(headless.errors.len(), 1);
+}
+
+#[test]
+fn contradictions_are_told_even_without_a_sound_agent() {
+    let workloads = [entry("a", "10.0.0.1", "", ""), entry("b", "10.0.0.1", "", "")].concat();
+    let agent = AGENT.replace("cgroup: /", "cgroup: ");
+    let errors = load(&[("a.yaml", &agent), ("w.yaml", &workloads)]).unwrap_err();
+    let fields: Vec<_> = errors.errors.iter().map(|error| error.field.as_deref().unwrap()).collect();
+    assert_eq!(fields, ["spec.capture.cgroup", "spec.address"]);
 }
 
 #[test]

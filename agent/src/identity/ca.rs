@@ -201,10 +201,7 @@ impl Ca {
     }
 
     fn prove(&self) -> Result<(), String> {
-        let trust_domain = match &self.trust_domain {
-            Some(trust_domain) => trust_domain.clone(),
-            None => TrustDomain::parse("cluster.local").map_err(|error| error.to_string())?,
-        };
+        let trust_domain = self.trust_domain.clone().unwrap_or_default();
         let id = SpiffeId::new(&trust_domain, "marline", "proof").map_err(|error| error.to_string())?;
         let svid = self.issue(&id, Duration::from_secs(60)).map_err(|error| error.to_string())?;
         let (leaf, intermediates) = svid.key.cert.split_first().ok_or("it made no certificate")?;
