@@ -88,6 +88,7 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
     };
     let log = AccessLog::open(&path, format).map_err(|source| AppError::AccessLog { path, source })?;
     let ca = Ca::open(&agent.ca.path)?;
+    ca.require_trust_domain(&agent.trust_domain)?;
     let kernel = kernel(&ca, &agent).await?;
     metrics
         .kernel
