@@ -41,7 +41,7 @@ const VM_ALL: Duration = Duration::from_secs(30 * 60);
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Without a choice, all of these run:
-  --unit    tests inside the crates
+  --unit    tests of the single crates
   --native  scenarios (tests/tests) on this machine's kernel; root, in network namespaces, one after the other
   --vm      the same scenarios in Debian's kernels 6.12 and 6.1, one boot each
 Files named native_* run only natively, files named vm_* only in the VM. Before them come the checks of the format and of the
@@ -53,7 +53,7 @@ A test that cannot run on a kernel prints `SKIPPED: name: reason`, which is coun
   cargo xtask test --native --suite transfer_matrix --filter half_close
   cargo xtask test --vm 6.1")]
 pub(crate) struct Args {
-    /// Run the tests inside the crates
+    /// Run the tests of the single crates
     #[arg(long)]
     unit: bool,
     /// Run the scenarios on this kernel
@@ -65,7 +65,7 @@ pub(crate) struct Args {
     /// Only tests whose name contains this
     #[arg(long, value_name = "NAME")]
     filter: Option<String>,
-    /// Only suites whose name contains this: a file of tests/tests, or a crate with --unit
+    /// Only suites whose name contains this: a file of tests/tests, or as `agent/lib` with --unit
     #[arg(long, value_name = "NAME")]
     suite: Option<String>,
     /// Show the tests instead of running them

@@ -67,12 +67,10 @@ fn table(text: &mut String, reports: &[&Report]) {
 
 /// The command that runs one test once more.
 fn again(report: &Report, test: &str) -> String {
-    // The name of a crate's suite has a part in brackets.
-    let (suite, unit) =
-        report.suite.split_once(" (unit").map_or((report.suite.as_str(), false), |(suite, _)| (suite, true));
     let place = match report.kernel.strip_prefix("VM ") {
         Some(kernel) => format!("--vm {kernel}"),
-        None if unit => "--unit".to_owned(),
+        // Suites of crates are named CRATE/WHAT.
+        None if report.suite.contains('/') => "--unit".to_owned(),
         None => "--native".to_owned(),
     };
     // In brackets stands what happened to the suite as a whole, and where.
@@ -80,7 +78,7 @@ fn again(report: &Report, test: &str) -> String {
         .strip_prefix('(')
         .map_or(Some(test), |words| words.strip_suffix(')')?.split_once(" during ").map(|(_, test)| test));
     let filter = test.map_or_else(String::new, |test| format!(" --filter {test}"));
-    format!("cargo xtask test {place} --suite {suite}{filter}")
+    format!("cargo xtask test {place} --suite {}{filter}", report.suite)
 }
 
 #[cfg(test)]
