@@ -1,6 +1,9 @@
 //! One connection from a local pod: capture, identify, authorize, handshake, offload, pump, account, in this order.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use tokio::net::TcpStream;
 
@@ -25,7 +28,7 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, app: TcpStream, clie
         origin => origin,
     };
     let account = Account::open(&ctx.connections, &ctx.metrics, &ctx.log, Direction::Outbound);
-    account.live.learn(|facts| facts.source = identify::of(Some(&pod.workload), client.0));
+    account.live.learn(|facts| facts.source = identify::of(Some(&pod.workload), seen_by_app(&pod, client)));
     match open(&ctx, &pod, &app, client, origin, &account).await {
         Err(refusal) => account.refused(refusal.reason(), &refusal),
         Ok((wire, records, permit, destination)) => {
@@ -90,6 +93,12 @@ async fn open(
 /// The address that the application had bound, if it had: an unbound one comes from loopback.
 fn chosen(client: ClientAddr) -> Option<IpAddr> {
     Some(client.0.ip()).filter(|ip| !ip.is_loopback())
+}
+
+/// The source as the application sees it: the kernel programs hide that an unbound socket's address is loopback's.
+fn seen_by_app(pod: &Pod, client: ClientAddr) -> SocketAddr {
+    let own = pod.workload.addresses.iter().copied().find(|own| own.is_ipv4() == client.0.is_ipv4());
+    SocketAddr::new(own.filter(|_| client.0.ip().is_loopback()).unwrap_or(client.0.ip()), client.0.port())
 }
 
 fn remember_refused(ctx: &Context, pod: &Pod, destination: OrigDst) {
