@@ -22,7 +22,10 @@ impl LogReader {
     pub(super) fn start(ebpf: &mut Ebpf) -> Result<Self, BpfError> {
         let runtime = Handle::try_current().map_err(|_| BpfError::NoRuntime)?;
         let reader = EbpfLogger::init_with_logger(ebpf, ToTracing).map_err(BpfError::Log)?;
-        #[expect(deprecated, reason = "its successor is unsafe to call; the reader does give one descriptor, its own, for life")]
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe to call; the reader does give one descriptor, its own, for life"
+        )]
         let reader = AsyncFd::with_interest(reader, Interest::READABLE);
         let mut reader = reader.map_err(BpfError::file("cannot poll", "the log of the kernel programs"))?;
         let task = runtime.spawn(async move {

@@ -77,8 +77,7 @@ impl Bed {
         let name = format!("mk{}x{number}", std::process::id());
         let cgroup = cgroup2().join(&name);
         fs::create_dir(&cgroup).expect("cgroup2 takes a group: the tests need root");
-        let settings =
-            CaptureSettings { cgroup: cgroup.clone(), pin_path: Path::new("/sys/fs/bpf").join(&name) };
+        let settings = CaptureSettings { cgroup: cgroup.clone(), pin_path: Path::new("/sys/fs/bpf").join(&name) };
         let node_path = add_netns(&format!("{name}n"));
         let node = Arc::new(Netns::open(node_path).expect("just made"));
         node.run(|| {
