@@ -1,1 +1,109 @@
-//! access_log
+//! The access log: one line per connection, as JSON or as text, to a file or to standard output. What is in a line is gathered
+//! by `proxy::account`.
+
+use std::{
+    fs::OpenOptions,
+    io::{self, Write},
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::SystemTime,
+};
+
+use serde::{Serialize, Serializer};
+
+use crate::proxy::{
+    connections::{Direction, Endpoint, Mode, TlsFacts},
+    offload::PumpKind,
+};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Format {
+    #[default]
+    Json,
+    Text,
+}
+
+/// One connection. Bytes are the application's, `sent` from the connection's source side of this agent to the wire's.
+#[derive(Serialize)]
+pub struct Record<'a> {
+    #[serde(serialize_with = "rfc3339")]
+    pub time: SystemTime,
+    pub direction: Direction,
+    pub source: &'a Endpoint,
+    pub destination: &'a Endpoint,
+    pub mode: Option<Mode>,
+    /// `ktls`, `userspace`, `plaintext`, or `none` where it did not come so far.
+    pub records: &'a str,
+    pub pump: Option<PumpKind>,
+    pub verdict: &'a str,
+    pub reason: Option<&'a str>,
+    pub close: &'a str,
+    pub bytes_sent: u64,
+    pub bytes_received: u64,
+    pub duration_ms: u64,
+    pub tls: Option<&'a TlsFacts>,
+}
+
+#[derive(Clone)]
+pub struct AccessLog(Arc<Mutex<Box<dyn Write + Send>>>, Format);
+
+impl AccessLog {
+    pub fn open(path: &Path, format: Format) -> io::Result<Self> {
+        let writer: Box<dyn Write + Send> = if path == Path::new("-") {
+            Box::new(io::stdout())
+        } else {
+            Box::new(OpenOptions::new().create(true).append(true).open(path)?)
+        };
+        Ok(Self(Arc::new(Mutex::new(writer)), format))
+    }
+
+    /// For tests and tools: no line is kept.
+    pub fn none() -> Self {
+        Self(Arc::new(Mutex::new(Box::new(io::sink()))), Format::Json)
+    }
+
+    pub fn write(&self, record: &Record<'_>) {
+        let mut line = match self.1 {
+            Format::Json => match serde_json::to_vec(record) {
+                Ok(line) => line,
+                Err(error) => return tracing::error!(%error, "an access record could not be written as JSON"),
+            },
+            Format::Text => text(record).into_bytes(),
+        };
+        line.push(b'\n');
+        let mut writer = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = writer.write_all(&line).and_then(|()| writer.flush()) {
+            tracing::error!(%error, "an access record was lost");
+        }
+    }
+}
+
+fn text(record: &Record<'_>) -> String {
+    let end = |end: &Endpoint| {
+        let address = end.address.as_ref().map_or_else(|| "-".to_owned(), SocketAddr::to_string);
+        format!("{address} {}", end.identity.as_deref().unwrap_or("-"))
+    };
+    format!(
+        "{} {} {} -> {} {} {} {} sent={} received={} {}ms {}",
+        timestamp(record.time),
+        record.direction.as_str(),
+        end(record.source),
+        end(record.destination),
+        record.records,
+        record.verdict,
+        record.reason.unwrap_or("-"),
+        record.bytes_sent,
+        record.bytes_received,
+        record.duration_ms,
+        record.close,
+    )
+}
+
+fn rfc3339<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&timestamp(*time))
+}
+
+fn timestamp(time: SystemTime) -> String {
+    humantime::format_rfc3339_millis(time).to_string()
+}

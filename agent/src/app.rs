@@ -1,1 +1,224 @@
-//! app
+//! The composition root: the only file that knows every room. Reads the configuration, starts the rooms in order, and stops
+//! them when told to. Pods stay closed, not open, when it ends.
+
+use std::{io, path::PathBuf, sync::Arc};
+
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+
+use crate::{
+    access_log::{self, AccessLog},
+    admin,
+    bpf::{BpfError, Capture, CaptureSettings},
+    config::{self, AccessLogFormat, AgentConfig, ConfigErrors, PumpMode, RecordsMode},
+    control::files::{self, ReloadObserver, WatchSettings},
+    identity::{
+        IdentityError, SpiffeId,
+        ca::Ca,
+        manager::{Manager, ManagerSettings},
+    },
+    metrics::Metrics,
+    proxy::{
+        Parts, Proxy, Settings,
+        offload::{Capabilities, PumpKind, RecordsChoice},
+        probe,
+    },
+    state::State,
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    #[error(transparent)]
+    Config(#[from] ConfigErrors),
+    #[error("the certificate authority")]
+    Identity(#[from] IdentityError),
+    #[error("the trust domain or the probe's identity")]
+    Id(#[from] crate::identity::IdError),
+    #[error("capture")]
+    Capture(#[from] BpfError),
+    #[error(
+        "spec.records.requireKtls is set and this kernel has no usable kernel TLS: {0}; load the module `tls`, or unset it"
+    )]
+    NoKtls(String),
+    #[error("the access log {path}")]
+    AccessLog { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Admin(#[from] admin::AdminError),
+    #[error("signals")]
+    Signal(#[source] io::Error),
+}
+
+/// Runs the agent until SIGTERM or SIGINT.
+pub async fn run(dir: PathBuf) -> Result<(), AppError> {
+    let loaded = config::load(&dir)?;
+    files::log_warnings(&loaded.warnings);
+    let agent = loaded.agent;
+    raise_descriptor_limit();
+
+    let metrics = Arc::new(Metrics::new());
+    let path = agent.access_log.path.clone().unwrap_or_else(|| "-".into());
+    let format = match agent.access_log.format {
+        AccessLogFormat::Json => access_log::Format::Json,
+        AccessLogFormat::Text => access_log::Format::Text,
+    };
+    let log = AccessLog::open(&path, format).map_err(|source| AppError::AccessLog { path, source })?;
+    let ca = Ca::open(&agent.ca.path)?;
+    let kernel = kernel(&ca, &agent).await?;
+    metrics
+        .kernel
+        .get_or_create(&[
+            ("ktls", if kernel.suites.is_empty() { "no" } else { "yes" }),
+            ("pump", if kernel.pump == PumpKind::Splice { "splice" } else { "copy" }),
+            ("records", records_name(&agent)),
+        ])
+        .set(1);
+    let identities = Manager::new(ca, ManagerSettings { leaf_lifetime: agent.ca.leaf_lifetime, ..Default::default() });
+    let capture = Capture::load(&CaptureSettings {
+        cgroup: agent.capture.cgroup.clone(),
+        pin_path: agent.capture.pin_path.clone(),
+    })?;
+    let state = State::new(loaded.snapshot);
+    let proxy = Proxy::new(Parts {
+        state: state.clone(),
+        identities: identities.clone(),
+        capture,
+        kernel,
+        settings: settings(&agent),
+        metrics: metrics.clone(),
+        log,
+    });
+
+    let (stop, stopped) = watch::channel(false);
+    let mut servers = admin::serve(&agent, &proxy, &metrics).await?;
+    servers.spawn({
+        let stopped = stopped.clone();
+        async move {
+            identities.run(stopped).await;
+            Ok(())
+        }
+    });
+    servers.spawn({
+        let observer = Arc::new(CountReloads(metrics));
+        async move {
+            files::watch(dir, agent, state, observer, WatchSettings::default(), stopped).await;
+            Ok(())
+        }
+    });
+    servers.spawn({
+        let proxy = proxy.clone();
+        async move {
+            proxy.run().await;
+            Ok(())
+        }
+    });
+    let announced = tokio::spawn(announce(proxy));
+
+    let mut terminate = signal(SignalKind::terminate()).map_err(AppError::Signal)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(AppError::Signal)?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        Some(ended) = servers.join_next() => match ended {
+            Ok(Ok(())) => tracing::error!("a part of the agent ended by itself"),
+            Ok(Err(error)) => return Err(error.into()),
+            Err(error) => tracing::error!(%error, "a part of the agent panicked"),
+        },
+    }
+    tracing::info!("stopping; enrolled pods stay closed until an agent runs again");
+    stop.send_replace(true);
+    announced.abort();
+    Ok(())
+}
+
+/// What the kernel can do, of what the operator allows.
+async fn kernel(ca: &Ca, agent: &AgentConfig) -> Result<Capabilities, AppError> {
+    if agent.records.mode == RecordsMode::Userspace {
+        return Ok(with_pump(Capabilities::none("spec.records is userspace"), agent));
+    }
+    let id = SpiffeId::new(&agent.trust_domain, "marline-system", "probe")?;
+    let svid = ca.issue(&id, std::time::Duration::from_secs(600))?;
+    let found = probe::probe(&svid, ca.roots()).await;
+    let suites: Vec<_> = found.suites.iter().map(|suite| format!("{suite:?}")).collect();
+    let pump = if found.pump == PumpKind::Splice { "splice" } else { "copy" };
+    tracing::info!(
+        kernel_tls = !suites.is_empty(),
+        suites = suites.join(" "),
+        pump,
+        "probed the kernel: {}",
+        found.why
+    );
+    if agent.records.require_ktls && found.suites.is_empty() {
+        return Err(AppError::NoKtls(found.why));
+    }
+    Ok(with_pump(found, agent))
+}
+
+fn with_pump(found: Capabilities, agent: &AgentConfig) -> Capabilities {
+    match agent.pump {
+        PumpMode::Auto => found,
+        PumpMode::Splice => Capabilities { pump: PumpKind::Splice, ..found },
+        PumpMode::Copy => Capabilities { pump: PumpKind::Copy, ..found },
+    }
+}
+
+fn settings(agent: &AgentConfig) -> Settings {
+    let records = match agent.records.mode {
+        _ if agent.records.require_ktls => RecordsChoice::Kernel,
+        RecordsMode::Auto => RecordsChoice::Auto,
+        RecordsMode::Kernel => RecordsChoice::Kernel,
+        RecordsMode::Userspace => RecordsChoice::Userspace,
+    };
+    Settings {
+        records,
+        connect: agent.timeouts.connect,
+        handshake: agent.timeouts.handshake,
+        dead_peer: agent.timeouts.dead_peer,
+    }
+}
+
+fn records_name(agent: &AgentConfig) -> &'static str {
+    match agent.records.mode {
+        RecordsMode::Auto => "auto",
+        RecordsMode::Kernel => "kernel",
+        RecordsMode::Userspace => "userspace",
+    }
+}
+
+/// One line whenever the agent becomes ready, for people and scripts that watch the log.
+async fn announce(proxy: Proxy) {
+    let (mut changes, mut was_ready) = (proxy.changes(), false);
+    loop {
+        let ready = proxy.ready().is_ok();
+        if ready && !was_ready {
+            tracing::info!("marline: ready");
+        }
+        was_ready = ready;
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Each connection takes two descriptors or more; the soft limit of many systems is 1024.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files cannot be raised");
+    }
+}
+
+struct CountReloads(Arc<Metrics>);
+
+impl ReloadObserver for CountReloads {
+    fn accepted(&self, _generation: u64) {
+        self.0.reloaded(true);
+    }
+
+    fn rejected(&self, _errors: &ConfigErrors) {
+        self.0.reloaded(false);
+    }
+}

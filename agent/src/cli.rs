@@ -1,1 +1,161 @@
-//! cli
+//! What people type: `marline agent`, `marline check-config`, `marline ca`. Exit codes: 0 done, 1 failed, 2 the command line or the
+//! configuration is wrong.
+
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
+
+use crate::{
+    app,
+    bpf::{
+        Capture,
+        probe::{ProbeArgs, probe_main},
+    },
+    config,
+    identity::{TrustDomain, ca::Ca},
+    proxy::account::with_causes,
+};
+
+const WRONG_CONFIGURATION: u8 = 2;
+
+#[derive(Parser)]
+#[command(
+    name = "marline",
+    version,
+    about = "A mesh agent for one node: mTLS between pods, with the kernel encrypting"
+)]
+struct Cli {
+    /// What to log, as in RUST_LOG: `info`, `debug`, `marline::proxy=trace`
+    #[arg(long, global = true, env = "MARLINE_LOG", default_value = "info")]
+    log: String,
+    /// Log as JSON lines
+    #[arg(long, global = true)]
+    log_json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the agent of this node until it is told to stop (SIGTERM, SIGINT)
+    Agent {
+        /// The directory with the AgentConfig and Istio's resources; changes are followed while running
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Read a configuration directory, list everything that is wrong with it, and exit with 2 if the agent would refuse it
+    CheckConfig {
+        dir: PathBuf,
+        /// Print the findings as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// The embedded certificate authority
+    Ca {
+        #[command(subcommand)]
+        command: CaCommand,
+    },
+    /// Let go of every pod that an agent left captured: remove the kernel programs, links and maps pinned at PIN_PATH. Traffic of
+    /// those pods flows in the clear afterwards
+    Unload {
+        #[arg(default_value = "/sys/fs/bpf/marline")]
+        pin_path: PathBuf,
+    },
+    #[command(hide = true)]
+    InternalProbe(ProbeArgs),
+}
+
+#[derive(Subcommand)]
+enum CaCommand {
+    /// Make a new self-signed CA in DIR, in the layout of Istio's `cacerts`; nothing that exists is overwritten
+    Init {
+        dir: PathBuf,
+        #[arg(long, default_value = "cluster.local")]
+        trust_domain: String,
+    },
+}
+
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(error) = log(&cli) {
+        eprintln!("marline: --log {:?}: {error}", cli.log);
+        return ExitCode::from(WRONG_CONFIGURATION);
+    }
+    match cli.command {
+        Command::Agent { config } => agent(config),
+        Command::CheckConfig { dir, json } => check_config(&dir, json),
+        Command::Ca { command: CaCommand::Init { dir, trust_domain } } => {
+            let made = TrustDomain::parse(&trust_domain)
+                .map_err(|error| with_causes(&error))
+                .and_then(|domain| Ca::init(&dir, &domain).map_err(|error| with_causes(&error)));
+            match made {
+                Ok(()) => {
+                    println!("a CA for {trust_domain} is in {}", dir.display());
+                    ExitCode::SUCCESS
+                }
+                Err(error) => failed(&error),
+            }
+        }
+        Command::Unload { pin_path } => match Capture::unload(&pin_path) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failed(&with_causes(&error)),
+        },
+        Command::InternalProbe(args) => probe_main(&args),
+    }
+}
+
+fn agent(dir: PathBuf) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("marline").build() {
+        Ok(runtime) => runtime,
+        Err(error) => return failed(&format!("the asynchronous runtime: {error}")),
+    };
+    match runtime.block_on(app::run(dir)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(app::AppError::Config(errors)) => {
+            eprintln!("{errors}");
+            ExitCode::from(WRONG_CONFIGURATION)
+        }
+        Err(error) => failed(&with_causes(&error)),
+    }
+}
+
+fn check_config(dir: &std::path::Path, json: bool) -> ExitCode {
+    let (text, findings, code) = match config::load(dir) {
+        Ok(loaded) => {
+            let lines: Vec<_> = loaded.warnings.iter().map(|warning| format!("warning: {warning}")).collect();
+            let summary = format!(
+                "{}: good, {} local pods, {} workloads, {} warnings",
+                dir.display(),
+                loaded.snapshot.local.len(),
+                loaded.snapshot.workloads().len(),
+                lines.len()
+            );
+            let json = serde_json::json!({ "errors": [], "warnings": loaded.warnings });
+            ([lines, vec![summary]].concat().join("\n"), json, ExitCode::SUCCESS)
+        }
+        Err(errors) => (errors.to_string(), serde_json::json!(errors), ExitCode::from(WRONG_CONFIGURATION)),
+    };
+    if json {
+        println!("{findings}");
+    } else {
+        println!("{text}");
+    }
+    code
+}
+
+fn log(cli: &Cli) -> Result<(), Box<dyn std::error::Error>> {
+    let registry = tracing_subscriber::registry().with(EnvFilter::builder().parse(&cli.log)?);
+    if cli.log_json {
+        registry.with(fmt::layer().json().with_writer(std::io::stderr)).try_init()?;
+    } else {
+        let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        registry.with(fmt::layer().with_ansi(colour).with_writer(std::io::stderr)).try_init()?;
+    }
+    Ok(())
+}
+
+fn failed(text: &str) -> ExitCode {
+    eprintln!("marline: {text}");
+    ExitCode::FAILURE
+}

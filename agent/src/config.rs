@@ -1,1 +1,267 @@
-//! config
+//! Configuration: a directory of Istio's YAML and of Marline's own, read as a whole into a snapshot, or refused as a
+//! whole with every error named. The same code reads at the start and at every change; noticing changes is
+//! `control::files`'s.
+
+mod agent;
+mod assemble;
+mod document;
+mod fields;
+mod finding;
+mod resources;
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+pub use agent::{
+    AccessLogConfig, AccessLogFormat, AgentConfig, CaConfig, CaptureConfig, PumpMode, RecordsConfig, RecordsMode,
+    Timeouts,
+};
+pub use finding::{ConfigErrors, Finding};
+
+use crate::{identity::TrustDomain, policy::MtlsMode, state::Snapshot};
+use document::{Node, Pair, Value};
+use finding::{Origin, Report, about_file};
+use resources::WorkloadEntry;
+
+/// A sound configuration.
+#[derive(Debug)]
+pub struct Loaded {
+    pub agent: AgentConfig,
+    pub snapshot: Snapshot,
+    pub warnings: Vec<Finding>,
+}
+
+/// Reads every `*.yaml`, `*.yml` and `*.json` of `dir`. Hidden files are left out: in a mounted ConfigMap they are the
+/// versions behind the visible ones.
+pub fn load(dir: &Path) -> Result<Loaded, ConfigErrors> {
+    read(dir, None)
+}
+
+/// Reads the directory again, for an agent that runs: identities stay in the trust domain that it runs with, as a new
+/// one takes a restart.
+pub fn reload(dir: &Path, running: &AgentConfig) -> Result<Loaded, ConfigErrors> {
+    read(dir, Some(&running.trust_domain))
+}
+
+/// The files that make up the configuration, in the order of their names.
+pub(crate) fn configuration_files(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if is_configuration(&path) {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn read(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Loaded, ConfigErrors> {
+    let mut report = Report::default();
+    let mut documents = Documents::default();
+    match configuration_files(dir) {
+        Err(error) => {
+            let hint = "give the directory that holds the agent's YAML files";
+            report.errors.push(about_file(dir, None, format!("cannot be read: {error}"), hint));
+        }
+        Ok(files) if files.is_empty() => {
+            let hint = "put at least an AgentConfig there";
+            report.errors.push(about_file(dir, None, "holds no *.yaml, *.yml or *.json file".to_owned(), hint));
+        }
+        Ok(files) => {
+            for file in files {
+                documents.read_file(dir, &file, &mut report);
+            }
+            documents.check_agents(dir, &mut report);
+        }
+    }
+    let mut snapshot = None;
+    if let Some(agent) = documents.agents.first().and_then(|(_, agent)| agent.as_ref()) {
+        let mode = documents.modes.first().map_or_else(MtlsMode::default, |(_, mode)| *mode);
+        let trust_domain = trust_domain.unwrap_or(&agent.trust_domain);
+        snapshot = Some(assemble::snapshot(trust_domain, mode, &documents.workloads, &mut report));
+    }
+    let agent = documents.agents.into_iter().next().and_then(|(_, agent)| agent);
+    match (agent, snapshot) {
+        (Some(agent), Some(snapshot)) if report.errors.is_empty() => {
+            Ok(Loaded { agent, snapshot, warnings: report.into_warnings() })
+        }
+        _ => Err(report.into_errors()),
+    }
+}
+
+fn is_configuration(path: &Path) -> bool {
+    let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+    let known = ["yaml", "yml", "json"];
+    !hidden && path.extension().is_some_and(|extension| known.iter().any(|known| extension.eq_ignore_ascii_case(known)))
+}
+
+/// What the files hold, document by document.
+#[derive(Default)]
+struct Documents {
+    names: HashMap<String, Origin>,
+    /// Without a configuration if one was there and could not be read.
+    agents: Vec<(Origin, Option<AgentConfig>)>,
+    modes: Vec<(Origin, MtlsMode)>,
+    workloads: Vec<WorkloadEntry>,
+}
+
+impl Documents {
+    fn read_file(&mut self, dir: &Path, file: &Path, report: &mut Report) {
+        let text = match fs::read(file).map(String::from_utf8) {
+            Err(error) => {
+                let hint = "make it readable to the agent, or remove it";
+                report.errors.push(about_file(file, None, format!("cannot be read: {error}"), hint));
+                return;
+            }
+            Ok(Err(error)) => {
+                let line =
+                    1 + error.as_bytes().iter().take(error.utf8_error().valid_up_to()).filter(|b| **b == b'\n').count();
+                let message = "is not UTF-8 text".to_owned();
+                report.errors.push(about_file(file, Some(line as u64), message, "save it as UTF-8"));
+                return;
+            }
+            Ok(Ok(text)) => text,
+        };
+        let (nodes, syntax) = document::parse(&text);
+        for node in &nodes {
+            self.read_document(dir, file, node, report);
+        }
+        if let Some(error) = syntax {
+            let hint = "correct it; what follows in this file was not read";
+            report.errors.push(about_file(file, error.line, format!("is not valid YAML: {}", error.message), hint));
+        }
+    }
+
+    fn read_document(&mut self, dir: &Path, file: &Path, node: &Node, report: &mut Report) {
+        let Value::Map(document) = &node.value else {
+            let message = format!("expected a resource, found {}", node.value.kind());
+            let hint = "write apiVersion, kind, metadata and spec";
+            report.errors.push(about_file(file, Some(node.line), message, hint));
+            return;
+        };
+        let (kind, version) = (text_of(document, "kind"), text_of(document, "apiVersion"));
+        if kind == "List" && version == "v1" {
+            self.read_list(dir, file, node.line, document, report);
+            return;
+        }
+        let mut origin = Origin { file: file.to_owned(), line: node.line, resource: resource_name(kind, document) };
+        if kind.is_empty() || version.is_empty() {
+            let field = if kind.is_empty() { "kind" } else { "apiVersion" };
+            origin.resource = "document".to_owned();
+            let hint = "write apiVersion and kind as texts at the top of each document".to_owned();
+            report.errors.push(origin.finding(field, node.line, "is missing or no text".to_owned(), hint));
+            return;
+        }
+        let (group, version) = version.split_once('/').unwrap_or(("", version));
+        match (kind, group, version) {
+            ("AgentConfig", "marline.io", "v1alpha1") => {
+                let agent = agent::read(dir, &origin, document, report);
+                self.agents.push((origin, agent));
+            }
+            ("WorkloadEntry", "networking.istio.io", "v1" | "v1beta1" | "v1alpha3") => {
+                assemble::unique_name(&mut self.names, &origin, report);
+                if let Some(metadata) = resources::metadata(&origin, document, report) {
+                    self.workloads.extend(resources::workload_entry(&origin, metadata, document, report));
+                }
+            }
+            ("PeerAuthentication", "security.istio.io", "v1" | "v1beta1") => {
+                assemble::unique_name(&mut self.names, &origin, report);
+                if let Some(metadata) = resources::metadata(&origin, document, report)
+                    && let Some(mode) = resources::peer_authentication(&origin, &metadata, document, report)
+                {
+                    self.mesh_mode(origin, mode, report);
+                }
+            }
+            _ => {
+                let (message, hint) = unsupported(kind, group, version);
+                report.errors.push(origin.finding("", node.line, message, hint));
+            }
+        }
+    }
+
+    /// What `kubectl get -o yaml` prints.
+    fn read_list(&mut self, dir: &Path, file: &Path, line: u64, document: &[Pair], report: &mut Report) {
+        match document.iter().find(|pair| pair.key == "items").map(|pair| &pair.value.value) {
+            Some(Value::List(items)) => {
+                for item in items {
+                    self.read_document(dir, file, item, report);
+                }
+            }
+            _ => {
+                let hint = "write the resources below items, or as documents of their own";
+                report.errors.push(about_file(file, Some(line), "a List without a list of items".to_owned(), hint));
+            }
+        }
+    }
+
+    fn mesh_mode(&mut self, origin: Origin, mode: MtlsMode, report: &mut Report) {
+        if let Some((first, _)) = self.modes.first() {
+            let message = format!("{} in {} sets the mesh-wide mode already", first.resource, first.place());
+            report.errors.push(origin.finding("metadata.name", origin.line, message, "keep one of them".to_owned()));
+            return;
+        }
+        self.modes.push((origin, mode));
+    }
+
+    fn check_agents(&self, dir: &Path, report: &mut Report) {
+        let Some(((first, _), others)) = self.agents.split_first() else {
+            let hint = "add one: apiVersion marline.io/v1alpha1, spec.ca.path, spec.capture.cgroup";
+            report.errors.push(about_file(dir, None, "holds no resource of kind AgentConfig".to_owned(), hint));
+            return;
+        };
+        for (origin, _) in others {
+            let message = format!("there is another AgentConfig in {}", first.place());
+            report.errors.push(origin.finding("kind", origin.line, message, "keep one of them".to_owned()));
+        }
+    }
+}
+
+fn text_of<'a>(document: &'a [Pair], key: &str) -> &'a str {
+    match document.iter().find(|pair| pair.key == key).map(|pair| &pair.value.value) {
+        Some(Value::Text(text)) => text,
+        _ => "",
+    }
+}
+
+/// `KIND NAMESPACE/NAME` as far as they can be read; the agent's own resource has no namespace.
+fn resource_name(kind: &str, document: &[Pair]) -> String {
+    let metadata = match document.iter().find(|pair| pair.key == "metadata").map(|pair| &pair.value.value) {
+        Some(Value::Map(metadata)) => metadata.as_slice(),
+        _ => &[],
+    };
+    let name = match text_of(metadata, "name") {
+        "" => assemble::UNNAMED,
+        name => name,
+    };
+    match (kind, text_of(metadata, "namespace")) {
+        ("AgentConfig", _) => format!("{kind} {name}"),
+        (_, "") => format!("{kind} {}/{name}", resources::DEFAULT_NAMESPACE),
+        (_, namespace) => format!("{kind} {namespace}/{name}"),
+    }
+}
+
+/// What to say about a resource that is not acted on. None is passed over: what it protects would not be protected.
+fn unsupported(kind: &str, group: &str, version: &str) -> (String, String) {
+    let known = [
+        ("AgentConfig", "marline.io", "marline.io/v1alpha1"),
+        ("WorkloadEntry", "networking.istio.io", "networking.istio.io/v1"),
+        ("PeerAuthentication", "security.istio.io", "security.istio.io/v1"),
+    ];
+    if let Some((_, right, example)) = known.iter().find(|(known, _, _)| *known == kind) {
+        let what = match *right == group {
+            true => format!("version {version} of this kind is not known"),
+            false => format!("this kind is not one of the group {group:?}"),
+        };
+        return (what, format!("write apiVersion: {example}"));
+    }
+    if group == "istio.io" || group.ends_with(".istio.io") {
+        let message = "Marline does not act on this kind yet, and to pass over it could protect less than it asks for";
+        return (message.to_owned(), "move it out of the directory".to_owned());
+    }
+    let hint = "known are AgentConfig, WorkloadEntry and PeerAuthentication: correct kind and apiVersion, or move it out of the directory";
+    ("this kind of resource is not known".to_owned(), hint.to_owned())
+}

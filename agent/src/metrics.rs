@@ -1,1 +1,167 @@
-//! metrics
+//! Counters and gauges in OpenMetrics form. Names are Istio's where Istio has one, else `marline_`. Serving them is
+//! `admin`'s; the kernel program's counters are read when asked for.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::{Registry, Unit},
+};
+
+use crate::proxy::connections::{Direction, Mode};
+
+type Labels<const N: usize> = [(&'static str, &'static str); N];
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Build {
+    version: &'static str,
+}
+
+pub struct Metrics {
+    registry: Registry,
+    opened: Family<Labels<1>, Counter>,
+    closed: Family<Labels<4>, Counter>,
+    sent: Family<Labels<2>, Counter>,
+    received: Family<Labels<2>, Counter>,
+    carried: Family<Labels<3>, Counter>,
+    handshakes: Family<Labels<3>, Counter>,
+    handshake_seconds: Histogram,
+    reloads: Family<Labels<1>, Counter>,
+    pub live: Gauge,
+    pub pods: Family<Labels<1>, Gauge<i64>>,
+    pub kernel: Family<Labels<3>, Gauge<u64, AtomicU64>>,
+}
+
+impl Metrics {
+    pub fn new() -> Self {
+        let mut registry = Registry::default();
+        let (opened, closed, sent, received) = <(Family<_, _>, Family<_, _>, Family<_, _>, Family<_, _>)>::default();
+        let (carried, handshakes, reloads, pods, kernel) =
+            <(Family<_, _>, Family<_, _>, Family<_, _>, Family<_, _>, Family<_, _>)>::default();
+        let handshake_seconds = Histogram::new(exponential_buckets(0.000_5, 2.0, 14));
+        let live = Gauge::default();
+        let build: Family<Build, Gauge> = Family::default();
+        build.get_or_create(&Build { version: env!("CARGO_PKG_VERSION") }).set(1);
+
+        registry.register("istio_tcp_connections_opened", "Connections captured", opened.clone());
+        registry.register("istio_tcp_connections_closed", "Connections ended, by verdict and reason", closed.clone());
+        registry.register("istio_tcp_sent_bytes", "Application bytes sent to the peer", sent.clone());
+        registry.register("istio_tcp_received_bytes", "Application bytes received from the peer", received.clone());
+        registry.register("marline_connections_carried", "Connections by who keeps their records", carried.clone());
+        registry.register("marline_handshakes", "TLS handshakes by result and reason", handshakes.clone());
+        registry.register_with_unit(
+            "marline_handshake_duration",
+            "Time a successful handshake took",
+            Unit::Seconds,
+            handshake_seconds.clone(),
+        );
+        registry.register("marline_config_reloads", "Configuration reloads by result", reloads.clone());
+        registry.register("marline_connections_live", "Connections that are open now", live.clone());
+        registry.register("marline_pods", "Local pods by state", pods.clone());
+        registry.register("marline_kernel", "What this kernel was seen to do, as labels", kernel.clone());
+        registry.register("marline_build", "Build information, as labels", build);
+        Self {
+            registry,
+            opened,
+            closed,
+            sent,
+            received,
+            carried,
+            handshakes,
+            handshake_seconds,
+            reloads,
+            live,
+            pods,
+            kernel,
+        }
+    }
+
+    pub fn opened(&self, direction: Direction) {
+        self.opened.get_or_create(&[reporter(direction)]).inc();
+        self.live.inc();
+    }
+
+    pub fn closed(
+        &self,
+        direction: Direction,
+        mode: Option<Mode>,
+        verdict: &'static str,
+        reason: Option<&'static str>,
+        sent: u64,
+        received: u64,
+    ) {
+        self.live.dec();
+        let policy = security_policy(mode);
+        self.closed
+            .get_or_create(&[reporter(direction), policy, ("verdict", verdict), ("reason", reason.unwrap_or("none"))])
+            .inc();
+        self.sent.get_or_create(&[reporter(direction), policy]).inc_by(sent);
+        self.received.get_or_create(&[reporter(direction), policy]).inc_by(received);
+    }
+
+    pub fn carried(&self, direction: Direction, mode: Mode, records: &'static str) {
+        let labels = [reporter(direction), security_policy(Some(mode)), ("records", records)];
+        self.carried.get_or_create(&labels).inc();
+    }
+
+    pub fn handshake(&self, direction: Direction, result: Result<std::time::Duration, &'static str>) {
+        let (outcome, reason) = match result {
+            Ok(took) => {
+                self.handshake_seconds.observe(took.as_secs_f64());
+                ("ok", "none")
+            }
+            Err(reason) => ("failed", reason),
+        };
+        self.handshakes.get_or_create(&[reporter(direction), ("result", outcome), ("reason", reason)]).inc();
+    }
+
+    pub fn reloaded(&self, accepted: bool) {
+        self.reloads.get_or_create(&[("result", if accepted { "accepted" } else { "rejected" })]).inc();
+    }
+
+    /// The whole exposition. `capture` are the kernel program's counters.
+    pub fn render(&self, capture: &[(&'static str, u64)]) -> String {
+        let mut text = String::new();
+        if let Err(error) = encode(&mut text, &self.registry) {
+            tracing::error!(%error, "metrics could not be encoded");
+        }
+        // The kernel counts these itself; they go before the end mark that `encode` has written.
+        let mut events = String::from(
+            "# HELP marline_capture_events What the kernel program did, by event.\n# TYPE marline_capture_events counter\n",
+        );
+        for (event, count) in capture {
+            events.push_str(&format!("marline_capture_events_total{{event=\"{event}\"}} {count}\n"));
+        }
+        match text.rfind("# EOF") {
+            Some(end) => text.insert_str(end, &events),
+            None => text.push_str(&events),
+        }
+        text
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Istio's label: the source's side reports outbound connections, the destination's inbound ones.
+fn reporter(direction: Direction) -> (&'static str, &'static str) {
+    ("reporter", if direction == Direction::Outbound { "source" } else { "destination" })
+}
+
+fn security_policy(mode: Option<Mode>) -> (&'static str, &'static str) {
+    let value = match mode {
+        Some(Mode::Mtls) => "mutual_tls",
+        Some(Mode::Plaintext) => "none",
+        None => "unknown",
+    };
+    ("connection_security_policy", value)
+}

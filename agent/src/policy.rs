@@ -1,1 +1,134 @@
-//! policy
+//! What a connection must be: mTLS, plaintext, or nothing. Pure functions of the mode and of what is known about
+//! both ends; finding the ends is `state`'s business, carrying the decision out is `proxy`'s.
+
+pub mod model;
+
+use std::fmt;
+
+use crate::identity::SpiffeId;
+pub use model::{MtlsMode, Workload};
+
+/// What an outbound connection must be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Outbound {
+    /// TLS, and the server must hold one of these identities.
+    Mtls {
+        expect: Vec<SpiffeId>,
+    },
+    Plaintext,
+    Deny(DenyReason),
+}
+
+/// What an inbound connection must be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Inbound {
+    Mtls,
+    Plaintext,
+    /// Either: look at the first bytes, because nothing is known about the source. A client that waits for the
+    /// server to speak first cannot be told apart this way, so this is the last resort and not the rule.
+    Sniff,
+    Deny(DenyReason),
+}
+
+/// Why a connection may not be made at all, whatever its encryption.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DenyReason {
+    /// A rule forbids it; the text names the rule.
+    Rule(String),
+}
+
+impl fmt::Display for DenyReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rule(rule) => write!(f, "forbidden by {rule}"),
+        }
+    }
+}
+
+/// The client's side, as Istio's auto mTLS has it: TLS towards what is in the mesh, plaintext towards all else. STRICT
+/// is a demand on servers and changes nothing here.
+pub fn outbound(mode: MtlsMode, destination: Option<&Workload>) -> Outbound {
+    match (mode, destination) {
+        (MtlsMode::Strict | MtlsMode::Permissive, Some(workload)) if workload.in_mesh => {
+            Outbound::Mtls { expect: vec![workload.id.clone()] }
+        }
+        (MtlsMode::Strict | MtlsMode::Permissive | MtlsMode::Disable, _) => Outbound::Plaintext,
+    }
+}
+
+/// The server's side. Under STRICT the handshake decides, so that a plaintext client is refused with a reason.
+pub fn inbound(mode: MtlsMode, source: Option<&Workload>) -> Inbound {
+    match (mode, source) {
+        (MtlsMode::Strict, _) => Inbound::Mtls,
+        (MtlsMode::Permissive, Some(workload)) if workload.in_mesh => Inbound::Mtls,
+        (MtlsMode::Permissive, Some(_)) => Inbound::Plaintext,
+        (MtlsMode::Permissive, None) => Inbound::Sniff,
+        (MtlsMode::Disable, _) => Inbound::Plaintext,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::TrustDomain;
+
+    fn workload(in_mesh: bool) -> Workload {
+        let id = SpiffeId::new(&TrustDomain::parse("cluster.local").unwrap(), "shop", "web").unwrap();
+        Workload {
+            name: "web-1".into(),
+            namespace: "shop".into(),
+            service_account: "web".into(),
+            id,
+            addresses: vec!["10.0.0.1".parse().unwrap()],
+            in_mesh,
+            labels: Default::default(),
+            host: Workload::host_of("web-1", "shop"),
+        }
+    }
+
+    #[test]
+    fn outbound_is_mtls_exactly_towards_the_mesh_and_unless_disabled() {
+        use MtlsMode::*;
+        let mtls = Outbound::Mtls { expect: vec![workload(true).id] };
+        let table = [
+            (Strict, Some(true), mtls.clone()),
+            (Strict, Some(false), Outbound::Plaintext),
+            (Strict, None, Outbound::Plaintext),
+            (Permissive, Some(true), mtls),
+            (Permissive, Some(false), Outbound::Plaintext),
+            (Permissive, None, Outbound::Plaintext),
+            (Disable, Some(true), Outbound::Plaintext),
+            (Disable, Some(false), Outbound::Plaintext),
+            (Disable, None, Outbound::Plaintext),
+        ];
+        for (mode, in_mesh, expected) in table {
+            let destination = in_mesh.map(workload);
+            assert_eq!(outbound(mode, destination.as_ref()), expected, "{mode} towards {in_mesh:?}");
+        }
+    }
+
+    #[test]
+    fn inbound_demands_mtls_under_strict_and_sniffs_only_the_unknown() {
+        use MtlsMode::*;
+        let table = [
+            (Strict, Some(true), Inbound::Mtls),
+            (Strict, Some(false), Inbound::Mtls),
+            (Strict, None, Inbound::Mtls),
+            (Permissive, Some(true), Inbound::Mtls),
+            (Permissive, Some(false), Inbound::Plaintext),
+            (Permissive, None, Inbound::Sniff),
+            (Disable, Some(true), Inbound::Plaintext),
+            (Disable, Some(false), Inbound::Plaintext),
+            (Disable, None, Inbound::Plaintext),
+        ];
+        for (mode, in_mesh, expected) in table {
+            let source = in_mesh.map(workload);
+            assert_eq!(inbound(mode, source.as_ref()), expected, "{mode} from {in_mesh:?}");
+        }
+    }
+
+    #[test]
+    fn the_default_mode_is_istios() {
+        assert_eq!(MtlsMode::default(), MtlsMode::Permissive);
+    }
+}

@@ -1,1 +1,292 @@
-//! proxy
+//! A connection's way through the agent, one file per stage: capture, identify, authorize, handshake, offload, pump, account.
+//! `outbound` and `inbound` are the way itself, read from its two ends; `pod` keeps a local pod captured. What is known of
+//! the mesh comes from `state`; who may talk to whom is `policy`'s.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    time::{Duration, SystemTime},
+};
+
+use tokio::{net::TcpStream, sync::watch};
+
+use crate::{
+    access_log::AccessLog,
+    bpf::{Capture, selftest::SelfTest},
+    identity::{SpiffeId, Svid, manager::Manager},
+    metrics::Metrics,
+    state::{LocalPod, State},
+};
+
+pub mod account;
+pub mod authorize;
+mod capture;
+pub mod connections;
+pub mod handshake;
+pub mod identify;
+mod inbound;
+pub mod offload;
+mod outbound;
+mod pod;
+pub mod probe;
+pub mod pump;
+mod refusal;
+mod watchdog;
+
+pub use pod::{PodState, PodStatus};
+
+use account::Account;
+use authorize::Permit;
+use connections::{Connections, Direction, Mode, TlsFacts};
+use handshake::{HandshakeError, Secured};
+use offload::{Capabilities, Records, RecordsChoice};
+use pump::PumpError;
+use refusal::Refusal;
+
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub records: RecordsChoice,
+    pub connect: Duration,
+    pub handshake: Duration,
+    pub dead_peer: Duration,
+}
+
+/// All that the stages share.
+pub struct Context {
+    pub state: State,
+    pub identities: Manager,
+    pub capture: Capture,
+    pub selftest: SelfTest,
+    pub kernel: Capabilities,
+    pub settings: Settings,
+    pub connections: Connections,
+    pub metrics: Arc<Metrics>,
+    pub log: AccessLog,
+    pods_changed: watch::Sender<u64>,
+}
+
+/// Everything that is needed to make a proxy.
+pub struct Parts {
+    pub state: State,
+    pub identities: Manager,
+    pub capture: Capture,
+    pub kernel: Capabilities,
+    pub settings: Settings,
+    pub metrics: Arc<Metrics>,
+    pub log: AccessLog,
+}
+
+/// Keeps the local pods captured and serves their connections. Cheap to clone.
+#[derive(Clone)]
+pub struct Proxy {
+    ctx: Arc<Context>,
+    pods: Arc<Mutex<HashMap<PathBuf, Running>>>,
+}
+
+struct Running {
+    local: Arc<LocalPod>,
+    status: pod::Status,
+    stop: watch::Sender<bool>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Proxy {
+    pub fn new(parts: Parts) -> Self {
+        let Parts { state, identities, capture, kernel, settings, metrics, log } = parts;
+        let ctx = Context {
+            state,
+            identities,
+            selftest: SelfTest::new(capture.clone()),
+            capture,
+            kernel,
+            settings,
+            connections: Connections::default(),
+            metrics,
+            log,
+            pods_changed: watch::Sender::new(0),
+        };
+        Self { ctx: Arc::new(ctx), pods: Arc::default() }
+    }
+
+    /// Follows the state until its sender is gone.
+    pub async fn run(&self) {
+        tokio::spawn(watchdog::run(self.ctx.clone()));
+        let mut changes = self.ctx.state.subscribe();
+        self.forget_strangers();
+        loop {
+            self.reconcile().await;
+            self.reevaluate();
+            self.ctx.pods_changed.send_modify(|count| *count += 1);
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    pub fn pods(&self) -> Vec<PodStatus> {
+        let mut pods: Vec<_> = lock(&self.pods).values().map(|running| running.status.get()).collect();
+        pods.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+        pods
+    }
+
+    /// Every local pod of the present state is captured and has a certificate that is valid now.
+    pub fn ready(&self) -> Result<(), String> {
+        let wanted = self.ctx.state.load();
+        let pods = lock(&self.pods);
+        for local in &wanted.local {
+            let name = format!("{}/{}", local.workload.namespace, local.workload.name);
+            let status = pods.get(&local.netns).filter(|running| running.local == *local).map(|r| r.status.get());
+            match status {
+                Some(status) if status.state == PodState::Ready => {}
+                Some(status) => {
+                    return Err(format!("pod {name} is refused: {}", status.reason.unwrap_or_default()));
+                }
+                None => return Err(format!("pod {name} is not enrolled yet")),
+            }
+            self.ctx.svid(&local.workload.id).map_err(|refusal| format!("pod {name}: {refusal}"))?;
+        }
+        Ok(())
+    }
+
+    /// Tells whenever a pod's state has changed.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.ctx.pods_changed.subscribe()
+    }
+
+    pub fn context(&self) -> &Arc<Context> {
+        &self.ctx
+    }
+
+    /// Pods that a predecessor enrolled and that nobody wants any more stay closed no longer than this.
+    fn forget_strangers(&self) {
+        let wanted: Vec<_> = self.ctx.state.load().local.iter().map(|local| local.netns.clone()).collect();
+        let known: Vec<_> = wanted.iter().filter_map(|path| crate::sys::netns::Netns::open(path).ok()).collect();
+        match self.ctx.capture.pods() {
+            Ok(enrolled) => {
+                for cookie in enrolled.into_iter().filter(|cookie| known.iter().all(|netns| netns.cookie() != *cookie))
+                {
+                    if let Err(error) = self.ctx.capture.withdraw(cookie) {
+                        tracing::error!(%error, "a pod of an earlier agent could not be let go");
+                    }
+                }
+            }
+            Err(error) => tracing::error!(%error, "the pods of an earlier agent cannot be listed"),
+        }
+    }
+
+    async fn reconcile(&self) {
+        let snapshot = self.ctx.state.load();
+        self.ctx.identities.retain(&snapshot.local_identities());
+        let wanted: HashMap<_, _> = snapshot.local.iter().map(|local| (local.netns.clone(), local.clone())).collect();
+        let gone: Vec<_> = lock(&self.pods)
+            .extract_if(|path, running| wanted.get(path) != Some(&running.local))
+            .map(|(_, running)| running)
+            .collect();
+        for running in gone {
+            running.stop.send_replace(true);
+            if running.task.await.is_err() {
+                tracing::error!(pod = %running.local.netns.display(), "serving the pod had panicked");
+            }
+        }
+        let mut pods = lock(&self.pods);
+        for (path, local) in wanted {
+            pods.entry(path).or_insert_with(|| {
+                let (status, stop) = (pod::Status::new(&local), watch::Sender::new(false));
+                let task = tokio::spawn(pod::run(self.ctx.clone(), local.clone(), status.clone(), stop.subscribe()));
+                Running { local, status, stop, task }
+            });
+        }
+    }
+
+    /// Takes back what the present state would not let in.
+    fn reevaluate(&self) {
+        let snapshot = self.ctx.state.load();
+        for live in self.ctx.connections.all() {
+            if let Some(reason) = authorize::revoked_by(&snapshot, live.direction, &live.facts()) {
+                live.revoke(reason);
+            }
+        }
+    }
+}
+
+impl Context {
+    fn svid(&self, id: &SpiffeId) -> Result<Arc<Svid>, Refusal> {
+        self.identities
+            .svid(id)
+            .filter(|svid| svid.is_valid_at(SystemTime::now()))
+            .ok_or_else(|| Refusal::NoSvid(id.clone()))
+    }
+
+    /// Counts a handshake and notes whom it proved.
+    fn handshaken(
+        &self,
+        account: &Account,
+        direction: Direction,
+        result: Result<Secured, HandshakeError>,
+    ) -> Result<Secured, Refusal> {
+        match result {
+            Ok(secured) => {
+                self.metrics.handshake(direction, Ok(account.live.started.elapsed()));
+                account.live.learn(|facts| {
+                    let peer = match direction {
+                        Direction::Outbound => &mut facts.destination,
+                        Direction::Inbound => &mut facts.source,
+                    };
+                    peer.identity = Some(secured.peer.to_string());
+                    facts.tls = Some(TlsFacts {
+                        cipher: format!("{:?}", secured.suite.suite()),
+                        group: secured.group.map(|group| format!("{group:?}")),
+                        alpn: secured.alpn.as_deref().map(|name| String::from_utf8_lossy(name).into_owned()),
+                    });
+                });
+                Ok(secured)
+            }
+            Err(error) => {
+                let refusal = Refusal::Handshake(error);
+                self.metrics.handshake(direction, Err(refusal.reason()));
+                Err(refusal)
+            }
+        }
+    }
+}
+
+struct Ended {
+    result: Result<(), PumpError>,
+    received: u64,
+}
+
+/// The last stages, which both ways share: pump, then account.
+async fn carry(
+    ctx: &Context,
+    account: Account,
+    app: TcpStream,
+    wire: Arc<TcpStream>,
+    records: Records,
+    permit: Permit,
+) -> Ended {
+    let mode = permit.mode();
+    debug_assert_eq!(mode == Mode::Plaintext, matches!(records, Records::Plain(_)), "records are what the permit says");
+    account.offloaded(mode, &records);
+    account.live.watch_wire(&wire);
+    // Between the decision and here the rules may have changed.
+    if let Some(reason) = authorize::revoked_by(&ctx.state.load(), account.live.direction, &account.live.facts()) {
+        account.live.revoke(reason);
+    }
+    let Permit { mut revoked, .. } = permit;
+    let result = pump::run(&app, &wire, records, &account.live.moved, &mut revoked).await;
+    if result.is_ok() {
+        for leg in [&app, &*wire] {
+            if let Err(error) = capture::settle(leg) {
+                tracing::debug!(%error, "a leg was gone at its end");
+            }
+        }
+    }
+    let received = account.live.moved.received.load(Ordering::Relaxed);
+    account.finished(result.as_ref().map(|()| ()));
+    Ended { result, received }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,1 +1,179 @@
-//! state
+//! What is known now: one immutable snapshot of the mesh, swapped as a whole, and a way to hear about the next one.
+//!
+//! Readers never see half of a change. `control` makes the snapshots; `bpf`, `proxy` and `identity` follow them.
+
+use std::{collections::HashMap, net::IpAddr, path::PathBuf, sync::Arc};
+
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
+
+use crate::{
+    identity::{SpiffeId, TrustDomain},
+    policy::{MtlsMode, Workload},
+};
+
+/// A pod on this node that is to be enrolled.
+#[derive(PartialEq, Eq, Debug)]
+pub struct LocalPod {
+    pub workload: Arc<Workload>,
+    /// The pod's network namespace: a path that can be opened for setns.
+    pub netns: PathBuf,
+}
+
+/// Everything the agent knows at one moment.
+#[derive(Debug)]
+pub struct Snapshot {
+    pub mode: MtlsMode,
+    pub trust_domain: TrustDomain,
+    pub local: Vec<Arc<LocalPod>>,
+    /// Set by `State`; grows by one with each replacement.
+    pub generation: u64,
+    workloads: Vec<Arc<Workload>>,
+    by_address: HashMap<IpAddr, Arc<Workload>>,
+}
+
+impl Snapshot {
+    /// `workloads` holds the local ones too. Where two workloads claim one address the first keeps it; the
+    /// configuration refuses that case before it gets here.
+    pub fn new(
+        mode: MtlsMode,
+        trust_domain: TrustDomain,
+        workloads: Vec<Arc<Workload>>,
+        local: Vec<Arc<LocalPod>>,
+    ) -> Self {
+        let mut by_address = HashMap::new();
+        for workload in &workloads {
+            for address in &workload.addresses {
+                by_address.entry(address.to_canonical()).or_insert_with(|| Arc::clone(workload));
+            }
+        }
+        Self { mode, trust_domain, local, generation: 0, workloads, by_address }
+    }
+
+    /// The workload at an address. IPv4-mapped IPv6 addresses find the IPv4 workload.
+    pub fn workload(&self, address: IpAddr) -> Option<&Arc<Workload>> {
+        self.by_address.get(&address.to_canonical())
+    }
+
+    pub fn workloads(&self) -> &[Arc<Workload>] {
+        &self.workloads
+    }
+
+    /// Whether both say the same, whatever their generations.
+    pub fn describes_the_same_as(&self, other: &Self) -> bool {
+        self.mode == other.mode
+            && self.trust_domain == other.trust_domain
+            && self.local == other.local
+            && self.workloads == other.workloads
+    }
+
+    /// The identities that this node must hold certificates for.
+    pub fn local_identities(&self) -> std::collections::BTreeSet<SpiffeId> {
+        self.local.iter().map(|pod| pod.workload.id.clone()).collect()
+    }
+}
+
+/// The current snapshot. A clone is another handle on the same one.
+#[derive(Clone, Debug)]
+pub struct State {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    current: ArcSwap<Snapshot>,
+    generation: watch::Sender<u64>,
+}
+
+impl State {
+    pub fn new(mut first: Snapshot) -> Self {
+        first.generation = 1;
+        Self { shared: Arc::new(Shared { current: ArcSwap::from_pointee(first), generation: watch::Sender::new(1) }) }
+    }
+
+    pub fn load(&self) -> Arc<Snapshot> {
+        self.shared.current.load_full()
+    }
+
+    /// Swaps the snapshot and then tells the subscribers: whoever hears of generation N finds N or a newer one.
+    pub fn replace(&self, mut next: Snapshot) -> u64 {
+        // The watch's lock also makes writers take turns, so generations never go backwards.
+        let mut generation = 0;
+        self.shared.generation.send_modify(|current| {
+            *current += 1;
+            generation = *current;
+            next.generation = generation;
+            self.shared.current.store(Arc::new(next));
+        });
+        generation
+    }
+
+    /// Hears the generation of each new snapshot. Slow readers see the newest, not every one.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.shared.generation.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot(account: &str, addresses: &[&str]) -> Snapshot {
+        let trust_domain = TrustDomain::parse("cluster.local").unwrap();
+        let workload = Arc::new(Workload {
+            name: account.into(),
+            namespace: "default".into(),
+            service_account: account.into(),
+            id: SpiffeId::new(&trust_domain, "default", account).unwrap(),
+            addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
+            in_mesh: true,
+            labels: Default::default(),
+            host: Workload::host_of(account, "default"),
+        });
+        Snapshot::new(MtlsMode::Permissive, trust_domain, vec![workload], Vec::new())
+    }
+
+    #[test]
+    fn a_workload_is_found_by_each_of_its_addresses_and_by_v4_mapped_ones() {
+        let snapshot = snapshot("web", &["10.0.0.1", "fd00::1"]);
+        for address in ["10.0.0.1", "fd00::1", "::ffff:10.0.0.1"] {
+            assert_eq!(snapshot.workload(address.parse().unwrap()).unwrap().name, "web", "{address}");
+        }
+        assert!(snapshot.workload("10.0.0.2".parse().unwrap()).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_subscriber_that_hears_of_a_snapshot_finds_it() {
+        let state = State::new(snapshot("old", &["10.0.0.1"]));
+        let mut changes = state.subscribe();
+        assert_eq!(state.load().generation, 1);
+        assert_eq!(state.replace(snapshot("new", &["10.0.0.2"])), 2);
+        changes.changed().await.unwrap();
+        assert_eq!(*changes.borrow_and_update(), 2);
+        let now = state.load();
+        assert_eq!(now.generation, 2);
+        assert!(now.workload("10.0.0.1".parse().unwrap()).is_none());
+        assert!(now.workload("10.0.0.2".parse().unwrap()).is_some());
+    }
+
+    #[test]
+    fn concurrent_replacements_never_go_backwards() {
+        let state = State::new(snapshot("web", &[]));
+        let writers: Vec<_> = (0..4)
+            .map(|_| {
+                let state = state.clone();
+                std::thread::spawn(move || (0..100).for_each(|_| assert!(state.replace(snapshot("web", &[])) > 1)))
+            })
+            .collect();
+        let mut last = 0;
+        while writers.iter().any(|writer| !writer.is_finished()) {
+            let generation = state.load().generation;
+            assert!(generation >= last, "{generation} after {last}");
+            last = generation;
+        }
+        for writer in writers {
+            writer.join().unwrap();
+        }
+        assert_eq!(state.load().generation, 401);
+    }
+}

@@ -1,1 +1,18 @@
-//! x
+//! The harness: two nodes made of network namespaces, real programs in their pods, real agents, and an eye on the link between.
+//!
+//! Scenarios in `tests/` and the `demo`, `up`, `exec` and `down` commands of xtask are built on it. It starts the agent as
+//! a program and never links it: what is tested is what ships. The transfer matrix and the kernel tests of single rooms
+//! (`tests/transfer_*.rs`, `tests/capture_kernel.rs`) use the agent's library instead.
+
+pub mod access_log;
+pub mod agent;
+pub mod capture;
+pub mod cgroup;
+pub mod cluster;
+pub mod config;
+pub mod http;
+pub mod netns;
+pub mod process;
+pub mod scenario;
+pub mod traffic;
+pub mod wait;

@@ -1,1 +1,78 @@
-fn main(){}
+//! `cargo xtask`: the commands of Marline's developers. This file is the command line; each command has a file of its own.
+//!
+//! Exit codes: 0 all is well; 1 something did not pass, or a step failed; 2 the command line is wrong. `vm` hands on its command's code.
+
+mod build;
+mod deps;
+mod lint;
+mod load;
+mod signals;
+mod step;
+mod test;
+mod toolchain;
+mod vm;
+mod workspace;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    version,
+    about = "Builds, tests and runs Marline on this machine",
+    max_term_width = 120
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Cmd,
+}
+
+#[derive(Debug, Subcommand)]
+enum Cmd {
+    /// Build the eBPF program and the agent that embeds it
+    Build(build::Args),
+    /// Build the eBPF program alone
+    BuildEbpf,
+    /// Run all tests: in the crates, on this kernel, in the VM
+    Test(test::Args),
+    /// Check format, clippy, the rules of the house, and the licences of dependencies
+    Lint(lint::Args),
+    /// Build the agent and run it on this host
+    Load(load::Args),
+    /// Run a command inside a stock Debian kernel that has kernel TLS
+    Vm(vm::Args),
+    #[command(hide = true)]
+    TestGuest { plan: PathBuf },
+    #[command(hide = true)]
+    VmGuest { spec: PathBuf },
+    #[command(hide = true)]
+    VmShare(vm::share::Args),
+    #[command(hide = true)]
+    VmTied {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let (result, failed) = match Cli::parse().command {
+        Cmd::Build(args) => (build::run(&args).map(|()| 0), 1),
+        Cmd::BuildEbpf => (build::ebpf().map(|()| 0), 1),
+        Cmd::Test(args) => (test::run(&args), 1),
+        Cmd::TestGuest { plan } => (test::guest(&plan), 1),
+        Cmd::Load(args) => (load::run(&args).map(|()| 0), 1),
+        Cmd::Lint(args) => (lint::run(&args).map(|()| 0), 1),
+        Cmd::Vm(args) => (vm::run(&args), vm::EXIT_NO_VM),
+        Cmd::VmGuest { spec } => vm::guest::main(&spec),
+        Cmd::VmShare(args) => (vm::share::run(&args).map(|()| 0), 1),
+        Cmd::VmTied { command } => (vm::share::become_tied(&command).map(|()| 0), 1),
+    };
+    let code = result.unwrap_or_else(|error| {
+        step::report(&error);
+        failed
+    });
+    ExitCode::from(u8::try_from(code).unwrap_or(1))
+}

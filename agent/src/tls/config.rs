@@ -1,1 +1,109 @@
-//! config
+//! rustls configurations for the two ends of a connection: TLS 1.3 only, our certificate, the peer's identity checked.
+//!
+//! Made per connection, because the expected identities differ; everything that costs (keys, parsed chains, the
+//! provider) is shared. Who is an acceptable peer is `tls::verifier`'s; the handshake and the records are others'.
+
+use std::sync::{Arc, LazyLock};
+
+use rustls::{
+    ClientConfig, RootCertStore, ServerConfig,
+    client::Resumption,
+    crypto::{CryptoProvider, aws_lc_rs},
+    pki_types::{CertificateDer, DnsName, ServerName},
+    server::NoServerSessionStorage,
+    sign::SingleCertAndKey,
+    version::TLS13,
+};
+
+use super::verifier::{self, ExpectServer, MeshClient, PeerError};
+use crate::identity::{SpiffeId, Svid, TrustDomain};
+
+/// What a client offers: Marline's own protocol first, then the one that Istio's sidecars speak.
+pub const ALPN: [&[u8]; 2] = [b"marline", b"istio"];
+
+/// Why there is no configuration, or no identity.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    #[error("the TLS library refused the configuration")]
+    Config(#[from] rustls::Error),
+    #[error("no identity is acceptable at the other end, so no connection to it can be secured")]
+    NobodyExpected,
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+}
+
+/// aws-lc-rs, narrowed to TLS 1.3: the suites that kernels encrypt, the cheapest first, and post-quantum key exchange
+/// where the peer has it.
+pub fn provider() -> Arc<CryptoProvider> {
+    static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+        Arc::new(CryptoProvider {
+            cipher_suites: vec![
+                aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256,
+                aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384,
+                aws_lc_rs::cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
+            ],
+            kx_groups: vec![
+                aws_lc_rs::kx_group::X25519MLKEM768,
+                aws_lc_rs::kx_group::X25519,
+                aws_lc_rs::kx_group::SECP256R1,
+                aws_lc_rs::kx_group::SECP384R1,
+            ],
+            ..aws_lc_rs::default_provider()
+        })
+    });
+    Arc::clone(&PROVIDER)
+}
+
+/// For a connection to a server that must be one of `expect`.
+pub fn client_config(
+    svid: &Svid,
+    roots: Arc<RootCertStore>,
+    expect: &[SpiffeId],
+) -> Result<Arc<ClientConfig>, TlsError> {
+    if expect.is_empty() {
+        return Err(TlsError::NobodyExpected);
+    }
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(ExpectServer::new(roots, expect.to_vec())))
+        .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&svid.key))));
+    config.alpn_protocols = ALPN.map(Vec::from).to_vec();
+    config.resumption = Resumption::disabled();
+    config.enable_secret_extraction = true;
+    Ok(Arc::new(config))
+}
+
+/// For a connection from any workload of `trust_domain`; whether that one may connect is policy's to say.
+pub fn server_config(
+    svid: &Svid,
+    roots: Arc<RootCertStore>,
+    trust_domain: &TrustDomain,
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(Arc::new(MeshClient::new(roots, trust_domain.clone())))
+        .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&svid.key))));
+    config.alpn_protocols = ALPN.map(Vec::from).to_vec();
+    // A ticket is a record that the pump would have to understand, and resumption would skip the identity checks.
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.max_early_data_size = 0;
+    config.enable_secret_extraction = true;
+    Ok(Arc::new(config))
+}
+
+/// The SNI that Istio's sidecars send and route by: `outbound_.PORT_._.HOST`.
+///
+/// The peer is recognised by its identity, not by this name; a host that makes no DNS name is replaced, not refused.
+pub fn server_name(port: u16, host: &str) -> ServerName<'static> {
+    DnsName::try_from(format!("outbound_.{port}_._.{host}"))
+        .or_else(|_| DnsName::try_from(format!("outbound_.{port}_._.unnamed")))
+        .map_or_else(|_| ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into()), ServerName::DnsName)
+}
+
+/// The identity in a peer's verified chain: that of its leaf.
+pub fn peer_id(chain: &[CertificateDer<'_>]) -> Result<SpiffeId, TlsError> {
+    let leaf = chain.first().ok_or(PeerError::NoCertificate)?;
+    Ok(verifier::svid_identity(leaf)?)
+}

@@ -1,1 +1,84 @@
-//! ktls
+//! Kernel TLS: attaching it to a connected socket and giving it keys (Documentation/networking/tls.rst). What the kernel can do
+//! is found by trying, in `proxy::probe`; records that userspace seals are `records`'s.
+#![allow(unsafe_code)]
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd},
+};
+
+use ktls::CryptoInfo;
+use rustls::{ConnectionTrafficSecrets, SupportedCipherSuite};
+
+const SOL_TLS: libc::c_int = 282;
+const TLS_RX_EXPECT_NO_PAD: libc::c_int = 4;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    Transmit = 1,
+    Receive = 2,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum KtlsError {
+    #[error("the kernel has no TLS (CONFIG_TLS, module tls)")]
+    NotThere(#[source] io::Error),
+    #[error("kernel TLS does not know the cipher suite {0:?}")]
+    Suite(rustls::CipherSuite),
+    #[error("the kernel refused the keys for {direction:?}")]
+    Keys { direction: Direction, source: io::Error },
+}
+
+impl KtlsError {
+    /// True where the kernel refuses new keys on a socket that has some: before 6.14 a session cannot be rekeyed.
+    pub fn is_no_rekey(&self) -> bool {
+        matches!(self, Self::Keys { source, .. } if source.raw_os_error() == Some(libc::EBUSY))
+    }
+}
+
+/// Attaches the `tls` upper-layer protocol. Until keys are set the socket goes on as plain TCP.
+pub fn attach(socket: impl AsFd) -> Result<(), KtlsError> {
+    set(socket, libc::SOL_TCP, libc::TCP_ULP, b"tls").map_err(KtlsError::NotThere)
+}
+
+/// Gives the kernel the keys of one direction; from the next byte on it seals or opens records with them.
+pub fn install(
+    socket: impl AsFd,
+    direction: Direction,
+    suite: SupportedCipherSuite,
+    secrets: (u64, ConnectionTrafficSecrets),
+) -> Result<(), KtlsError> {
+    let info = CryptoInfo::from_rustls(suite, secrets).map_err(|_| KtlsError::Suite(suite.suite()))?;
+    // SAFETY: `info` is the kernel's own structure for its cipher and `size` its length.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            SOL_TLS,
+            direction as libc::c_int,
+            info.as_ptr(),
+            libc::socklen_t::try_from(info.size()).unwrap_or(0),
+        )
+    };
+    if result < 0 {
+        return Err(KtlsError::Keys { direction, source: io::Error::last_os_error() });
+    }
+    if direction == Direction::Receive {
+        // Lets the kernel open records straight into the reader's buffer (since 6.0); a peer that pads costs a retry only.
+        let _ = set(socket, SOL_TLS, TLS_RX_EXPECT_NO_PAD, &1u32.to_ne_bytes());
+    }
+    Ok(())
+}
+
+fn set(socket: impl AsFd, level: libc::c_int, name: libc::c_int, value: &[u8]) -> io::Result<()> {
+    // SAFETY: pointer and length are those of `value`.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            level,
+            name,
+            value.as_ptr().cast(),
+            libc::socklen_t::try_from(value.len()).unwrap_or(0),
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -1,0 +1,258 @@
+//! The agent's own settings: the resource of kind AgentConfig.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use super::{
+    document::Pair,
+    fields::{Fields, Unknown},
+    finding::{Origin, Report},
+};
+use crate::identity::TrustDomain;
+
+/// What the agent is told about itself. Changes take a restart; `changed_fields` names them.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct AgentConfig {
+    pub trust_domain: TrustDomain,
+    pub ca: CaConfig,
+    pub capture: CaptureConfig,
+    pub records: RecordsConfig,
+    pub pump: PumpMode,
+    pub admin: SocketAddr,
+    pub metrics: SocketAddr,
+    pub readiness: SocketAddr,
+    pub access_log: AccessLogConfig,
+    pub timeouts: Timeouts,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CaConfig {
+    /// A directory in Istio's `cacerts` layout.
+    pub path: PathBuf,
+    pub leaf_lifetime: Duration,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CaptureConfig {
+    /// The cgroup2 directory that holds the pods, and not the agent.
+    pub cgroup: PathBuf,
+    /// A directory in a BPF file system.
+    pub pin_path: PathBuf,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct RecordsConfig {
+    pub mode: RecordsMode,
+    /// Refuse a connection whose records the kernel cannot encrypt, instead of encrypting them here.
+    pub require_ktls: bool,
+}
+
+/// Who encrypts.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum RecordsMode {
+    #[default]
+    Auto,
+    Kernel,
+    Userspace,
+}
+
+/// Who moves the bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum PumpMode {
+    #[default]
+    Auto,
+    Splice,
+    Copy,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct AccessLogConfig {
+    /// Standard output if there is none.
+    pub path: Option<PathBuf>,
+    pub format: AccessLogFormat,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum AccessLogFormat {
+    #[default]
+    Json,
+    Text,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Timeouts {
+    pub connect: Duration,
+    pub handshake: Duration,
+    /// How long a peer may leave sent bytes unacknowledged before it is taken for dead.
+    pub dead_peer: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(10),
+            handshake: Duration::from_secs(10),
+            dead_peer: Duration::from_secs(60),
+        }
+    }
+}
+
+impl AgentConfig {
+    /// The fields in which `other` differs, by their names in YAML.
+    pub fn changed_fields(&self, other: &Self) -> Vec<&'static str> {
+        let pairs = [
+            ("spec.trustDomain", self.trust_domain == other.trust_domain),
+            ("spec.ca.path", self.ca.path == other.ca.path),
+            ("spec.ca.leafLifetime", self.ca.leaf_lifetime == other.ca.leaf_lifetime),
+            ("spec.capture.cgroup", self.capture.cgroup == other.capture.cgroup),
+            ("spec.capture.pinPath", self.capture.pin_path == other.capture.pin_path),
+            ("spec.records", self.records == other.records),
+            ("spec.pump", self.pump == other.pump),
+            ("spec.admin.address", self.admin == other.admin),
+            ("spec.metrics.address", self.metrics == other.metrics),
+            ("spec.readiness.address", self.readiness == other.readiness),
+            ("spec.accessLog", self.access_log == other.access_log),
+            ("spec.timeouts", self.timeouts == other.timeouts),
+        ];
+        pairs.into_iter().filter(|(_, same)| !same).map(|(name, _)| name).collect()
+    }
+}
+
+/// Reads the resource. Nothing comes back if a field that has no default is missing or wrong.
+pub(super) fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut Report) -> Option<AgentConfig> {
+    let mut top = Fields::top(origin, document);
+    top.skip(&["apiVersion", "kind", "metadata", "status"]);
+    if !top.has("spec") {
+        top.error(report, "spec", "is missing", "write spec with at least ca.path and capture.cgroup");
+    }
+    let spec = top.fields(report, "spec");
+    top.finish(report, Unknown::Error);
+    let mut spec = spec?;
+
+    let trust_domain = spec.text(report, "trustDomain").unwrap_or("cluster.local");
+    let trust_domain = TrustDomain::parse(trust_domain)
+        .map_err(|error| spec.error(report, "trustDomain", error.to_string(), "write a name such as cluster.local"))
+        .ok();
+    let ca = read_ca(dir, &mut spec, report);
+    let capture = read_capture(&mut spec, report);
+    let records = read_records(&mut spec, report);
+    let pumps = [("auto", PumpMode::Auto), ("splice", PumpMode::Splice), ("copy", PumpMode::Copy)];
+    let pump = spec.choice(report, "pump", &pumps).unwrap_or_default();
+    let admin = read_address(&mut spec, report, "admin", (Ipv4Addr::LOCALHOST, 15000));
+    let metrics = read_address(&mut spec, report, "metrics", (Ipv4Addr::UNSPECIFIED, 15020));
+    let readiness = read_address(&mut spec, report, "readiness", (Ipv4Addr::UNSPECIFIED, 15021));
+    for (name, address, others) in [
+        ("metrics", metrics, vec![("admin", admin)]),
+        ("readiness", readiness, vec![("admin", admin), ("metrics", metrics)]),
+    ] {
+        for (other, taken) in others.into_iter().filter(|(_, taken)| *taken == address && address.port() != 0) {
+            spec.error(report, name, format!("{taken} is the address of {other} too"), "give each its own port");
+        }
+    }
+    let access_log = read_access_log(&mut spec, report);
+    let timeouts = read_timeouts(&mut spec, report);
+    spec.finish(report, Unknown::Error);
+
+    Some(AgentConfig {
+        trust_domain: trust_domain?,
+        ca: ca?,
+        capture: capture?,
+        records,
+        pump,
+        admin,
+        metrics,
+        readiness,
+        access_log,
+        timeouts,
+    })
+}
+
+fn read_ca(dir: &Path, spec: &mut Fields<'_>, report: &mut Report) -> Option<CaConfig> {
+    let hint = "write the directory that `marline ca init DIR` made, or one with Istio's cacerts files";
+    if !spec.has("ca") {
+        spec.error(report, "ca.path", "is missing", hint);
+    }
+    let mut ca = spec.fields(report, "ca")?;
+    let path = ca.required(report, "path", hint).map(|path| dir.join(path));
+    let leaf_lifetime =
+        ca.duration(report, "leafLifetime", Duration::from_secs(2)).unwrap_or(Duration::from_secs(24 * 3_600));
+    ca.finish(report, Unknown::Error);
+    Some(CaConfig { path: path?, leaf_lifetime })
+}
+
+fn read_capture(spec: &mut Fields<'_>, report: &mut Report) -> Option<CaptureConfig> {
+    let hint = "write the cgroup2 directory in which the pods run, such as /sys/fs/cgroup/kubepods.slice";
+    if !spec.has("capture") {
+        spec.error(report, "capture.cgroup", "is missing", hint);
+    }
+    let mut capture = spec.fields(report, "capture")?;
+    let cgroup = capture.required(report, "cgroup", hint).and_then(|path| absolute(&capture, report, "cgroup", path));
+    let pin_path = capture.text(report, "pinPath").unwrap_or("/sys/fs/bpf/marline");
+    let pin_path = absolute(&capture, report, "pinPath", pin_path);
+    capture.finish(report, Unknown::Error);
+    Some(CaptureConfig { cgroup: cgroup?, pin_path: pin_path? })
+}
+
+/// Either the mode alone, or a mapping of `mode` and `requireKtls`.
+fn read_records(spec: &mut Fields<'_>, report: &mut Report) -> RecordsConfig {
+    let modes = [("auto", RecordsMode::Auto), ("kernel", RecordsMode::Kernel), ("userspace", RecordsMode::Userspace)];
+    let Some(node) = spec.take("records") else { return RecordsConfig::default() };
+    if !matches!(node.value, super::document::Value::Map(_)) {
+        return RecordsConfig { mode: spec.choice(report, "records", &modes).unwrap_or_default(), require_ktls: false };
+    }
+    let Some(mut records) = spec.fields(report, "records") else { return RecordsConfig::default() };
+    let mode = records.choice(report, "mode", &modes).unwrap_or_default();
+    let require_ktls = records.boolean(report, "requireKtls").unwrap_or_default();
+    if mode == RecordsMode::Userspace && require_ktls {
+        let hint = "set mode to auto or kernel, or requireKtls to false";
+        records.error(report, "requireKtls", "contradicts mode userspace: no connection could be made", hint);
+    }
+    records.finish(report, Unknown::Error);
+    RecordsConfig { mode, require_ktls }
+}
+
+fn read_address(spec: &mut Fields<'_>, report: &mut Report, key: &'static str, default: (Ipv4Addr, u16)) -> SocketAddr {
+    let Some(mut fields) = spec.fields(report, key) else { return default.into() };
+    let address = fields.socket(report, "address").unwrap_or(default.into());
+    fields.finish(report, Unknown::Error);
+    address
+}
+
+fn read_access_log(spec: &mut Fields<'_>, report: &mut Report) -> AccessLogConfig {
+    let Some(mut fields) = spec.fields(report, "accessLog") else {
+        return AccessLogConfig { path: None, format: AccessLogFormat::default() };
+    };
+    let path = match fields.text(report, "path") {
+        None | Some("-") => None,
+        Some(path) => absolute(&fields, report, "path", path),
+    };
+    let formats = [("json", AccessLogFormat::Json), ("text", AccessLogFormat::Text)];
+    let format = fields.choice(report, "format", &formats).unwrap_or_default();
+    fields.finish(report, Unknown::Error);
+    AccessLogConfig { path, format }
+}
+
+fn read_timeouts(spec: &mut Fields<'_>, report: &mut Report) -> Timeouts {
+    let defaults = Timeouts::default();
+    let Some(mut fields) = spec.fields(report, "timeouts") else { return defaults };
+    let least = Duration::from_millis(10);
+    let timeouts = Timeouts {
+        connect: fields.duration(report, "connect", least).unwrap_or(defaults.connect),
+        handshake: fields.duration(report, "handshake", least).unwrap_or(defaults.handshake),
+        dead_peer: fields.duration(report, "deadPeer", Duration::from_secs(1)).unwrap_or(defaults.dead_peer),
+    };
+    fields.finish(report, Unknown::Error);
+    timeouts
+}
+
+fn absolute(fields: &Fields<'_>, report: &mut Report, key: &str, text: &str) -> Option<PathBuf> {
+    let path = Path::new(text);
+    if !path.is_absolute() {
+        fields.error(report, key, format!("{text:?} is not an absolute path"), "write it from the root, with a /");
+        return None;
+    }
+    Some(path.to_owned())
+}

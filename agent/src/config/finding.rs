@@ -1,0 +1,124 @@
+//! What is wrong with a configuration, said so that the reader can go there and put it right.
+
+use std::{
+    fmt::{self, Write as _},
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+
+/// One error or warning.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Finding {
+    pub file: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub line: Option<u64>,
+    /// `KIND NAMESPACE/NAME`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resource: Option<String>,
+    /// Such as `spec.address`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub field: Option<String>,
+    /// What is wrong.
+    pub message: String,
+    /// What to do about it.
+    pub hint: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        one_line(f, &self.file.to_string_lossy())?;
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        for part in [&self.resource, &self.field].into_iter().flatten() {
+            f.write_str(": ")?;
+            one_line(f, part)?;
+        }
+        f.write_str(": ")?;
+        one_line(f, &self.message)?;
+        f.write_str("; ")?;
+        one_line(f, &self.hint)
+    }
+}
+
+/// All that is wrong with a configuration, in the order of files and lines. Displays one error a line.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct ConfigErrors {
+    pub errors: Vec<Finding>,
+    pub warnings: Vec<Finding>,
+}
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, error) in self.errors.iter().enumerate() {
+            if n > 0 {
+                writeln!(f)?;
+            }
+            write!(f, "{error}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ConfigErrors {}
+
+/// Gathers findings while a configuration is read; nothing stops at the first.
+#[derive(Default)]
+pub(super) struct Report {
+    pub(super) errors: Vec<Finding>,
+    pub(super) warnings: Vec<Finding>,
+}
+
+impl Report {
+    pub(super) fn into_errors(mut self) -> ConfigErrors {
+        sort(&mut self.errors);
+        sort(&mut self.warnings);
+        ConfigErrors { errors: self.errors, warnings: self.warnings }
+    }
+
+    pub(super) fn into_warnings(mut self) -> Vec<Finding> {
+        sort(&mut self.warnings);
+        self.warnings
+    }
+}
+
+/// Where a resource stands: what every finding about it has in common.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Origin {
+    pub(super) file: PathBuf,
+    pub(super) line: u64,
+    pub(super) resource: String,
+}
+
+impl Origin {
+    pub(super) fn finding(&self, field: &str, line: u64, message: String, hint: String) -> Finding {
+        Finding {
+            file: self.file.clone(),
+            line: Some(line),
+            resource: Some(self.resource.clone()),
+            field: (!field.is_empty()).then(|| field.to_owned()),
+            message,
+            hint,
+        }
+    }
+
+    /// `FILE:LINE`, for a finding about another resource that must point here.
+    pub(super) fn place(&self) -> String {
+        format!("{}:{}", self.file.display(), self.line)
+    }
+}
+
+/// A finding about a whole file.
+pub(super) fn about_file(file: &Path, line: Option<u64>, message: String, hint: &str) -> Finding {
+    Finding { file: file.to_owned(), line, resource: None, field: None, message, hint: hint.to_owned() }
+}
+
+/// Names in a file may hold anything, also what would make one line two or move a terminal's cursor.
+fn one_line(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
+    text.chars().try_for_each(|c| if c.is_control() { write!(f, "{}", c.escape_default()) } else { f.write_char(c) })
+}
+
+fn sort(findings: &mut [Finding]) {
+    findings.sort_by(|a, b| (&a.file, a.line).cmp(&(&b.file, b.line)));
+}

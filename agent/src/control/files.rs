@@ -1,0 +1,229 @@
+//! Follows the configuration directory: when a file changes the whole is read again, and swapped in as a whole if it
+//! is sound. If it is not, the last good one stays. What a sound configuration is, `config` knows.
+
+use std::{
+    fs,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use notify::{
+    EventKind, RecommendedWatcher, RecursiveMode, Watcher as _,
+    event::{AccessKind, AccessMode},
+};
+use tokio::{
+    sync::{Notify, watch},
+    task::spawn_blocking,
+    time::sleep,
+};
+
+use crate::{
+    config::{self, AgentConfig, ConfigErrors, Finding, Loaded},
+    state::State,
+};
+
+/// Told of each reload, for the metrics.
+pub trait ReloadObserver: Send + Sync {
+    fn accepted(&self, generation: u64);
+    fn rejected(&self, errors: &ConfigErrors);
+}
+
+/// How quick to react, and how often to look without being told.
+#[derive(Clone, Copy, Debug)]
+pub struct WatchSettings {
+    /// Wait until the directory was quiet for so long: editors and `cp` change files in several steps.
+    pub quiet: Duration,
+    /// For file systems that tell nothing, links that point elsewhere, and a directory that was replaced.
+    pub poll: Duration,
+}
+
+impl Default for WatchSettings {
+    fn default() -> Self {
+        Self { quiet: Duration::from_millis(200), poll: Duration::from_secs(10) }
+    }
+}
+
+/// Keeps `state` in step with the files in `dir` until `shutdown` becomes true or its sender is gone. `running` is the
+/// configuration that the agent was started with: changes of it are announced, not made.
+pub async fn watch(
+    dir: PathBuf,
+    running: AgentConfig,
+    state: State,
+    observer: Arc<dyn ReloadObserver>,
+    settings: WatchSettings,
+    mut shutdown: watch::Receiver<bool>,
+) {
+    let mut follower = Follower { dir: dir.clone(), running, state, observer, seen: None, announced: Vec::new() };
+    let mut directory = WatchedDirectory::new(dir);
+    loop {
+        // Before reading: what changes from here on is an event for the next round.
+        directory.renew();
+        follower.follow(settings.quiet).await;
+        tokio::select! {
+            () = directory.changed() => {}
+            () = sleep(settings.poll) => continue,
+            _ = shutdown.wait_for(|stop| *stop) => return,
+        }
+        // More events put the reading off, but not for ever.
+        for _ in 0..10 {
+            tokio::select! {
+                () = directory.changed() => {}
+                () = sleep(settings.quiet) => break,
+            }
+        }
+    }
+}
+
+/// Logs a configuration's warnings, at the start.
+pub fn log_warnings(warnings: &[Finding]) {
+    for warning in warnings {
+        tracing::warn!("configuration: {warning}");
+    }
+}
+
+/// What was read last, and what became of it.
+struct Follower {
+    dir: PathBuf,
+    running: AgentConfig,
+    state: State,
+    observer: Arc<dyn ReloadObserver>,
+    /// The contents that were accepted or rejected last.
+    seen: Option<u64>,
+    /// The fields of the agent's own settings that were announced to need a restart.
+    announced: Vec<&'static str>,
+}
+
+impl Follower {
+    /// Reads the directory if it holds something else than the last time.
+    async fn follow(&mut self, quiet: Duration) {
+        // A file that changes while we read it would give half of the old and half of the new.
+        for _ in 0..10 {
+            let before = self.fingerprint().await;
+            if self.seen.is_some() && before == self.seen {
+                return;
+            }
+            let (dir, running) = (self.dir.clone(), self.running.clone());
+            let Ok(result) = spawn_blocking(move || config::reload(&dir, &running)).await else { return };
+            if self.fingerprint().await == before {
+                self.seen = before;
+                match result {
+                    Ok(loaded) => self.accept(loaded),
+                    Err(errors) => self.reject(&errors),
+                }
+                return;
+            }
+            sleep(quiet).await;
+        }
+        tracing::warn!(directory = %self.dir.display(), "the configuration keeps changing while it is read, so it is not read yet");
+    }
+
+    fn accept(&mut self, loaded: Loaded) {
+        log_warnings(&loaded.warnings);
+        let changed = self.running.changed_fields(&loaded.agent);
+        if changed != self.announced {
+            if !changed.is_empty() {
+                tracing::warn!(fields = changed.join(", "), "the agent's own settings changed: that needs a restart");
+            }
+            self.announced = changed;
+        }
+        let current = self.state.load();
+        if current.describes_the_same_as(&loaded.snapshot) {
+            self.observer.accepted(current.generation);
+            return;
+        }
+        let (workloads, local, mode) =
+            (loaded.snapshot.workloads().len(), loaded.snapshot.local.len(), loaded.snapshot.mode);
+        let generation = self.state.replace(loaded.snapshot);
+        tracing::info!(generation, workloads, local, %mode, "configuration accepted");
+        self.observer.accepted(generation);
+    }
+
+    fn reject(&self, errors: &ConfigErrors) {
+        let generation = self.state.load().generation;
+        for error in &errors.errors {
+            tracing::error!("configuration: {error}");
+        }
+        tracing::error!(
+            errors = errors.errors.len(),
+            generation,
+            directory = %self.dir.display(),
+            "configuration rejected: the last good one stays in force"
+        );
+        self.observer.rejected(errors);
+    }
+
+    /// None if the directory cannot be read: that is worth a try each time, until it can.
+    async fn fingerprint(&self) -> Option<u64> {
+        let dir = self.dir.clone();
+        spawn_blocking(move || fingerprint(&dir).ok()).await.ok().flatten()
+    }
+}
+
+fn fingerprint(dir: &Path) -> std::io::Result<u64> {
+    let mut hasher = DefaultHasher::new();
+    for file in config::configuration_files(dir)? {
+        file.hash(&mut hasher);
+        // A file that cannot be read is a configuration error, and so part of what was seen.
+        match fs::read(&file) {
+            Ok(bytes) => bytes.hash(&mut hasher),
+            Err(error) => error.kind().hash(&mut hasher),
+        }
+    }
+    Ok(hasher.finish())
+}
+
+/// The kernel's notifications about one directory, as long as it is the one behind the path.
+struct WatchedDirectory {
+    path: PathBuf,
+    events: Arc<Notify>,
+    watcher: Option<(RecommendedWatcher, (u64, u64))>,
+    complained: bool,
+}
+
+impl WatchedDirectory {
+    fn new(path: PathBuf) -> Self {
+        Self { path, events: Arc::new(Notify::new()), watcher: None, complained: false }
+    }
+
+    async fn changed(&self) {
+        self.events.notified().await;
+    }
+
+    /// Begins to watch, again if the path leads to another directory now.
+    fn renew(&mut self) {
+        let identity = fs::metadata(&self.path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
+        if self.watcher.is_some() && self.watcher.as_ref().map(|(_, watched)| *watched) == identity {
+            return;
+        }
+        self.watcher = None;
+        let Some(identity) = identity else { return };
+        match self.watcher() {
+            Ok(watcher) => {
+                self.watcher = Some((watcher, identity));
+                self.complained = false;
+            }
+            Err(error) if !self.complained => {
+                self.complained = true;
+                tracing::warn!(directory = %self.path.display(), "changes are noticed late, by looking: {error}");
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn watcher(&self) -> notify::Result<RecommendedWatcher> {
+        let events = Arc::clone(&self.events);
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // Our own reading opens files too: only what may have changed one counts. An error may be a lost event.
+            let read_only = matches!(&event, Ok(event) if matches!(event.kind,
+                EventKind::Access(kind) if kind != AccessKind::Close(AccessMode::Write)));
+            if !read_only {
+                events.notify_one();
+            }
+        })?;
+        watcher.watch(&self.path, RecursiveMode::NonRecursive)?;
+        Ok(watcher)
+    }
+}

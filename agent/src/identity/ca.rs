@@ -1,0 +1,318 @@
+//! The embedded certificate authority: makes a root, or takes over an intermediate from Istio's `cacerts` files, and
+//! issues X.509-SVIDs for workloads. Leaf keys are made here and exist in memory only. Deciding which identities are
+//! needed, and when to renew them, is `identity::manager`'s.
+
+use std::{
+    fs::{self, DirBuilder, OpenOptions},
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType, SerialNumber,
+};
+use rustls::{
+    RootCertStore,
+    crypto::aws_lc_rs::sign::any_ecdsa_type,
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime, pem::PemObject as _},
+    sign::CertifiedKey,
+};
+use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
+use zeroize::Zeroize as _;
+
+use super::{IdentityError, SpiffeId, Svid, TrustDomain};
+
+/// Istio's names for the files of a plugged-in CA.
+const CA_CERT: &str = "ca-cert.pem";
+const CA_KEY: &str = "ca-key.pem";
+const ROOT_CERT: &str = "root-cert.pem";
+const CERT_CHAIN: &str = "cert-chain.pem";
+
+const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
+/// How far the clock of another node may be behind ours before it takes a fresh certificate for one of the future.
+const CLOCK_SKEW: Duration = Duration::from_secs(5 * 60);
+/// X.509 counts in seconds: anything shorter could be expired when it is made.
+const SHORTEST_LEAF: Duration = Duration::from_secs(2);
+
+/// A certificate authority, ready to sign.
+pub struct Ca {
+    issuer: Issuer<'static, KeyPair>,
+    /// What goes on the wire behind a leaf: intermediates, nearest first, without roots.
+    chain: Vec<CertificateDer<'static>>,
+    roots: Arc<RootCertStore>,
+    trust_domain: Option<TrustDomain>,
+    not_after: SystemTime,
+}
+
+impl Ca {
+    /// Makes a self-signed root for `trust_domain` and writes it to `dir` in Istio's layout. Never overwrites.
+    pub fn init(dir: &Path, trust_domain: &TrustDomain) -> Result<(), IdentityError> {
+        let paths = [CA_KEY, CA_CERT, ROOT_CERT, CERT_CHAIN].map(|name| dir.join(name));
+        if let Some(present) = paths.iter().find(|path| path.symlink_metadata().is_ok()) {
+            return Err(IdentityError::Exists(present.clone()));
+        }
+        let mut key = KeyPair::generate()?;
+        let now = SystemTime::now();
+        let mut params = CertificateParams::default();
+        params.not_before = (now - CLOCK_SKEW).into();
+        params.not_after = (now + ROOT_LIFETIME).into();
+        params.serial_number = Some(random_serial());
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::OrganizationName, trust_domain.as_str());
+        params.distinguished_name.push(DnType::CommonName, "Marline root");
+        params.subject_alt_names = vec![uri_san(format!("spiffe://{trust_domain}"))?];
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let certificate = params.self_signed(&key)?.pem();
+        let mut key_pem = key.serialize_pem();
+        key.zeroize();
+
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(IdentityError::io("create the directory", dir))?;
+        let [key_path, certificate_paths @ ..] = &paths;
+        let written = write_new(key_path, key_pem.as_bytes(), 0o600);
+        key_pem.zeroize();
+        written?;
+        for path in certificate_paths {
+            write_new(path, certificate.as_bytes(), 0o644)?;
+        }
+        Ok(())
+    }
+
+    /// Loads a CA and proves with a throw-away certificate that what it signs verifies against its own roots.
+    pub fn open(dir: &Path) -> Result<Self, IdentityError> {
+        let unusable = |what: String| IdentityError::Unusable { dir: dir.to_owned(), what };
+        let certificate_path = dir.join(CA_CERT);
+        let certificate = read_certificates(&certificate_path)?
+            .into_iter()
+            .next()
+            .ok_or_else(|| IdentityError::file(&certificate_path, "holds no certificate"))?;
+        let parsed = parse_ca(&certificate).map_err(|what| IdentityError::file(&certificate_path, what))?;
+        let key = read_key(&dir.join(CA_KEY))?;
+        if parsed.public_key != rcgen::PublicKeyData::subject_public_key_info(&key) {
+            return Err(unusable(format!("the key in {CA_KEY} does not belong to the certificate in {CA_CERT}")));
+        }
+
+        let (roots, root_ders) = read_roots(&dir.join(ROOT_CERT), &parsed.trust_domain)?;
+        let mut chain = match read_certificates(&dir.join(CERT_CHAIN)) {
+            Err(IdentityError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Vec::new(),
+            other => other?,
+        };
+        chain.retain(|der| *der != certificate && !root_ders.contains(der));
+        if !root_ders.contains(&certificate) {
+            chain.insert(0, certificate.clone());
+        }
+        let ca = Self {
+            issuer: Issuer::from_ca_cert_der(&certificate, key)?,
+            chain,
+            roots: Arc::new(roots),
+            trust_domain: parsed.trust_domain,
+            not_after: parsed.not_after,
+        };
+        ca.prove().map_err(unusable)?;
+        Ok(ca)
+    }
+
+    /// Makes a key and a certificate for `id`. The certificate never outlives the CA's own.
+    pub fn issue(&self, id: &SpiffeId, lifetime: Duration) -> Result<Svid, IdentityError> {
+        if let Some(trust_domain) = &self.trust_domain
+            && trust_domain != id.trust_domain()
+        {
+            return Err(IdentityError::ForeignTrustDomain { id: id.clone(), trust_domain: trust_domain.clone() });
+        }
+        if lifetime < SHORTEST_LEAF {
+            return Err(IdentityError::Lifetime(lifetime));
+        }
+        let now = whole_seconds(SystemTime::now());
+        if let Ok(ago) = now.duration_since(self.not_after) {
+            return Err(IdentityError::CaExpired(ago));
+        }
+        let not_before = now - CLOCK_SKEW;
+        let not_after = whole_seconds(now + lifetime).min(self.not_after);
+        let serial = random_serial();
+
+        // Each line is a clause of the X.509-SVID standard, sections 2 to 4 and appendix A; see the test beside it.
+        let mut params = CertificateParams::default();
+        params.not_before = not_before.into();
+        params.not_after = not_after.into();
+        params.serial_number = Some(serial.clone());
+        params.distinguished_name = DistinguishedName::new();
+        params.subject_alt_names = vec![uri_san(id.to_string())?];
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.use_authority_key_identifier_extension = true;
+
+        let mut key = KeyPair::generate()?;
+        let leaf = params.signed_by(&key, &self.issuer);
+        let mut der = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialized_der().to_vec()));
+        key.zeroize();
+        let signing_key = any_ecdsa_type(&der);
+        der.zeroize();
+
+        let chain = std::iter::once(leaf?.der().clone()).chain(self.chain.iter().cloned()).collect();
+        Ok(Svid {
+            id: id.clone(),
+            key: Arc::new(CertifiedKey::new(chain, signing_key?)),
+            not_before,
+            not_after,
+            serial: serial.to_bytes().iter().map(|byte| format!("{byte:02X}")).collect(),
+        })
+    }
+
+    pub fn roots(&self) -> Arc<RootCertStore> {
+        Arc::clone(&self.roots)
+    }
+
+    /// The trust domain that the CA's certificate names. Istio's own CAs name none.
+    pub fn trust_domain(&self) -> Option<&TrustDomain> {
+        self.trust_domain.as_ref()
+    }
+
+    pub fn not_after(&self) -> SystemTime {
+        self.not_after
+    }
+
+    fn prove(&self) -> Result<(), String> {
+        let trust_domain = match &self.trust_domain {
+            Some(trust_domain) => trust_domain.clone(),
+            None => TrustDomain::parse("cluster.local").map_err(|error| error.to_string())?,
+        };
+        let id = SpiffeId::new(&trust_domain, "marline", "proof").map_err(|error| error.to_string())?;
+        let svid = self.issue(&id, Duration::from_secs(60)).map_err(|error| error.to_string())?;
+        let (leaf, intermediates) = svid.key.cert.split_first().ok_or("it made no certificate")?;
+        let leaf = webpki::EndEntityCert::try_from(leaf).map_err(|error| error.to_string())?;
+        leaf.verify_for_usage(
+            webpki::ALL_VERIFICATION_ALGS,
+            &self.roots.roots,
+            intermediates,
+            UnixTime::now(),
+            webpki::KeyUsage::client_auth(),
+            None,
+            None,
+        )
+        .map(drop)
+        .map_err(|error| {
+            format!("a certificate that it signed does not verify against {ROOT_CERT} through {CERT_CHAIN}: {error}")
+        })
+    }
+}
+
+impl std::fmt::Debug for Ca {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ca").field("trust_domain", &self.trust_domain).finish_non_exhaustive()
+    }
+}
+
+/// What we need to know of a signing certificate.
+struct ParsedCa {
+    public_key: Vec<u8>,
+    trust_domain: Option<TrustDomain>,
+    not_after: SystemTime,
+}
+
+fn parse_ca(der: &CertificateDer<'_>) -> Result<ParsedCa, String> {
+    let (_, certificate) =
+        X509Certificate::from_der(der).map_err(|error| format!("not an X.509 certificate: {error}"))?;
+    if !certificate.is_ca() {
+        return Err("the certificate is not one of a CA (basic constraints)".to_owned());
+    }
+    let usage = certificate.key_usage().map_err(|error| format!("unreadable key usage: {error}"))?;
+    if usage.is_some_and(|usage| !usage.value.key_cert_sign()) {
+        return Err("the certificate's key usage does not allow it to sign certificates".to_owned());
+    }
+    let names = certificate.subject_alternative_name().map_err(|error| format!("unreadable names: {error}"))?;
+    let mut trust_domain = None;
+    for name in names.iter().flat_map(|names| &names.value.general_names) {
+        if let GeneralName::URI(uri) = name
+            && uri.starts_with("spiffe://")
+        {
+            let named = TrustDomain::parse_uri(uri).map_err(|error| error.to_string())?;
+            if trust_domain.replace(named).is_some() {
+                return Err("the certificate names more than one trust domain".to_owned());
+            }
+        }
+    }
+    let seconds = u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or(0);
+    Ok(ParsedCa {
+        public_key: certificate.public_key().raw.to_vec(),
+        trust_domain,
+        not_after: UNIX_EPOCH + Duration::from_secs(seconds),
+    })
+}
+
+type Roots = (RootCertStore, Vec<CertificateDer<'static>>);
+
+fn read_roots(path: &Path, trust_domain: &Option<TrustDomain>) -> Result<Roots, IdentityError> {
+    let ders = read_certificates(path)?;
+    let mut store = RootCertStore::empty();
+    for der in &ders {
+        let root = parse_ca(der).map_err(|what| IdentityError::file(path, what))?;
+        if let (Some(ours), Some(theirs)) = (trust_domain, &root.trust_domain)
+            && ours != theirs
+        {
+            let what = format!("a root of trust domain {theirs}, but {CA_CERT} is of trust domain {ours}");
+            return Err(IdentityError::file(path, what));
+        }
+        store.add(der.clone()).map_err(|error| IdentityError::file(path, format!("not usable as a root: {error}")))?;
+    }
+    if store.is_empty() {
+        return Err(IdentityError::file(path, "holds no certificate"));
+    }
+    Ok((store, ders))
+}
+
+fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
+    let pem = fs::read(path).map_err(IdentityError::io("read", path))?;
+    CertificateDer::pem_slice_iter(&pem)
+        .collect::<Result<_, _>>()
+        .map_err(|error| IdentityError::file(path, format!("not PEM: {error}")))
+}
+
+fn read_key(path: &Path) -> Result<KeyPair, IdentityError> {
+    let mut pem = fs::read(path).map_err(IdentityError::io("read", path))?;
+    let key = PrivateKeyDer::from_pem_slice(&pem);
+    let encrypted = pem.windows(b"ENCRYPTED".len()).any(|window| window == b"ENCRYPTED");
+    pem.zeroize();
+    let mut key = key.map_err(|error| match encrypted {
+        true => IdentityError::file(path, "the key is encrypted: store it without a passphrase"),
+        false => IdentityError::file(path, format!("holds no private key in PEM: {error}")),
+    })?;
+    let pair = KeyPair::try_from(&key);
+    key.zeroize();
+    pair.map_err(|error| IdentityError::file(path, format!("not a usable private key: {error}")))
+}
+
+fn write_new(path: &PathBuf, bytes: &[u8], mode: u32) -> Result<(), IdentityError> {
+    let mut file =
+        OpenOptions::new().write(true).create_new(true).mode(mode).open(path).map_err(|source| {
+            match source.kind() {
+                io::ErrorKind::AlreadyExists => IdentityError::Exists(path.clone()),
+                _ => IdentityError::Io { action: "create", path: path.clone(), source },
+            }
+        })?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(IdentityError::io("write", path))
+}
+
+fn uri_san(uri: String) -> Result<SanType, IdentityError> {
+    Ok(SanType::URI(uri.try_into()?))
+}
+
+/// 127 random bits: positive, and within the 20 octets of RFC 5280.
+fn random_serial() -> SerialNumber {
+    let mut bytes: [u8; 16] = rand::random();
+    bytes[0] = bytes[0] & 0x7f | 0x40;
+    SerialNumber::from_slice(&bytes)
+}
+
+fn whole_seconds(time: SystemTime) -> SystemTime {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    UNIX_EPOCH + Duration::from_secs(since.as_secs())
+}

@@ -1,0 +1,146 @@
+//! One record per connection, written when its account is dropped, whatever the way it ended: to the metrics and to the access
+//! log. The facts are gathered by the stages as they learn them.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use super::{
+    connections::{Connections, Direction, Live, Mode},
+    offload::Records,
+    pump::PumpError,
+};
+use crate::{
+    access_log::{AccessLog, Record},
+    metrics::Metrics,
+};
+
+pub struct Account {
+    pub live: Arc<Live>,
+    connections: Connections,
+    metrics: Arc<Metrics>,
+    log: AccessLog,
+    end: End,
+}
+
+enum End {
+    /// Dropped on the way: its task was ended with the agent or the pod.
+    Abandoned,
+    Refused {
+        reason: &'static str,
+        text: String,
+    },
+    Closed,
+    Failed {
+        reason: &'static str,
+        text: String,
+    },
+}
+
+impl Account {
+    pub fn open(connections: &Connections, metrics: &Arc<Metrics>, log: &AccessLog, direction: Direction) -> Self {
+        metrics.opened(direction);
+        Self {
+            live: connections.open(direction),
+            connections: connections.clone(),
+            metrics: metrics.clone(),
+            log: log.clone(),
+            end: End::Abandoned,
+        }
+    }
+
+    pub fn offloaded(&self, mode: Mode, records: &Records) {
+        let pump = records.pump();
+        self.live.learn(|facts| {
+            facts.mode = Some(mode);
+            facts.records = Some(records.name());
+            facts.pump = Some(pump);
+        });
+        self.metrics.carried(self.live.direction, mode, records.name());
+    }
+
+    /// Nothing of the application's was let through. Writes a warning that names the reason and both ends.
+    pub fn refused(mut self, reason: &'static str, error: &(dyn std::error::Error + 'static)) {
+        let text = with_causes(error);
+        let facts = self.live.facts();
+        tracing::warn!(
+            direction = self.live.direction.as_str(),
+            source = %describe(&facts.source),
+            destination = %describe(&facts.destination),
+            reason,
+            "connection refused: {text}"
+        );
+        self.end = End::Refused { reason, text };
+    }
+
+    pub fn finished(mut self, result: Result<(), &PumpError>) {
+        self.end = match result {
+            Ok(()) => End::Closed,
+            Err(error) => End::Failed { reason: error.reason(), text: with_causes(error) },
+        };
+        if let End::Failed { reason, text } = &self.end
+            && !matches!(*reason, "application_reset" | "peer_reset")
+        {
+            let facts = self.live.facts();
+            tracing::warn!(
+                direction = self.live.direction.as_str(),
+                source = %describe(&facts.source),
+                destination = %describe(&facts.destination),
+                reason,
+                "connection cut: {text}"
+            );
+        }
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        self.connections.close(&self.live);
+        let facts = self.live.facts();
+        let (verdict, reason, close) = match &self.end {
+            End::Abandoned => ("allowed", Some("abandoned"), "the agent or the pod was stopped".to_owned()),
+            End::Refused { reason, text } => ("refused", Some(*reason), text.clone()),
+            End::Closed => ("allowed", None, "closed".to_owned()),
+            End::Failed { reason, text } => ("allowed", Some(*reason), text.clone()),
+        };
+        let sent = self.live.moved.sent.load(Ordering::Relaxed);
+        let received = self.live.moved.received.load(Ordering::Relaxed);
+        self.metrics.closed(self.live.direction, facts.mode, verdict, reason, sent, received);
+        self.log.write(&Record {
+            time: self.live.since,
+            direction: self.live.direction,
+            source: &facts.source,
+            destination: &facts.destination,
+            mode: facts.mode,
+            records: facts.records.unwrap_or("none"),
+            pump: facts.pump,
+            verdict,
+            reason,
+            close: &close,
+            bytes_sent: sent,
+            bytes_received: received,
+            duration_ms: u64::try_from(self.live.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            tls: facts.tls.as_ref(),
+        });
+    }
+}
+
+fn describe(end: &super::connections::Endpoint) -> String {
+    let address = end.address.map_or_else(|| "unknown address".to_owned(), |address| address.to_string());
+    match &end.identity {
+        Some(identity) => format!("{address} ({identity})"),
+        None => address,
+    }
+}
+
+/// An error with all that caused it, on one line.
+pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.ends_with(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,199 @@
+//! The sockets of capture: listeners in the pod's namespace, and the legs that the agent opens from there, so that the pod's
+//! address and the rules of its network hold. What the kernel programs know of a connection is asked of `bpf`.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use rustls::server::Acceptor;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+
+use crate::{
+    bpf::PodListeners,
+    sys::{netns::Netns, socket},
+    tls::{config::ALPN, records::MAX_RECORD},
+};
+
+const BACKLOG: i32 = 4096;
+/// How long a client of whom nothing is known may keep silent before it is taken for one that waits for the server's word.
+const SILENCE: Duration = Duration::from_millis(100);
+
+/// A pod's listeners. All are bound to loopback: what arrives with one of the pod's addresses was steered here.
+pub struct Listeners {
+    pub outbound4: TcpListener,
+    pub outbound6: Option<TcpListener>,
+    pub inbound4: TcpListener,
+    pub inbound6: Option<TcpListener>,
+}
+
+impl Listeners {
+    /// IPv6 is left out where the pod has none (`net.ipv6.conf.*.disable_ipv6`); connects of that family are then refused.
+    pub fn open(netns: &Netns) -> io::Result<Self> {
+        let sockets = netns.run(|| {
+            let v4 = || listener(Ipv4Addr::LOCALHOST.into());
+            let v6 = || match listener(Ipv6Addr::LOCALHOST.into()) {
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT)) => {
+                    Ok(None)
+                }
+                other => other.map(Some),
+            };
+            Ok::<_, io::Error>((v4()?, v6()?, v4()?, v6()?))
+        })??;
+        let (outbound4, outbound6, inbound4, inbound6) = sockets;
+        Ok(Self {
+            outbound4: into_tokio(outbound4)?,
+            outbound6: outbound6.map(into_tokio).transpose()?,
+            inbound4: into_tokio(inbound4)?,
+            inbound6: inbound6.map(into_tokio).transpose()?,
+        })
+    }
+
+    pub fn for_capture<'a>(&'a self, netns: &'a Netns, addresses: &'a [IpAddr]) -> io::Result<PodListeners<'a>> {
+        use std::os::fd::AsFd;
+        Ok(PodListeners {
+            netns,
+            outbound4: Some(self.outbound4.local_addr()?.port()),
+            outbound6: self.outbound6.as_ref().map(|l| l.local_addr().map(|a| a.port())).transpose()?,
+            inbound4: Some(self.inbound4.as_fd()),
+            inbound6: self.inbound6.as_ref().map(AsFd::as_fd),
+            addresses,
+        })
+    }
+}
+
+/// Connects from the pod's namespace, from `source` where the application had chosen an address.
+pub async fn connect(
+    netns: &Netns,
+    source: Option<IpAddr>,
+    destination: SocketAddr,
+    limit: Duration,
+) -> io::Result<TcpStream> {
+    let socket = leg(netns, destination)?;
+    if let Some(source) = source {
+        socket.bind(SocketAddr::new(source, 0))?;
+    }
+    tokio::time::timeout(limit, socket.connect(destination)).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// A socket in the pod's namespace that is bound to the pod's address, and not yet connected: the kernel programs must
+/// be told of its port first.
+pub fn bound_leg(netns: &Netns, address: SocketAddr) -> io::Result<(TcpSocket, SocketAddr)> {
+    let socket = leg(netns, address)?;
+    socket.bind(SocketAddr::new(address.ip(), 0))?;
+    let source = socket.local_addr()?;
+    Ok((socket, source))
+}
+
+/// Until `settle`, every way in which a leg is closed, also by the kernel after the agent's death, is a reset: an application
+/// must not take a cut stream for a whole one.
+pub fn guard(leg: &TcpStream, idle: Duration) -> io::Result<()> {
+    socket::abort_on_close(leg)?;
+    socket::tune(leg, idle)
+}
+
+/// Both directions have ended in order: what is still queued is delivered after the close.
+pub fn settle(leg: &TcpStream) -> io::Result<()> {
+    SockRef::from(leg).set_linger(None)
+}
+
+/// Looks at a client's first bytes without taking them: true if it speaks the mesh's TLS, which its ALPN tells from an
+/// application's own TLS (as Istio's PERMISSIVE inbound listener does).
+pub async fn speaks_mesh_tls(client: &TcpStream, limit: Duration) -> io::Result<bool> {
+    let deadline = tokio::time::Instant::now() + limit;
+    let mut bytes = vec![0; MAX_RECORD];
+    let mut seen = 0;
+    match tokio::time::timeout(SILENCE, client.readable()).await {
+        Ok(ready) => ready?,
+        Err(_) => return Ok(false),
+    }
+    loop {
+        match socket::peek(client, &mut bytes) {
+            Ok(0) => return Ok(false),
+            Ok(length) if length > seen => {
+                seen = length;
+                match judge(&bytes[..length]) {
+                    Some(verdict) => return Ok(verdict),
+                    None if length == bytes.len() => return Ok(false),
+                    None => {}
+                }
+            }
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        if tokio::time::Instant::now() >= deadline {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        // What is peeked at stays readable, so there is no event to wait for.
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// `None` while a ClientHello has not come whole.
+fn judge(bytes: &[u8]) -> Option<bool> {
+    if bytes.first() != Some(&22) {
+        return Some(false);
+    }
+    let mut acceptor = Acceptor::default();
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        if acceptor.read_tls(&mut rest).is_err() {
+            return Some(false);
+        }
+        match acceptor.accept() {
+            Ok(Some(accepted)) => {
+                let hello = accepted.client_hello();
+                return Some(hello.alpn().is_some_and(|mut names| names.any(|name| ALPN.contains(&name))));
+            }
+            Ok(None) => {}
+            Err(_) => return Some(false),
+        }
+    }
+    None
+}
+
+fn leg(netns: &Netns, destination: SocketAddr) -> io::Result<TcpSocket> {
+    netns.run(|| if destination.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() })?
+}
+
+fn listener(address: IpAddr) -> io::Result<Socket> {
+    let socket =
+        Socket::new(Domain::for_address((address, 0).into()), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&SocketAddr::new(address, 0).into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket)
+}
+
+fn into_tokio(socket: Socket) -> io::Result<TcpListener> {
+    TcpListener::from_std(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn plaintext_and_foreign_tls_are_not_the_mesh() {
+        assert_eq!(judge(b"GET / HTTP/1.1\r\n"), Some(false));
+        assert_eq!(judge(&[22, 3, 1]), None);
+        assert_eq!(judge(&[22, 9, 9, 0, 1, 0]), Some(false));
+    }
+
+    proptest! {
+        #[test]
+        fn any_first_bytes_are_judged_without_panic(bytes: Vec<u8>) {
+            let _ = judge(&bytes);
+            let mut hello = vec![22, 3, 1];
+            hello.extend(bytes);
+            let _ = judge(&hello);
+        }
+    }
+}

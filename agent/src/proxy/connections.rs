@@ -1,0 +1,151 @@
+//! The connections that live now: what is known of each, its byte counts, and the handle by which it is revoked. One entry is
+//! made per captured connection and goes with it.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Instant, SystemTime},
+};
+
+use serde::Serialize;
+use tokio::{net::TcpStream, sync::watch};
+
+use super::pump::Moved;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    Outbound,
+    Inbound,
+}
+
+impl Direction {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Inbound => "inbound",
+        }
+    }
+}
+
+/// What the wire leg of a connection carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    Mtls,
+    Plaintext,
+}
+
+/// One end, as far as it is known.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Endpoint {
+    pub address: Option<SocketAddr>,
+    pub workload: Option<String>,
+    pub namespace: Option<String>,
+    /// The SPIFFE ID: of a peer under mTLS the one that its certificate proved.
+    pub identity: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct TlsFacts {
+    pub cipher: String,
+    pub group: Option<String>,
+    pub alpn: Option<String>,
+}
+
+/// What is learned on the way through the stages.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Facts {
+    pub source: Endpoint,
+    pub destination: Endpoint,
+    pub mode: Option<Mode>,
+    pub records: Option<&'static str>,
+    pub pump: Option<super::offload::PumpKind>,
+    pub tls: Option<TlsFacts>,
+}
+
+pub struct Live {
+    pub id: u64,
+    pub direction: Direction,
+    pub since: SystemTime,
+    pub started: Instant,
+    pub moved: Moved,
+    facts: Mutex<Facts>,
+    revoke: watch::Sender<Option<&'static str>>,
+    wire: Mutex<Option<std::sync::Weak<TcpStream>>>,
+}
+
+impl Live {
+    pub fn facts(&self) -> Facts {
+        lock(&self.facts).clone()
+    }
+
+    pub fn learn(&self, change: impl FnOnce(&mut Facts)) {
+        change(&mut lock(&self.facts));
+    }
+
+    pub fn watch_wire(&self, wire: &Arc<TcpStream>) {
+        *lock(&self.wire) = Some(Arc::downgrade(wire));
+    }
+
+    pub fn wire(&self) -> Option<Arc<TcpStream>> {
+        lock(&self.wire).as_ref().and_then(std::sync::Weak::upgrade)
+    }
+
+    /// Ends the connection by a reset, for the reason given.
+    pub fn revoke(&self, reason: &'static str) {
+        self.revoke.send_replace(Some(reason));
+    }
+
+    pub fn revocation(&self) -> watch::Receiver<Option<&'static str>> {
+        self.revoke.subscribe()
+    }
+}
+
+/// All that live. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Connections {
+    live: Arc<Mutex<HashMap<u64, Arc<Live>>>>,
+    next: Arc<AtomicU64>,
+}
+
+impl Connections {
+    pub fn open(&self, direction: Direction) -> Arc<Live> {
+        let live = Arc::new(Live {
+            id: self.next.fetch_add(1, Ordering::Relaxed),
+            direction,
+            since: SystemTime::now(),
+            started: Instant::now(),
+            moved: Moved::default(),
+            facts: Mutex::default(),
+            revoke: watch::Sender::new(None),
+            wire: Mutex::new(None),
+        });
+        lock(&self.live).insert(live.id, live.clone());
+        live
+    }
+
+    pub fn close(&self, live: &Live) {
+        lock(&self.live).remove(&live.id);
+    }
+
+    pub fn all(&self) -> Vec<Arc<Live>> {
+        lock(&self.live).values().cloned().collect()
+    }
+
+    pub fn len(&self) -> usize {
+        lock(&self.live).len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,127 @@
+//! One connection to a local pod: the outbound way read from the other end. Who the source is, is known only when its
+//! certificate was checked, so the final Permit comes after the handshake.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use tokio::net::TcpStream;
+
+use super::{
+    Context,
+    account::Account,
+    authorize::{self, Permit},
+    capture, carry,
+    connections::Direction,
+    handshake::{self, HandshakeError},
+    identify::{self, ClientAddr},
+    offload::{self, Records},
+    pod::Pod,
+    pump,
+    refusal::Refusal,
+};
+use crate::{
+    bpf::ClientEntry,
+    policy::{self, Inbound},
+    tls::config,
+};
+
+/// `internal_error`: the application behind this agent does not take the connection (RFC 8446 section 6.2).
+const UNAVAILABLE: u8 = 80;
+/// `access_denied`: the certificate is fine and policy says no.
+const ACCESS_DENIED: u8 = 49;
+
+pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, client: ClientAddr) {
+    let local = match wire.local_addr() {
+        // A program in the pod that connects to the agent's listener by itself comes to loopback.
+        Ok(local) if local.ip().is_loopback() => return drop(capture::guard(&wire, ctx.settings.dead_peer)),
+        Ok(local) if ctx.selftest.claim_inbound(pod.netns.cookie(), client.0, local) => return,
+        Ok(local) => local,
+        Err(error) => return tracing::debug!(%error, "an accepted connection was gone at once"),
+    };
+    let account = Account::open(&ctx.connections, &ctx.metrics, &ctx.log, Direction::Inbound);
+    account.live.learn(|facts| facts.destination = identify::of(Some(&pod.workload), local));
+    match open(&ctx, &pod, wire, client, local, &account).await {
+        Err(refusal) => account.refused(refusal.reason(), &refusal),
+        Ok(opened) => {
+            let Opened { app, wire, records, permit, entry } = opened;
+            carry(&ctx, account, app, wire, records, permit).await;
+            drop(entry);
+        }
+    }
+}
+
+struct Opened {
+    app: TcpStream,
+    wire: Arc<TcpStream>,
+    records: Records,
+    permit: Permit,
+    /// The true client's address for getpeername, for as long as the application may ask.
+    entry: ClientEntry,
+}
+
+async fn open(
+    ctx: &Context,
+    pod: &Pod,
+    mut wire: TcpStream,
+    client: ClientAddr,
+    local: SocketAddr,
+    account: &Account,
+) -> Result<Opened, Refusal> {
+    capture::guard(&wire, ctx.settings.dead_peer).map_err(Refusal::Client)?;
+    let snapshot = ctx.state.load();
+    let (workload, endpoint) = identify::endpoint(&snapshot, client.0);
+    account.live.learn(|facts| facts.source = endpoint);
+    let rule = policy::inbound(snapshot.mode, workload.as_deref());
+    let tls = match &rule {
+        Inbound::Mtls => true,
+        Inbound::Plaintext | Inbound::Deny(_) => false,
+        Inbound::Sniff => capture::speaks_mesh_tls(&wire, ctx.settings.handshake).await.map_err(Refusal::Client)?,
+    };
+    let secured = if tls {
+        let svid = ctx.svid(&pod.workload.id)?;
+        let config = config::server_config(&svid, ctx.identities.roots(), &snapshot.trust_domain)?;
+        match handshake::accept(&mut wire, config, ctx.settings.handshake).await {
+            // What speaks no TLS at all is for policy to judge, which has the better words.
+            Err(HandshakeError::NotTls(_)) => None,
+            result => Some(ctx.handshaken(account, Direction::Inbound, result)?),
+        }
+    } else {
+        None
+    };
+    let peer = secured.as_ref().map(|secured| &secured.peer);
+    let permit = authorize::inbound(snapshot.mode, peer, &rule, &account.live);
+    let records = match secured {
+        Some(secured) => offload::offload(&wire, secured, ctx.settings.records, &ctx.kernel)?,
+        None => Records::Plain(ctx.kernel.pump),
+    };
+    let permit = match permit {
+        Ok(permit) => permit,
+        Err(denied) => {
+            pump::refuse(wire, records, ACCESS_DENIED).await;
+            return Err(denied.into());
+        }
+    };
+    match connect(ctx, pod, client, local).await {
+        Ok((app, entry)) => Ok(Opened { app, wire: Arc::new(wire), records, permit, entry }),
+        Err(refusal) => {
+            pump::refuse(wire, records, UNAVAILABLE).await;
+            Err(refusal)
+        }
+    }
+}
+
+/// Connects to the application as the client that it will see.
+async fn connect(
+    ctx: &Context,
+    pod: &Pod,
+    client: ClientAddr,
+    local: SocketAddr,
+) -> Result<(TcpStream, ClientEntry), Refusal> {
+    let (socket, source) = capture::bound_leg(&pod.netns, local).map_err(Refusal::Unreachable)?;
+    let entry = ctx.capture.announce_client(pod.netns.cookie(), source, client.0)?;
+    let app = tokio::time::timeout(ctx.settings.connect, socket.connect(local))
+        .await
+        .unwrap_or(Err(std::io::ErrorKind::TimedOut.into()))
+        .map_err(Refusal::connecting)?;
+    capture::guard(&app, ctx.settings.dead_peer).map_err(Refusal::Unreachable)?;
+    Ok((app, entry))
+}

@@ -1,0 +1,108 @@
+//! One connection from a local pod: capture, identify, authorize, handshake, offload, pump, account, in this order.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use tokio::net::TcpStream;
+
+use super::{
+    Context,
+    account::Account,
+    authorize::{self, Permit, Way},
+    capture, carry,
+    connections::Direction,
+    handshake,
+    identify::{self, ClientAddr, OrigDst},
+    offload::{self, Records},
+    pod::Pod,
+    pump::PumpError,
+    refusal::Refusal,
+};
+use crate::tls::{config, records::RecordError};
+
+pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, app: TcpStream, client: ClientAddr) {
+    let origin = match origin(&ctx, &pod, client) {
+        Ok(origin) if ctx.selftest.claim_outbound(pod.netns.cookie(), origin.0) => return,
+        origin => origin,
+    };
+    let account = Account::open(&ctx.connections, &ctx.metrics, &ctx.log, Direction::Outbound);
+    account.live.learn(|facts| facts.source = identify::of(Some(&pod.workload), seen_by_app(&pod, client)));
+    match open(&ctx, &pod, &app, client, origin, &account).await {
+        Err(refusal) => account.refused(refusal.reason(), &refusal),
+        Ok((wire, records, permit, destination)) => {
+            let ended = carry(&ctx, account, app, wire, records, permit).await;
+            if let Err(PumpError::Record(RecordError::Alert(_))) = ended.result
+                && ended.received == 0
+            {
+                remember_refused(&ctx, &pod, destination);
+            }
+        }
+    }
+}
+
+fn origin(ctx: &Context, pod: &Pod, client: ClientAddr) -> Result<OrigDst, Refusal> {
+    match ctx.capture.original_destination(pod.netns.cookie(), client.0)? {
+        Some(origin) => Ok(OrigDst(origin.address)),
+        None => Err(Refusal::NotCaptured),
+    }
+}
+
+async fn open(
+    ctx: &Context,
+    pod: &Pod,
+    app: &TcpStream,
+    client: ClientAddr,
+    origin: Result<OrigDst, Refusal>,
+    account: &Account,
+) -> Result<(Arc<TcpStream>, Records, Permit, OrigDst), Refusal> {
+    capture::guard(app, ctx.settings.dead_peer).map_err(Refusal::Client)?;
+    let destination = origin?;
+    let snapshot = ctx.state.load();
+    let (workload, endpoint) = identify::endpoint(&snapshot, destination.0);
+    account.live.learn(|facts| facts.destination = endpoint);
+    let way = authorize::outbound(&snapshot, workload.as_deref(), &account.live)?;
+
+    let mut wire = match capture::connect(&pod.netns, chosen(client), destination.0, ctx.settings.connect).await {
+        Ok(wire) => wire,
+        Err(error) => {
+            let refusal = Refusal::connecting(error);
+            if let Refusal::Refused(_) = refusal {
+                remember_refused(ctx, pod, destination);
+            }
+            return Err(refusal);
+        }
+    };
+    capture::guard(&wire, ctx.settings.dead_peer).map_err(Refusal::Unreachable)?;
+    let (records, permit) = match way {
+        Way::Plaintext { permit } => (Records::Plain(ctx.kernel.pump), permit),
+        Way::Mtls { permit, expect } => {
+            let svid = ctx.svid(&pod.workload.id)?;
+            let config = config::client_config(&svid, ctx.identities.roots(), &expect)?;
+            let host = workload.as_ref().map_or("unknown", |workload| workload.host.as_str());
+            let name = config::server_name(destination.0.port(), host);
+            let handshake = handshake::connect(&mut wire, config, name, ctx.settings.handshake).await;
+            let secured = ctx.handshaken(account, Direction::Outbound, handshake)?;
+            (offload::offload(&wire, secured, ctx.settings.records, &ctx.kernel)?, permit)
+        }
+    };
+    Ok((Arc::new(wire), records, permit, destination))
+}
+
+/// The address that the application had bound, if it had: an unbound one comes from loopback.
+fn chosen(client: ClientAddr) -> Option<IpAddr> {
+    Some(client.0.ip()).filter(|ip| !ip.is_loopback())
+}
+
+/// The source as the application sees it: the kernel programs hide that an unbound socket's address is loopback's.
+fn seen_by_app(pod: &Pod, client: ClientAddr) -> SocketAddr {
+    let own = pod.workload.addresses.iter().copied().find(|own| own.is_ipv4() == client.0.is_ipv4());
+    SocketAddr::new(own.filter(|_| client.0.ip().is_loopback()).unwrap_or(client.0.ip()), client.0.port())
+}
+
+fn remember_refused(ctx: &Context, pod: &Pod, destination: OrigDst) {
+    if let Err(error) = ctx.capture.remember_refused(pod.netns.cookie(), destination.0) {
+        tracing::warn!(%error, "a refused destination could not be remembered");
+    }
+}

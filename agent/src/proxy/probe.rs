@@ -1,0 +1,140 @@
+//! Finds out what this kernel can do by doing it: a handshake, keys to the kernel, and a transfer through both ends of the real
+//! pump, checked byte for byte, over loopback. Versions are not compared: backports and configurations decide.
+
+use std::{io, net::Ipv4Addr, sync::Arc, time::Duration};
+
+use rustls::{
+    ClientConfig, RootCertStore, SupportedCipherSuite, crypto::CryptoProvider, sign::SingleCertAndKey, version::TLS13,
+};
+use socket2::SockRef;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+
+use super::{
+    account::with_causes,
+    handshake,
+    offload::{self, Capabilities, PumpKind, Records, RecordsChoice},
+    pump::{self, Moved},
+};
+use crate::{
+    identity::Svid,
+    tls::{config, ktls, verifier::ExpectServer},
+};
+
+/// More than all buffers between the ends hold, so that the transfer meets back pressure.
+const BYTES: usize = 1 << 20;
+/// So small that the kernel must stop and go on in the middle of records: where some kernels stall.
+const SMALL_BUFFER: usize = 4096;
+const LIMIT: Duration = Duration::from_secs(10);
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Tries kernel TLS with each cipher suite, then the faster pump. Takes a fraction of a second, natively.
+pub async fn probe(svid: &Svid, roots: Arc<RootCertStore>) -> Capabilities {
+    if let Err(error) = attachable().await {
+        return Capabilities::none(with_causes(&*error));
+    }
+    let mut capabilities = Capabilities::none("");
+    let mut why = Vec::new();
+    for suite in &config::provider().cipher_suites {
+        match transfer(svid, &roots, *suite, PumpKind::Copy).await {
+            Ok(()) => capabilities.suites.push(suite.suite()),
+            Err(error) => why.push(format!("{:?}: {}", suite.suite(), with_causes(&*error))),
+        }
+    }
+    let first = config::provider().cipher_suites.iter().copied().find(|suite| capabilities.kernel(*suite));
+    if let Some(suite) = first {
+        match transfer(svid, &roots, suite, PumpKind::Splice).await {
+            Ok(()) => {
+                capabilities.pump = PumpKind::Splice;
+                why.push("splice moves records soundly under back pressure".into());
+            }
+            Err(error) => why.push(format!("copying, because splice: {}", with_causes(&*error))),
+        }
+    }
+    capabilities.why = why.join("; ");
+    capabilities
+}
+
+async fn attachable() -> Result<(), Failure> {
+    let (near, _far) = pair().await?;
+    Ok(ktls::attach(&near)?)
+}
+
+/// Application, pump, wire, pump, application; the bytes that come out must be those that went in, and the end in order.
+async fn transfer(
+    svid: &Svid,
+    roots: &Arc<RootCertStore>,
+    suite: SupportedCipherSuite,
+    kind: PumpKind,
+) -> Result<(), Failure> {
+    let (client, server) = configs(svid, roots, suite)?;
+    let ((mut source, app), (mut wire, mut peer)) = (pair().await?, pair().await?);
+    let (peer_app, mut sink) = pair().await?;
+    for socket in [&wire, &peer, &peer_app, &sink] {
+        SockRef::from(socket).set_send_buffer_size(SMALL_BUFFER)?;
+        SockRef::from(socket).set_recv_buffer_size(SMALL_BUFFER)?;
+    }
+    let name = config::server_name(1, "probe.marline.internal");
+    let (near, far) =
+        tokio::join!(handshake::connect(&mut wire, client, name, LIMIT), handshake::accept(&mut peer, server, LIMIT));
+    let capabilities = Capabilities { suites: vec![suite.suite()], pump: kind, why: String::new() };
+    let near = offload::offload(&wire, near?, RecordsChoice::Kernel, &capabilities)?;
+    let far = offload::offload(&peer, far?, RecordsChoice::Kernel, &capabilities)?;
+
+    let sent: Vec<u8> = (0..BYTES).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let write = async {
+        source.write_all(&sent).await?;
+        source.shutdown().await
+    };
+    let read = async {
+        let mut received = Vec::with_capacity(BYTES);
+        sink.read_to_end(&mut received).await?;
+        sink.shutdown().await?;
+        Ok::<_, io::Error>(received)
+    };
+    let all = async { tokio::join!(write, run(&app, &wire, near), run(&peer_app, &peer, far), read) };
+    let Ok((written, near, far, received)) = tokio::time::timeout(LIMIT, all).await else {
+        return Err(format!("a transfer with small buffers stalled for {LIMIT:?}").into());
+    };
+    written?;
+    near?;
+    far?;
+    if received? == sent { Ok(()) } else { Err("the bytes that came out are not those that went in".into()) }
+}
+
+async fn run(app: &TcpStream, wire: &TcpStream, records: Records) -> Result<(), pump::PumpError> {
+    let (_keep, mut revoked) = watch::channel(None);
+    pump::run(app, wire, records, &Moved::default(), &mut revoked).await
+}
+
+fn configs(
+    svid: &Svid,
+    roots: &Arc<RootCertStore>,
+    suite: SupportedCipherSuite,
+) -> Result<(Arc<ClientConfig>, Arc<rustls::ServerConfig>), Failure> {
+    let provider = CryptoProvider { cipher_suites: vec![suite], ..(*config::provider()).clone() };
+    let mut client = ClientConfig::builder_with_provider(Arc::new(provider))
+        .with_protocol_versions(&[&TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(ExpectServer::new(roots.clone(), vec![svid.id.clone()])))
+        .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(svid.key.clone())));
+    client.enable_secret_extraction = true;
+    let server = config::server_config(svid, roots.clone(), svid.id.trust_domain())?;
+    Ok((Arc::new(client), server))
+}
+
+async fn pair() -> io::Result<(TcpStream, TcpStream)> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    let near = TcpStream::connect(listener.local_addr()?).await?;
+    loop {
+        let (far, from) = listener.accept().await?;
+        // Another process may connect to the port as well.
+        if from == near.local_addr()? {
+            return Ok((near, far));
+        }
+    }
+}

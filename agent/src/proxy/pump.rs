@@ -1,0 +1,227 @@
+//! Moves the bytes of one connection between the application's leg and the wire's, so that the application sees exactly the TCP
+//! connection it believes to have: half-close either way, RST as RST, back pressure, no limit of size or time. The directions
+//! are `outward` (application to wire) and `inward`; ending the sockets after a failure is the caller's, with `abort`.
+
+use std::{
+    io,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use tokio::{io::Interest, net::TcpStream, sync::watch};
+
+use crate::{
+    sys::socket,
+    tls::{
+        ktls::KtlsError,
+        records::{ALERT, Opener, RecordError, Sealer, Session},
+    },
+};
+
+use super::offload::{PumpKind, Records};
+
+mod buffer;
+mod inward;
+mod outward;
+
+/// Bytes moved so far, as the application counts them.
+#[derive(Debug, Default)]
+pub struct Moved {
+    pub sent: AtomicU64,
+    pub received: AtomicU64,
+}
+
+/// Why a connection did not end by both sides closing it.
+#[derive(Debug, thiserror::Error)]
+pub enum PumpError {
+    #[error("the application reset the connection")]
+    Application(#[source] io::Error),
+    #[error("the peer reset the connection")]
+    Wire(#[source] io::Error),
+    #[error("the peer's stream ended without close_notify: it may have been cut")]
+    Truncated,
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error("the kernel could not open a record")]
+    Unreadable(#[source] io::Error),
+    #[error("the peer changed its keys and this kernel cannot (needs Linux 6.14)")]
+    CannotRekey(#[source] KtlsError),
+    #[error("the key has sealed as many records as it may and this kernel cannot change it (needs Linux 6.14)")]
+    RecordLimit(#[source] KtlsError),
+    #[error("no longer allowed: {0}")]
+    Revoked(&'static str),
+    #[error("the pump has no pipe")]
+    Pipe(#[source] io::Error),
+}
+
+impl PumpError {
+    /// The label under which it is counted.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Application(_) => "application_reset",
+            Self::Wire(_) => "peer_reset",
+            Self::Truncated => "truncated",
+            Self::Record(RecordError::Alert(_)) => "peer_alert",
+            Self::Record(_) => "bad_record",
+            Self::Unreadable(_) => "bad_record",
+            Self::CannotRekey(_) => "cannot_rekey",
+            Self::RecordLimit(_) => "record_limit",
+            Self::Revoked(_) => "revoked",
+            Self::Pipe(_) => "no_pipe",
+        }
+    }
+}
+
+/// Runs until both directions have ended in order, or one has failed. On an error both legs must be aborted.
+pub async fn run(
+    app: &TcpStream,
+    wire: &TcpStream,
+    records: Records,
+    moved: &Moved,
+    revoked: &mut watch::Receiver<Option<&'static str>>,
+) -> Result<(), PumpError> {
+    let (out, into) = split(records);
+    let outward = outward::run(app, wire, out, moved);
+    let inward = inward::run(wire, app, into, moved);
+    tokio::pin!(outward, inward);
+    let (mut sent_all, mut received_all) = (false, false);
+    while !(sent_all && received_all) {
+        tokio::select! {
+            result = &mut outward, if !sent_all => { result?; sent_all = true; }
+            result = &mut inward, if !received_all => { result?; received_all = true; }
+            // A side that has closed its half is no longer read: its reset shows only as an error event.
+            error = reset(app), if sent_all => return Err(PumpError::Application(error)),
+            error = reset(wire), if received_all => return Err(PumpError::Wire(error)),
+            reason = revocation(revoked) => return Err(PumpError::Revoked(reason)),
+        }
+    }
+    Ok(())
+}
+
+/// Ends a wire leg whose connection goes no further: with an alert where there are records, and not as the end of a stream.
+pub async fn refuse(wire: TcpStream, records: Records, alert: u8) {
+    let payload = [2, alert];
+    let said = match records {
+        // The guard's reset says it.
+        Records::Plain(_) => return,
+        Records::Kernel { .. } => socket::send_record(&wire, ALERT, &payload).map(drop),
+        Records::Userspace { mut sealer, .. } => match sealer.seal(ALERT, &payload) {
+            Ok(record) => socket::send(&wire, &record).map(drop),
+            Err(error) => Err(io::Error::other(error)),
+        },
+    };
+    match said.and_then(|()| super::capture::settle(&wire)).and_then(|()| shut(&wire)) {
+        Ok(()) => {}
+        Err(error) => tracing::debug!(%error, "the peer could not be told why it is refused"),
+    }
+}
+
+/// Passes a failure on to both ends as what TCP has for it.
+pub fn abort(app: &TcpStream, wire: &TcpStream) {
+    for leg in [app, wire] {
+        if let Err(error) = socket::abort_on_close(leg) {
+            tracing::debug!(%error, "the socket takes no linger time");
+        }
+    }
+}
+
+async fn reset(leg: &TcpStream) -> io::Error {
+    match leg.ready(Interest::ERROR).await {
+        Ok(_) => socket::take_error(leg).ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+        Err(error) => error,
+    }
+}
+
+async fn revocation(revoked: &mut watch::Receiver<Option<&'static str>>) -> &'static str {
+    let reason = revoked.wait_for(Option::is_some).await.map(|reason| *reason);
+    match reason {
+        Ok(reason) => reason.unwrap_or("revoked"),
+        // Who could revoke is gone: nobody will.
+        Err(_) => std::future::pending().await,
+    }
+}
+
+/// How one direction's bytes become records.
+enum Out {
+    Plain(PumpKind),
+    Kernel { pump: PumpKind, session: std::sync::Arc<Session>, sealed: u64 },
+    Userspace { sealer: Box<Sealer>, session: std::sync::Arc<Session> },
+}
+
+/// How records become one direction's bytes.
+enum In {
+    Plain(PumpKind),
+    Kernel { pump: PumpKind, session: std::sync::Arc<Session> },
+    Userspace { opener: Box<Opener>, session: std::sync::Arc<Session> },
+}
+
+fn split(records: Records) -> (Out, In) {
+    match records {
+        Records::Plain(pump) => (Out::Plain(pump), In::Plain(pump)),
+        Records::Kernel { pump, session } => {
+            (Out::Kernel { pump, session: session.clone(), sealed: 0 }, In::Kernel { pump, session })
+        }
+        Records::Userspace { sealer, opener, session } => {
+            (Out::Userspace { sealer, session: session.clone() }, In::Userspace { opener, session })
+        }
+    }
+}
+
+/// Whether a burst of reading ended because nothing was left for now, or for good.
+enum Burst {
+    Drained,
+    Ended,
+}
+
+/// Lets the other direction and other connections have the thread after so many bytes.
+struct Budget(usize);
+
+impl Budget {
+    const BYTES: usize = 1 << 20;
+
+    fn new() -> Self {
+        Self(Self::BYTES)
+    }
+
+    async fn spend(&mut self, bytes: usize) {
+        self.0 = self.0.saturating_sub(bytes);
+        if self.0 == 0 {
+            self.0 = Self::BYTES;
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+/// Writes all of `data`, waiting where the socket takes no more.
+async fn send_all(to: &TcpStream, mut data: &[u8]) -> io::Result<()> {
+    while !data.is_empty() {
+        match to.try_io(Interest::WRITABLE, || socket::send(to, data)) {
+            Ok(sent) => data = &data[sent..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// As `send_all`, for several pieces at once.
+async fn send_all_vectored(to: &TcpStream, mut pieces: &mut [io::IoSlice<'_>]) -> io::Result<()> {
+    while !pieces.is_empty() {
+        match to.try_write_vectored(pieces) {
+            Ok(sent) => io::IoSlice::advance_slices(&mut pieces, sent),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Ends the half of a TCP connection that this side writes.
+fn shut(leg: &TcpStream) -> io::Result<()> {
+    socket2::SockRef::from(leg).shutdown(std::net::Shutdown::Write)
+}
+
+fn add(counter: &AtomicU64, bytes: usize) {
+    counter.fetch_add(bytes as u64, Ordering::Relaxed);
+}

@@ -1,0 +1,242 @@
+//! From the wire to the application: read, open, write; at close_notify, FIN. An end of stream without it is a truncation.
+
+use std::io;
+
+use tokio::{io::Interest, net::TcpStream};
+
+use super::{
+    Budget, Burst, In, Moved, PumpError, PumpKind, add,
+    buffer::{Buffer, RECORDS},
+    send_all, send_all_vectored, shut,
+};
+use crate::{
+    sys::{
+        socket::{self, Received},
+        splice::Pipe,
+    },
+    tls::{
+        ktls::{self, Direction},
+        records::{APPLICATION_DATA, Control, HEADER, Opener, RecordError, Session, read_control, sealed_body_length},
+    },
+};
+
+pub(super) async fn run(wire: &TcpStream, app: &TcpStream, mut into: In, moved: &Moved) -> Result<(), PumpError> {
+    loop {
+        wire.readable().await.map_err(PumpError::Wire)?;
+        let burst = match &mut into {
+            In::Plain(PumpKind::Copy) => plain(wire, app, moved).await?,
+            In::Plain(PumpKind::Splice) => splice(wire, app, None, moved).await?,
+            In::Kernel { pump: PumpKind::Splice, session } => splice(wire, app, Some(session), moved).await?,
+            In::Kernel { pump: PumpKind::Copy, session } => kernel(wire, app, session, moved).await?,
+            In::Userspace { opener, session } => userspace(wire, app, opener, session, moved).await?,
+        };
+        if let Burst::Ended = burst {
+            return shut(app).map_err(PumpError::Application);
+        }
+    }
+}
+
+async fn plain(wire: &TcpStream, app: &TcpStream, moved: &Moved) -> Result<Burst, PumpError> {
+    let (mut buffer, mut budget) = (Buffer::take(), Budget::new());
+    loop {
+        let read = match wire.try_io(Interest::READABLE, || socket::recv(wire, &mut buffer)) {
+            Ok(0) => return Ok(Burst::Ended),
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Burst::Drained),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(PumpError::Wire(error)),
+        };
+        send_all(app, &buffer[..read]).await.map_err(PumpError::Application)?;
+        add(&moved.received, read);
+        budget.spend(read).await;
+    }
+}
+
+async fn kernel(wire: &TcpStream, app: &TcpStream, session: &Session, moved: &Moved) -> Result<Burst, PumpError> {
+    let (mut buffer, mut budget) = (Buffer::take(), Budget::new());
+    loop {
+        match record(wire, app, session, &mut buffer, moved).await? {
+            Step::Data(read) => budget.spend(read).await,
+            Step::Burst(burst) => return Ok(burst),
+        }
+    }
+}
+
+async fn splice(
+    wire: &TcpStream,
+    app: &TcpStream,
+    session: Option<&Session>,
+    moved: &Moved,
+) -> Result<Burst, PumpError> {
+    let (mut pipe, mut budget) = (Pipe::take().map_err(PumpError::Pipe)?, Budget::new());
+    loop {
+        let read = match (wire.try_io(Interest::READABLE, || pipe.fill(wire)), session) {
+            (Ok(0), None) => return Ok(Burst::Ended),
+            // The end of the stream or an empty record; EINVAL where a control record is next. Reading it tells.
+            (Ok(0), Some(session)) => match record(wire, app, session, &mut Buffer::take(), moved).await? {
+                Step::Data(_) => continue,
+                Step::Burst(burst) => return Ok(burst),
+            },
+            (Err(error), Some(session)) if error.raw_os_error() == Some(libc::EINVAL) => {
+                match record(wire, app, session, &mut Buffer::take(), moved).await? {
+                    Step::Data(_) => continue,
+                    Step::Burst(burst) => return Ok(burst),
+                }
+            }
+            (Ok(read), _) => read,
+            (Err(error), _) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Burst::Drained),
+            (Err(error), _) if error.kind() == io::ErrorKind::Interrupted => continue,
+            (Err(error), _) => return Err(wire_error(error)),
+        };
+        while !pipe.is_empty() {
+            match app.try_io(Interest::WRITABLE, || pipe.drain(app)) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    app.writable().await.map_err(PumpError::Application)?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(PumpError::Application(error)),
+            }
+        }
+        add(&moved.received, read);
+        budget.spend(read).await;
+    }
+}
+
+enum Step {
+    Data(usize),
+    Burst(Burst),
+}
+
+/// One read from a kernel TLS socket, of whatever type is next.
+async fn record(
+    wire: &TcpStream,
+    app: &TcpStream,
+    session: &Session,
+    buffer: &mut Buffer,
+    moved: &Moved,
+) -> Result<Step, PumpError> {
+    match wire.try_io(Interest::READABLE, || socket::recv_record(wire, buffer)) {
+        Ok(Received { len: 0, content_type: None }) => Err(PumpError::Truncated),
+        Ok(Received { len, content_type: Some(APPLICATION_DATA) }) => {
+            send_all(app, &buffer[..len]).await.map_err(PumpError::Application)?;
+            add(&moved.received, len);
+            Ok(Step::Data(len))
+        }
+        Ok(Received { len, content_type: Some(content_type) }) => match read_control(content_type, &buffer[..len])? {
+            Control::Closed => Ok(Step::Burst(Burst::Ended)),
+            Control::Nothing => Ok(Step::Data(0)),
+            Control::KeyUpdate { answer } => {
+                ktls::install(wire, Direction::Receive, session.suite, session.next_receive()?)
+                    .map_err(PumpError::CannotRekey)?;
+                if answer {
+                    session.want_update();
+                }
+                Ok(Step::Data(0))
+            }
+        },
+        Ok(Received { len, content_type: None }) => {
+            Err(RecordError::Unexpected(format!("{len} bytes of which the kernel does not tell the type")).into())
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Step::Burst(Burst::Drained)),
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Step::Data(0)),
+        Err(error) => Err(wire_error(error)),
+    }
+}
+
+/// Reads whole records into one buffer and opens them there. A record that has come only in part stays in the buffer, and the
+/// buffer with this direction, until the rest comes.
+async fn userspace(
+    wire: &TcpStream,
+    app: &TcpStream,
+    opener: &mut Opener,
+    session: &Session,
+    moved: &Moved,
+) -> Result<Burst, PumpError> {
+    let (mut buffer, mut budget) = (Buffer::take(), Budget::new());
+    let mut filled = 0;
+    loop {
+        match wire.try_io(Interest::READABLE, || socket::recv(wire, &mut buffer[filled..])) {
+            Ok(0) => return Err(PumpError::Truncated),
+            Ok(read) => filled += read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && filled == 0 => return Ok(Burst::Drained),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                wire.readable().await.map_err(PumpError::Wire)?;
+                continue;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(PumpError::Wire(error)),
+        }
+        let opened = open_all(&mut buffer[..filled], opener, session)?;
+        let mut pieces: Vec<_> =
+            opened.plaintext.iter().map(|range| io::IoSlice::new(&buffer[range.clone()])).collect();
+        let bytes = pieces.iter().map(|piece| piece.len()).sum();
+        send_all_vectored(app, &mut pieces).await.map_err(PumpError::Application)?;
+        add(&moved.received, bytes);
+        opened.end?;
+        if opened.closed {
+            return Ok(Burst::Ended);
+        }
+        buffer.copy_within(opened.consumed..filled, 0);
+        filled -= opened.consumed;
+        budget.spend(bytes).await;
+    }
+}
+
+struct Opened {
+    /// Where in the buffer application data lies now; never empty ranges.
+    plaintext: Vec<std::ops::Range<usize>>,
+    consumed: usize,
+    closed: bool,
+    /// What came after that data.
+    end: Result<(), RecordError>,
+}
+
+fn open_all(buffer: &mut [u8], opener: &mut Opener, session: &Session) -> Result<Opened, RecordError> {
+    let mut opened = Opened { plaintext: Vec::with_capacity(RECORDS), consumed: 0, closed: false, end: Ok(()) };
+    loop {
+        let start = opened.consumed + HEADER;
+        let length = match sealed_body_length(&buffer[opened.consumed..]) {
+            Ok(Some(length)) if start + length <= buffer.len() => length,
+            Ok(_) => return Ok(opened),
+            Err(error) => {
+                opened.end = Err(error);
+                return Ok(opened);
+            }
+        };
+        opened.consumed = start + length;
+        match opener.open(&mut buffer[start..start + length]) {
+            Ok((APPLICATION_DATA, [])) => {}
+            Ok((APPLICATION_DATA, data)) => opened.plaintext.push(start..start + data.len()),
+            Ok((content_type, payload)) => match read_control(content_type, payload) {
+                Ok(Control::Nothing) => {}
+                Ok(Control::Closed) => {
+                    opened.closed = true;
+                    return Ok(opened);
+                }
+                Ok(Control::KeyUpdate { answer }) => {
+                    *opener = Opener::new(session.suite, session.next_receive()?)?;
+                    if answer {
+                        session.want_update();
+                    }
+                }
+                Err(error) => {
+                    opened.end = Err(error);
+                    return Ok(opened);
+                }
+            },
+            Err(error) => {
+                opened.end = Err(error);
+                return Ok(opened);
+            }
+        }
+    }
+}
+
+/// EBADMSG and EMSGSIZE are the kernel's words for a record that it could not open (net/tls/tls_sw.c).
+fn wire_error(error: io::Error) -> PumpError {
+    match error.raw_os_error() {
+        Some(libc::EBADMSG | libc::EMSGSIZE | libc::EINVAL) => PumpError::Unreadable(error),
+        _ => PumpError::Wire(error),
+    }
+}

@@ -1,0 +1,80 @@
+//! Why a captured connection goes no further, in one type for all stages: the label it is counted by and the words it is logged with.
+
+use std::io;
+
+use super::{authorize::Denied, handshake::HandshakeError, offload::OffloadError};
+use crate::{
+    bpf::BpfError,
+    tls::{config::TlsError, verifier},
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    #[error("the connection was not redirected by the kernel: a program connected to the agent's listener itself")]
+    NotCaptured,
+    #[error("capture")]
+    Capture(#[from] BpfError),
+    #[error(transparent)]
+    Denied(#[from] Denied),
+    #[error("no certificate for {0} yet")]
+    NoSvid(crate::identity::SpiffeId),
+    #[error("the TLS configuration")]
+    Tls(#[from] TlsError),
+    #[error("{}", explain(.0))]
+    Handshake(HandshakeError),
+    #[error(transparent)]
+    Offload(#[from] OffloadError),
+    #[error("the destination refuses")]
+    Refused(#[source] io::Error),
+    #[error("the destination cannot be reached")]
+    Unreachable(#[source] io::Error),
+    #[error("the client's connection")]
+    Client(#[source] io::Error),
+}
+
+impl Refusal {
+    pub fn connecting(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::ConnectionRefused => Self::Refused(error),
+            _ => Self::Unreachable(error),
+        }
+    }
+
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NotCaptured => "not_captured",
+            Self::Capture(_) => "capture",
+            Self::Denied(Denied::Policy(_)) => "policy",
+            Self::Denied(Denied::PlaintextUnderStrict) => "plaintext_under_strict",
+            Self::NoSvid(_) => "no_svid",
+            Self::Tls(_) => "tls_config",
+            Self::Handshake(error) => handshake_reason(error),
+            Self::Offload(OffloadError::Demanded { .. }) => "ktls_required",
+            Self::Offload(_) => "offload",
+            Self::Refused(_) => "refused",
+            Self::Unreachable(_) => "unreachable",
+            Self::Client(_) => "client",
+        }
+    }
+}
+
+pub fn handshake_reason(error: &HandshakeError) -> &'static str {
+    match error {
+        HandshakeError::Tls(error) => verifier::explain(error).reason.label(),
+        HandshakeError::NotTls(_) => "not_tls",
+        HandshakeError::Cut => "truncated",
+        HandshakeError::Io(_) => "io",
+        HandshakeError::Trailing => "protocol",
+        HandshakeError::Peer(_) => "not_an_svid",
+        HandshakeError::TimedOut(_) => "timeout",
+    }
+}
+
+fn explain(error: &HandshakeError) -> String {
+    match error {
+        HandshakeError::Tls(error) => format!("handshake: {}", verifier::explain(error).text),
+        HandshakeError::Io(cause) => format!("handshake: {error}: {cause}"),
+        HandshakeError::Peer(cause) => format!("handshake: {error}: {cause}"),
+        _ => format!("handshake: {error}"),
+    }
+}

@@ -1,0 +1,294 @@
+//! One node's agent as a program: started, waited for, asked, stopped, killed. Its words are read from its log, its
+//! admin and metrics addresses and its access log, as a user would.
+
+use std::{
+    env,
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+use crate::{
+    access_log::{self, Entry},
+    cluster::{Side, remains},
+    config::{Settings, TRUST_DOMAIN},
+    http,
+    process::{Place, Process, output, succeed},
+    wait::{Look, seconds, wait_for},
+};
+
+const ADMIN: u16 = 15000;
+const METRICS: u16 = 15020;
+const READINESS: u16 = 15021;
+
+/// What the agent has done with changes of its configuration so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reloads {
+    pub accepted: u64,
+    pub rejected: u64,
+}
+
+/// A pod as the agent lists it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct PodState {
+    pub namespace: String,
+    pub name: String,
+    pub netns: PathBuf,
+    pub identity: String,
+    pub state: String,
+    pub reason: Option<String>,
+}
+
+/// A running (or ended) agent. It is killed when dropped.
+pub struct Agent {
+    side: Side,
+    place: Place,
+    process: Process,
+    settings: Settings,
+}
+
+impl Agent {
+    /// Starts the agent of a node in its namespace and outside of its pods' cgroup.
+    pub fn launch(side: Side, place: Place, config: &Path, settings: Settings) -> Result<Self> {
+        remains::mount_bpf()?;
+        let name = format!("agent {}", side.letter());
+        let log = config.with_file_name("agent.log");
+        let mut command = place.command(binary()?);
+        command.args(["agent", "--config"]).arg(config);
+        let process = Process::start(name, &mut command, &log)?;
+        Ok(Self { side, place, process, settings })
+    }
+
+    #[must_use]
+    pub fn side(&self) -> Side {
+        self.side
+    }
+
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// All that it has written.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+
+    /// Waits until every local pod is captured, tested and has its identity.
+    pub fn wait_ready(&mut self) -> Result<()> {
+        let name = self.process.name().to_owned();
+        wait_for(format!("{name} to be ready"), seconds(60), || {
+            if let Some(status) = self.process.ended()? {
+                bail!("{name} ended ({status}) before it was ready:\n{}", self.log());
+            }
+            Ok(match self.get(READINESS, "/readyz") {
+                Ok(response) if response.status == 200 => Look::Done(()),
+                Ok(response) => Look::NotYet(format!("{} {}", response.status, response.body.trim())),
+                Err(error) => Look::NotYet(format!("{error:#}")),
+            })
+        })
+    }
+
+    /// Whether the readiness address says yes at this moment.
+    pub fn is_ready(&self) -> Result<bool> {
+        Ok(self.get(READINESS, "/readyz")?.status == 200)
+    }
+
+    /// The local pods as the agent sees them.
+    pub fn pods(&self) -> Result<Vec<PodState>> {
+        let response = self.get(ADMIN, "/pods")?;
+        serde_json::from_str(&response.body).with_context(|| format!("/pods was answered with {response:?}"))
+    }
+
+    /// Waits until the agent lists a local pod of this service account as ready, or no longer lists it.
+    pub fn wait_pod(&self, pod: &str, there: bool) -> Result<()> {
+        let what = if there { "be ready" } else { "be withdrawn" };
+        wait_for(format!("the pod {pod} to {what} on node {}", self.side.letter()), seconds(30), || {
+            let pods = self.pods()?;
+            let found = pods.iter().find(|candidate| candidate.identity.ends_with(&format!("/sa/{pod}")));
+            let done = if there { found.is_some_and(|pod| pod.state == "ready") } else { found.is_none() };
+            Ok(if done { Look::Done(()) } else { Look::NotYet(format!("{pods:?}")) })
+        })
+    }
+
+    /// The sum of all series of a metric, 0 if there is none yet.
+    pub fn metric(&self, name: &str) -> Result<f64> {
+        Ok(sum(&self.metrics()?, name, ""))
+    }
+
+    /// All metrics in their text form.
+    pub fn metrics(&self) -> Result<String> {
+        Ok(self.get(METRICS, "/metrics")?.body)
+    }
+
+    /// How many changes of the configuration it has taken and refused.
+    pub fn reloads(&self) -> Result<Reloads> {
+        let text = self.metrics()?;
+        let count =
+            |outcome: &str| sum(&text, "marline_config_reloads_total", &format!("outcome=\"{outcome}\"")) as u64;
+        Ok(Reloads { accepted: count("accepted"), rejected: count("rejected") })
+    }
+
+    /// Waits until it has taken a change since `before`; that it refuses one is an error.
+    pub fn wait_reloaded(&self, before: Reloads) -> Result<()> {
+        let name = self.process.name();
+        wait_for(format!("{name} to take the new configuration"), seconds(30), || {
+            let now = self.reloads()?;
+            if now.rejected > before.rejected {
+                bail!("{name} refused the new configuration");
+            }
+            Ok(if now.accepted > before.accepted { Look::Done(()) } else { Look::NotYet(format!("{now:?}")) })
+        })
+    }
+
+    /// Waits until it has refused a change since `before`; that it takes one is an error.
+    pub fn wait_rejected(&self, before: Reloads) -> Result<()> {
+        let name = self.process.name();
+        wait_for(format!("{name} to refuse the new configuration"), seconds(30), || {
+            let now = self.reloads()?;
+            if now.accepted > before.accepted {
+                bail!("{name} took a configuration that it had to refuse");
+            }
+            Ok(if now.rejected > before.rejected { Look::Done(()) } else { Look::NotYet(format!("{now:?}")) })
+        })
+    }
+
+    /// All finished connections so far.
+    pub fn entries(&self) -> Result<Vec<Entry>> {
+        access_log::read(&self.settings.access_log)
+    }
+
+    /// Waits until at least `count` of the entries after the first `skip` match, and gives those that do.
+    pub fn wait_entries(
+        &self,
+        what: &str,
+        skip: usize,
+        count: usize,
+        matches: impl Fn(&Entry) -> bool,
+    ) -> Result<Vec<Entry>> {
+        let node = self.side.letter();
+        wait_for(format!("{count} entries about {what} in the access log of node {node}"), seconds(30), || {
+            let entries = self.entries()?;
+            let later = entries.get(skip..).unwrap_or_default();
+            let found: Vec<Entry> = later.iter().filter(|entry| matches(entry)).cloned().collect();
+            Ok(if found.len() >= count { Look::Done(found) } else { Look::NotYet(format!("of {later:#?}")) })
+        })
+    }
+
+    /// Open descriptors, by the kernel's count.
+    pub fn descriptors(&self) -> Result<usize> {
+        let directory = format!("/proc/{}/fd", self.pid());
+        Ok(std::fs::read_dir(&directory).with_context(|| directory.clone())?.count())
+    }
+
+    /// Resident memory in KiB.
+    pub fn resident(&self) -> Result<u64> {
+        let file = format!("/proc/{}/status", self.pid());
+        let text = std::fs::read_to_string(&file).with_context(|| file.clone())?;
+        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        line.trim().trim_end_matches(" kB").parse().context("VmRSS is not a number")
+    }
+
+    /// SIGKILL: nothing is said, nothing is cleaned up.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.kill()
+    }
+
+    /// SIGTERM, and the status it ends with.
+    pub fn stop(&mut self) -> Result<ExitStatus> {
+        self.process.stop()
+    }
+
+    /// Waits until it ends by itself.
+    pub fn wait_end(&mut self, limit: Duration) -> Result<ExitStatus> {
+        self.process.wait(limit)
+    }
+
+    /// Lets it outlive this value.
+    pub fn detach(self) {
+        self.process.detach();
+    }
+
+    /// What a reader of a failure wants to see.
+    #[must_use]
+    pub fn report(&self) -> String {
+        let access = std::fs::read_to_string(&self.settings.access_log).unwrap_or_default();
+        let node = self.side.letter();
+        format!(
+            "--- log of agent {node}\n{}\n--- access log of agent {node}\n{}\n---\n",
+            last_lines(&self.log(), 200),
+            last_lines(&access, 50)
+        )
+    }
+
+    fn get(&self, port: u16, path: &str) -> Result<http::Response> {
+        http::get(&self.place.netns, SocketAddr::from((Ipv4Addr::LOCALHOST, port)), path)
+    }
+}
+
+/// The agent's program: `MARLINE_BIN`, or what was built next to the program that asks.
+pub fn binary() -> Result<PathBuf> {
+    if let Some(path) = env::var_os("MARLINE_BIN") {
+        return Ok(path.into());
+    }
+    let own = env::current_exe().context("asking for the path of this program")?;
+    let found = own.ancestors().skip(1).take(2).map(|directory| directory.join("marline")).find(|path| path.is_file());
+    found.with_context(|| format!("no program `marline` near {}; way out: cargo xtask build", own.display()))
+}
+
+/// Makes the authority that both nodes share, once.
+pub fn init_ca(directory: &Path) -> Result<()> {
+    if directory.join("ca-key.pem").exists() {
+        return Ok(());
+    }
+    let mut command = Command::new(binary()?);
+    command.args(["ca", "init"]).arg(directory).args(["--trust-domain", TRUST_DOMAIN]);
+    succeed(&mut command, seconds(20)).map(|_| ()).context("making the certificate authority")
+}
+
+/// What `marline check-config` says of a directory.
+pub fn check_config(directory: &Path) -> Result<std::process::Output> {
+    output(Command::new(binary()?).arg("check-config").arg(directory), seconds(20))
+}
+
+/// The sum of a metric's series that carry the label; `label` empty for all.
+fn sum(text: &str, name: &str, label: &str) -> f64 {
+    let series = text.lines().filter_map(|line| {
+        let rest = line.strip_prefix(name)?;
+        let value = if let Some(rest) = rest.strip_prefix('{') {
+            let (labels, value) = rest.split_once('}')?;
+            labels.contains(label).then_some(value)?
+        } else {
+            (label.is_empty() && rest.starts_with(' ')).then_some(rest)?
+        };
+        value.split_whitespace().next()?.parse::<f64>().ok()
+    });
+    series.sum()
+}
+
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "# TYPE marline_x counter\nmarline_x_total{outcome=\"accepted\",y=\"1\"} 2\n\
+                        marline_x_total{outcome=\"accepted\",y=\"2\"} 3\nmarline_x_total{outcome=\"rejected\"} 7\n\
+                        marline_x_total_other 100\nmarline_y 4\n";
+
+    #[test]
+    fn series_of_one_metric_are_summed_by_label() {
+        assert_eq!(sum(TEXT, "marline_x_total", ""), 12.0);
+        assert_eq!(sum(TEXT, "marline_x_total", "outcome=\"accepted\""), 5.0);
+        assert_eq!(sum(TEXT, "marline_y", ""), 4.0);
+        assert_eq!(sum(TEXT, "marline_z", ""), 0.0);
+    }
+}

@@ -1,0 +1,286 @@
+//! `cargo xtask test`: everything, on this kernel and on Debian's. What CI runs, too.
+//!
+//! Not cargo-nextest: it is not on a fresh machine, and building it would cost more than it brings here, since scenarios run one after
+//! the other anyway. Finding binaries is cargo's, one run is `runner`'s, the count `tally`'s, the end `summary`'s.
+
+mod runner;
+mod suite;
+mod summary;
+mod tally;
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::unistd::Uid;
+use serde::{Deserialize, Serialize};
+
+use self::{
+    runner::{Report, Settings},
+    suite::{Kind, Suite},
+    tally::Tally,
+};
+use crate::{
+    build,
+    deps::{self, need},
+    lint,
+    step::{self, Step},
+    vm::{self, Kernel, Vm},
+    workspace,
+};
+
+/// CI has 90 minutes for everything, builds included.
+const NATIVE_SUITE: Duration = Duration::from_secs(10 * 60);
+const VM_SUITE: Duration = Duration::from_secs(20 * 60);
+const VM_ALL: Duration = Duration::from_secs(30 * 60);
+
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = "\
+Without a choice, all of these run:
+  --unit    tests inside the crates
+  --native  scenarios (tests/tests) on this machine's kernel; root, in network namespaces, one after the other
+  --vm      the same scenarios in Debian's kernels 6.12 and 6.1, one boot each
+Files named native_* run only natively, files named vm_* only in the VM. Before them come the checks of the format and of the
+rules of the house; a part that was chosen runs without them. What tests need (nginx, redis, …) is installed, but not started.
+
+A test that cannot run on a kernel prints `SKIPPED: name: reason`, which is counted and shown. The last line on standard output is
+`N passed, N failed, N skipped`. The exit code is 0 only if nothing failed and something ran.
+
+  cargo xtask test --native --filter half_close
+  cargo xtask test --vm 6.1")]
+pub(crate) struct Args {
+    /// Run the tests inside the crates
+    #[arg(long)]
+    unit: bool,
+    /// Run the scenarios on this kernel
+    #[arg(long)]
+    native: bool,
+    /// Run the scenarios in the VM: on one kernel, or on all
+    #[arg(long, value_name = "KERNEL", num_args = 0..=1)]
+    vm: Option<Option<Kernel>>,
+    /// Only tests whose name contains this
+    #[arg(long, value_name = "NAME")]
+    filter: Option<String>,
+    /// Show the tests instead of running them
+    #[arg(long)]
+    list: bool,
+}
+
+impl Args {
+    fn everything(&self) -> bool {
+        !self.unit && !self.native && self.vm.is_none()
+    }
+
+    fn kernels(&self) -> Vec<Kernel> {
+        match self.vm {
+            Some(Some(kernel)) => vec![kernel],
+            Some(None) => Kernel::ALL.to_vec(),
+            None if self.everything() => Kernel::ALL.to_vec(),
+            None => Vec::new(),
+        }
+    }
+}
+
+/// Returns the exit code.
+pub(crate) fn run(args: &Args) -> Result<i32> {
+    if args.everything() && !args.list {
+        lint::quick()?;
+    }
+    let agent = build::agent(false)?;
+    let suites = build_suites()?;
+    if args.list {
+        return list(&suites, args).map(|()| 0);
+    }
+    let scenarios = args.everything() || args.native || args.vm.is_some();
+    if scenarios {
+        ensure!(
+            Uid::effective().is_root(),
+            "scenarios need root: network namespaces, cgroups and eBPF (--unit does not)"
+        );
+        deps::ensure("run the scenarios", &NEEDS)?;
+    }
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot read this kernel's name")?;
+    let settings = |kernel: &str, timeout, place: &str| Settings {
+        kernel: kernel.to_owned(),
+        filter: args.filter.clone(),
+        timeout,
+        env: vec![
+            ("MARLINE_TEST_ENV".to_owned(), place.to_owned()),
+            ("MARLINE_BIN".to_owned(), agent.display().to_string()),
+            // Kept by libtest, but a person who reads a log wants it anyway.
+            ("RUST_BACKTRACE".to_owned(), env::var("RUST_BACKTRACE").unwrap_or_else(|_| "1".to_owned())),
+        ],
+    };
+    let native = settings(release.trim(), NATIVE_SUITE, "native");
+    let mut reports = Vec::new();
+    for suite in &suites {
+        let chosen = match suite.kind {
+            Kind::Unit => args.everything() || args.unit,
+            Kind::Scenario { native, .. } => native && (args.everything() || args.native),
+        };
+        if chosen && has_tests(suite, args)? {
+            step::say(&format!("testing {} on this kernel, {}", suite.name, native.kernel));
+            reports.push(runner::run(suite, &native)?);
+        }
+    }
+    for kernel in args.kernels() {
+        let settings = settings(&format!("VM {}", kernel.name()), VM_SUITE, "vm");
+        reports.extend(in_vm(kernel, &suites, settings, args)?);
+    }
+    print!("{}", summary::text(&reports));
+    let (passed, failed, _) = summary::totals(&reports);
+    if passed == 0 && failed == 0 {
+        step::note("nothing ran: no test of that name?");
+    }
+    Ok(i32::from(failed > 0 || passed == 0))
+}
+
+const NEEDS: [deps::Need; 12] = [
+    need("ip", "iproute2"),
+    need("nginx", "nginx-light"),
+    need("redis-server", "redis-server"),
+    need("redis-cli", "redis-tools"),
+    need("iperf3", "iperf3"),
+    need("sshd", "openssh-server"),
+    need("ssh", "openssh-client"),
+    need("curl", "curl"),
+    need("tcpdump", "tcpdump"),
+    need("openssl", "openssl"),
+    need("python3", "python3-minimal"),
+    need("socat", "socat"),
+];
+
+fn build_suites() -> Result<Vec<Suite>> {
+    let step = Step::begin("building the tests").way_out("mend the code: cargo test --workspace --no-run");
+    let mut cargo = workspace::cargo();
+    cargo.args(["test", "--workspace", "--no-run"]);
+    let mut suites: Vec<Suite> =
+        build::artifacts(&step, &mut cargo)?.into_iter().filter(|a| a.test).map(Suite::new).collect();
+    // Quick ones first; otherwise by name, so that two runs can be compared.
+    suites.sort_by_key(|suite| (suite.kind != Kind::Unit, suite.name.clone()));
+    if suites.is_empty() {
+        return Err(step.fail("cargo built no test"));
+    }
+    Ok(suites)
+}
+
+fn has_tests(suite: &Suite, args: &Args) -> Result<bool> {
+    Ok(!runner::list(suite, args.filter.as_deref())?.is_empty())
+}
+
+fn list(suites: &[Suite], args: &Args) -> Result<()> {
+    for suite in suites {
+        let place = match suite.kind {
+            Kind::Unit => "unit",
+            Kind::Scenario { native: true, vm: true } => "native, vm",
+            Kind::Scenario { native: true, .. } => "native",
+            Kind::Scenario { .. } => "vm",
+        };
+        for test in runner::list(suite, args.filter.as_deref())? {
+            println!("{}: {test} [{place}]", suite.name);
+        }
+    }
+    Ok(())
+}
+
+/// Orders for `guest`.
+#[derive(Serialize, Deserialize)]
+struct Plan {
+    suites: Vec<Suite>,
+    settings: Settings,
+    results: PathBuf,
+}
+
+/// Runs the scenarios in one boot of the kernel.
+fn in_vm(kernel: Kernel, suites: &[Suite], settings: Settings, args: &Args) -> Result<Vec<Report>> {
+    let mut chosen = Vec::new();
+    for suite in suites {
+        if matches!(suite.kind, Kind::Scenario { vm: true, .. }) && has_tests(suite, args)? {
+            chosen.push(suite.clone());
+        }
+    }
+    if chosen.is_empty() {
+        return Ok(Vec::new());
+    }
+    let out = workspace::vm_out();
+    fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
+    let results = out.join(format!("test-results-{}.json", kernel.name()));
+    let plan_file = out.join(format!("test-plan-{}.json", kernel.name()));
+    if results.exists() {
+        // An old result must not be taken for the answer.
+        fs::remove_file(&results).with_context(|| format!("cannot remove {}", results.display()))?;
+    }
+    let plan = Plan { suites: chosen, settings, results };
+    fs::write(&plan_file, serde_json::to_string(&plan)?)
+        .with_context(|| format!("cannot write {}", plan_file.display()))?;
+    let program = env::current_exe().context("cannot find this program's own file")?;
+    let command = [program.display().to_string(), "test-guest".to_owned(), plan_file.display().to_string()];
+    step::say(&format!("testing {} suites on Debian's kernel {}", plan.suites.len(), kernel.name()));
+    let mut vm = Vm::new(kernel);
+    vm.timeout = VM_ALL;
+    vm.cwd = workspace::root();
+    let code = match vm.run(&command) {
+        Ok(code) => code,
+        // The other kernel's tests are still worth running.
+        Err(error) => {
+            step::report(&error);
+            vm::EXIT_NO_VM
+        }
+    };
+    if code == 128 + 2 || code == 128 + 15 {
+        bail!("interrupted");
+    }
+    let text = fs::read_to_string(&plan.results).unwrap_or_default();
+    Ok(merge(&plan, serde_json::from_str(&text).unwrap_or_default(), code))
+}
+
+/// A suite without a report has failed: the VM went away before it ended.
+fn merge(plan: &Plan, mut reports: Vec<Report>, code: i32) -> Vec<Report> {
+    for suite in &plan.suites {
+        if !reports.iter().any(|report| report.suite == suite.name) {
+            let mut tally = Tally::default();
+            tally.close(Some(&format!("the VM ended with exit code {code} before a result")));
+            reports.push(Report { suite: suite.name.clone(), kernel: plan.settings.kernel.clone(), tally, seconds: 0 });
+        }
+    }
+    reports
+}
+
+/// Runs the suites of a plan; started inside the VM. Results are written after each suite, so that they survive what the next one does.
+pub(crate) fn guest(plan: &Path) -> Result<i32> {
+    let text = fs::read_to_string(plan).with_context(|| format!("cannot read {}", plan.display()))?;
+    let plan: Plan = serde_json::from_str(&text).context("cannot understand the plan")?;
+    let mut reports = Vec::new();
+    for suite in &plan.suites {
+        step::say(&format!("testing {} on {}", suite.name, plan.settings.kernel));
+        reports.push(runner::run(suite, &plan.settings)?);
+        let text = serde_json::to_string(&reports)?;
+        fs::write(&plan.results, text).with_context(|| format!("cannot write {}", plan.results.display()))?;
+    }
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_suite_without_a_result_has_failed() {
+        let suite = |name: &str| Suite {
+            name: name.into(),
+            binary: "/t".into(),
+            cwd: "/".into(),
+            kind: Kind::Scenario { native: true, vm: true },
+        };
+        let settings = Settings { kernel: "VM 6.1".into(), filter: None, timeout: VM_SUITE, env: Vec::new() };
+        let plan = Plan { suites: vec![suite("a"), suite("b")], settings, results: "/r".into() };
+        let tally = Tally { passed: 1, complete: true, ..Tally::default() };
+        let done = Report { suite: "a".into(), kernel: "VM 6.1".into(), tally, seconds: 1 };
+        let reports = merge(&plan, vec![done], 124);
+        assert_eq!(summary::totals(&reports), (1, 1, 0));
+        assert_eq!(reports[1].tally.failed, ["(the VM ended with exit code 124 before a result)"]);
+    }
+}
