@@ -86,12 +86,12 @@ pub struct OrigDst {
     pub cgroup_id: u64,
 }
 
-/// The true client of an inbound connection is on record for as long as this lives. Drop it before the leg's socket is
-/// closed: afterwards the port may be another leg's.
+/// The true client of an inbound connection is on record for as long as this lives, or until another leg takes the port.
 #[derive(Debug)]
 pub struct ClientEntry {
     capture: Capture,
     key: PodEndpoint,
+    client: Endpoint,
 }
 
 impl Capture {
@@ -224,8 +224,9 @@ impl Capture {
         client: SocketAddr,
     ) -> Result<ClientEntry, BpfError> {
         let key = PodEndpoint::new(netns, leg_source.into());
-        self.maps().clients.insert(key, Endpoint::from(client), 0).map_err(BpfError::map("CLIENTS"))?;
-        Ok(ClientEntry { capture: self.clone(), key })
+        let client = Endpoint::from(client);
+        self.maps().clients.insert(key, client, 0).map_err(BpfError::map("CLIENTS"))?;
+        Ok(ClientEntry { capture: self.clone(), key, client })
     }
 
     /// For one second connect() itself will tell the pod that this destination refuses.
@@ -297,7 +298,11 @@ impl Enrolment {
 
 impl Drop for ClientEntry {
     fn drop(&mut self) {
-        if let Err(error) = absent_is_fine(self.capture.maps().clients.remove(&self.key)) {
+        let mut maps = self.capture.maps();
+        // The leg may be closed already and its port be another's, whose entry must stay.
+        if maps.clients.get(&self.key, 0).is_ok_and(|client| client == self.client)
+            && let Err(error) = absent_is_fine(maps.clients.remove(&self.key))
+        {
             tracing::warn!(%error, "a client's entry could not be removed");
         }
     }

@@ -169,6 +169,26 @@ fn a_socket_that_is_used_again_forgets_where_it_went_before() {
 }
 
 #[test]
+fn a_client_on_record_outlives_the_entry_of_the_ports_last_owner() {
+    let bed = Bed::new();
+    let agent = bed.agent();
+    let _listeners = idle_listeners(&bed, &agent);
+    let mut server = bed.a.helper();
+    server.ask("listen at=10.77.1.2:7035 as=service");
+    server.begin("accept on=service");
+    let leg = || socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    let leg = bed.a.netns.run(leg).unwrap();
+    leg.bind(&"10.77.1.2:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+    let source = leg.local_addr().unwrap().as_socket().unwrap();
+    let [former, latter]: [SocketAddr; 2] = ["10.77.2.2:1", "10.77.2.2:2"].map(|client| client.parse().unwrap());
+    let entry = agent.capture.announce_client(bed.a.netns.cookie(), source, former).unwrap();
+    let _current = agent.capture.announce_client(bed.a.netns.cookie(), source, latter).unwrap();
+    drop(entry);
+    leg.connect(&"10.77.1.2:7035".parse::<SocketAddr>().unwrap().into()).unwrap();
+    assert_eq!(server.finish().address("accepted"), latter);
+}
+
+#[test]
 fn a_destination_that_just_refused_refuses_from_connect_itself() {
     let bed = Bed::new();
     let (agent, _) = bed.ready_agent();
@@ -361,7 +381,8 @@ fn two_agents_cannot_share_pins() {
 
 #[test]
 fn two_agents_on_one_host_do_not_disturb_each_other() {
-    let (one, other) = (Bed::new(), Bed::new());
+    let one = Bed::new();
+    let other = one.another();
     let (agent, _) = one.ready_agent();
     let (neighbour, _) = other.ready_agent();
     let mut client = one.a.helper();
