@@ -15,7 +15,7 @@ use crate::{
     config::{self, AccessLogFormat, AgentConfig, ConfigErrors, PumpMode, RecordsMode},
     control::files::{self, ReloadObserver, WatchSettings},
     identity::{
-        IdentityError, SpiffeId,
+        IdentityError, SpiffeId, TrustDomain,
         ca::Ca,
         manager::{Manager, ManagerSettings},
     },
@@ -48,6 +48,29 @@ pub enum AppError {
     Admin(#[from] admin::AdminError),
     #[error("signals")]
     Signal(#[source] io::Error),
+    #[error("the asynchronous runtime")]
+    Runtime(#[source] io::Error),
+    #[error("a temporary directory {path}")]
+    Temporary { path: PathBuf, source: io::Error },
+}
+
+pub fn runtime() -> Result<tokio::runtime::Runtime, AppError> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("marline").build().map_err(AppError::Runtime)
+}
+
+/// What this kernel can do, without a configuration: with a CA that is thrown away.
+pub fn kernel_alone() -> Result<Capabilities, AppError> {
+    let path = std::env::temp_dir().join(format!("marline-kernel-{}", std::process::id()));
+    let temporary = |source| AppError::Temporary { path: path.clone(), source };
+    std::fs::create_dir(&path).map_err(temporary)?;
+    let found = (|| {
+        let domain = TrustDomain::parse("probe.marline.internal")?;
+        let place = path.join("ca");
+        Ca::init(&place, &domain)?;
+        runtime()?.block_on(probed(&Ca::open(&place)?, &domain))
+    })();
+    std::fs::remove_dir_all(&path).map_err(temporary)?;
+    found
 }
 
 /// Runs the agent until SIGTERM or SIGINT.
@@ -65,6 +88,7 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
     };
     let log = AccessLog::open(&path, format).map_err(|source| AppError::AccessLog { path, source })?;
     let ca = Ca::open(&agent.ca.path)?;
+    ca.require_trust_domain(&agent.trust_domain)?;
     let kernel = kernel(&ca, &agent).await?;
     metrics
         .kernel
@@ -74,7 +98,7 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
             ("records", records_name(&agent)),
         ])
         .set(1);
-    let identities = Manager::new(ca, ManagerSettings { leaf_lifetime: agent.ca.leaf_lifetime, ..Default::default() });
+    let identities = Manager::new(ca, ManagerSettings { leaf_lifetime: agent.ca.leaf_lifetime });
     let capture = Capture::load(&CaptureSettings {
         cgroup: agent.capture.cgroup.clone(),
         pin_path: agent.capture.pin_path.clone(),
@@ -137,9 +161,7 @@ async fn kernel(ca: &Ca, agent: &AgentConfig) -> Result<Capabilities, AppError> 
     if agent.records.mode == RecordsMode::Userspace {
         return Ok(with_pump(Capabilities::none("spec.records is userspace"), agent));
     }
-    let id = SpiffeId::new(&agent.trust_domain, "marline-system", "probe")?;
-    let svid = ca.issue(&id, std::time::Duration::from_secs(600))?;
-    let found = probe::probe(&svid, ca.roots()).await;
+    let found = probed(ca, &agent.trust_domain).await?;
     let suites: Vec<_> = found.suites.iter().map(|suite| format!("{suite:?}")).collect();
     let pump = if found.pump == PumpKind::Splice { "splice" } else { "copy" };
     tracing::info!(
@@ -153,6 +175,12 @@ async fn kernel(ca: &Ca, agent: &AgentConfig) -> Result<Capabilities, AppError> 
         return Err(AppError::NoKtls(found.why));
     }
     Ok(with_pump(found, agent))
+}
+
+async fn probed(ca: &Ca, trust_domain: &TrustDomain) -> Result<Capabilities, AppError> {
+    let id = SpiffeId::new(trust_domain, "marline-system", "probe")?;
+    let svid = ca.issue(&id, std::time::Duration::from_secs(600))?;
+    Ok(probe::probe(&svid, ca.roots()).await)
 }
 
 fn with_pump(found: Capabilities, agent: &AgentConfig) -> Capabilities {

@@ -14,7 +14,7 @@ use crate::{
     },
     config,
     identity::{TrustDomain, ca::Ca},
-    proxy::account::with_causes,
+    proxy::{account::with_causes, offload::PumpKind},
 };
 
 const WRONG_CONFIGURATION: u8 = 2;
@@ -55,6 +55,12 @@ enum Command {
     Ca {
         #[command(subcommand)]
         command: CaCommand,
+    },
+    /// Try what this kernel can do for Marline, by a real handshake and transfer over loopback
+    Kernel {
+        /// Print the answer as JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Let go of every pod that an agent left captured: remove the kernel programs, links and maps pinned at PIN_PATH. Traffic of
     /// those pods flows in the clear afterwards
@@ -97,6 +103,7 @@ pub fn run() -> ExitCode {
                 Err(error) => failed(&error),
             }
         }
+        Command::Kernel { json } => kernel(json),
         Command::Unload { pin_path } => match Capture::unload(&pin_path) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => failed(&with_causes(&error)),
@@ -106,11 +113,7 @@ pub fn run() -> ExitCode {
 }
 
 fn agent(dir: PathBuf) -> ExitCode {
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("marline").build() {
-        Ok(runtime) => runtime,
-        Err(error) => return failed(&format!("the asynchronous runtime: {error}")),
-    };
-    match runtime.block_on(app::run(dir)) {
+    match app::runtime().and_then(|runtime| runtime.block_on(app::run(dir))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(app::AppError::Config(errors)) => {
             eprintln!("{errors}");
@@ -118,6 +121,22 @@ fn agent(dir: PathBuf) -> ExitCode {
         }
         Err(error) => failed(&with_causes(&error)),
     }
+}
+
+fn kernel(json: bool) -> ExitCode {
+    let found = match app::kernel_alone() {
+        Ok(found) => found,
+        Err(error) => return failed(&with_causes(&error)),
+    };
+    let suites: Vec<_> = found.suites.iter().map(|suite| format!("{suite:?}")).collect();
+    if json {
+        println!("{}", serde_json::json!({ "kernel_tls": suites, "pump": found.pump, "why": found.why }));
+    } else {
+        println!("kernel TLS: {}", if suites.is_empty() { "no".into() } else { suites.join(", ") });
+        println!("pump: {}", if found.pump == PumpKind::Splice { "splice" } else { "copy" });
+        println!("why: {}", found.why);
+    }
+    ExitCode::SUCCESS
 }
 
 fn check_config(dir: &std::path::Path, json: bool) -> ExitCode {

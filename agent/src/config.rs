@@ -11,7 +11,7 @@ mod resources;
 
 use std::{
     collections::HashMap,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -25,6 +25,9 @@ use crate::{identity::TrustDomain, policy::MtlsMode, state::Snapshot};
 use document::{Node, Pair, Value};
 use finding::{Origin, Report, about_file};
 use resources::WorkloadEntry;
+
+/// A hundred thousand workloads are 20 MB.
+const LARGEST_FILE: u64 = 256 << 20;
 
 /// A sound configuration.
 #[derive(Debug)]
@@ -47,7 +50,7 @@ pub fn reload(dir: &Path, running: &AgentConfig) -> Result<Loaded, ConfigErrors>
 }
 
 /// The files that make up the configuration, in the order of their names.
-pub(crate) fn configuration_files(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
+pub(crate) fn configuration_files(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
@@ -57,6 +60,18 @@ pub(crate) fn configuration_files(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
     }
     files.sort();
     Ok(files)
+}
+
+/// Reads a regular file: a pipe would keep the agent waiting for ever.
+pub(crate) fn read_file(file: &Path) -> io::Result<Vec<u8>> {
+    let metadata = fs::metadata(file)?;
+    if !metadata.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    if metadata.len() > LARGEST_FILE {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {LARGEST_FILE} bytes")));
+    }
+    fs::read(file)
 }
 
 fn read(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Loaded, ConfigErrors> {
@@ -78,17 +93,13 @@ fn read(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Loaded, Config
             documents.check_agents(dir, &mut report);
         }
     }
-    let mut snapshot = None;
-    if let Some(agent) = documents.agents.first().and_then(|(_, agent)| agent.as_ref()) {
-        let mode = documents.modes.first().map_or_else(MtlsMode::default, |(_, mode)| *mode);
-        let trust_domain = trust_domain.unwrap_or(&agent.trust_domain);
-        snapshot = Some(assemble::snapshot(trust_domain, mode, &documents.workloads, &mut report));
-    }
     let agent = documents.agents.into_iter().next().and_then(|(_, agent)| agent);
-    match (agent, snapshot) {
-        (Some(agent), Some(snapshot)) if report.errors.is_empty() => {
-            Ok(Loaded { agent, snapshot, warnings: report.into_warnings() })
-        }
+    let mode = documents.modes.first().map_or_else(MtlsMode::default, |(_, mode)| *mode);
+    // Without a sound AgentConfig nothing is loaded, but the contradictions among workloads shall be told as well.
+    let trust_domain = trust_domain.or(agent.as_ref().map(|agent| &agent.trust_domain)).cloned().unwrap_or_default();
+    let snapshot = assemble::snapshot(&trust_domain, mode, &documents.workloads, &mut report);
+    match agent {
+        Some(agent) if report.errors.is_empty() => Ok(Loaded { agent, snapshot, warnings: report.into_warnings() }),
         _ => Err(report.into_errors()),
     }
 }
@@ -111,7 +122,7 @@ struct Documents {
 
 impl Documents {
     fn read_file(&mut self, dir: &Path, file: &Path, report: &mut Report) {
-        let text = match fs::read(file).map(String::from_utf8) {
+        let text = match read_file(file).map(String::from_utf8) {
             Err(error) => {
                 let hint = "make it readable to the agent, or remove it";
                 report.errors.push(about_file(file, None, format!("cannot be read: {error}"), hint));
@@ -164,15 +175,13 @@ impl Documents {
             }
             ("WorkloadEntry", "networking.istio.io", "v1" | "v1beta1" | "v1alpha3") => {
                 assemble::unique_name(&mut self.names, &origin, report);
-                if let Some(metadata) = resources::metadata(&origin, document, report) {
-                    self.workloads.extend(resources::workload_entry(&origin, metadata, document, report));
-                }
+                let metadata = resources::metadata(&origin, document, report);
+                self.workloads.extend(resources::workload_entry(&origin, metadata, document, report));
             }
             ("PeerAuthentication", "security.istio.io", "v1" | "v1beta1") => {
                 assemble::unique_name(&mut self.names, &origin, report);
-                if let Some(metadata) = resources::metadata(&origin, document, report)
-                    && let Some(mode) = resources::peer_authentication(&origin, &metadata, document, report)
-                {
+                let metadata = resources::metadata(&origin, document, report);
+                if let Some(mode) = resources::peer_authentication(&origin, &metadata, document, report) {
                     self.mesh_mode(origin, mode, report);
                 }
             }

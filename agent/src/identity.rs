@@ -54,6 +54,13 @@ impl TrustDomain {
     }
 }
 
+/// Istio's own.
+impl Default for TrustDomain {
+    fn default() -> Self {
+        Self("cluster.local".into())
+    }
+}
+
 impl fmt::Display for TrustDomain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -194,6 +201,8 @@ pub enum IdentityError {
     Unusable { dir: PathBuf, what: String },
     #[error("{id} is not in the CA's trust domain, {trust_domain}")]
     ForeignTrustDomain { id: SpiffeId, trust_domain: TrustDomain },
+    #[error("the CA is of trust domain {ca}, the configuration (spec.trustDomain) says {wanted}: correct one of them")]
+    OtherTrustDomain { ca: TrustDomain, wanted: TrustDomain },
     #[error("the CA's certificate expired {} ago", humantime(*.0))]
     CaExpired(Duration),
     #[error("a certificate life of {} is shorter than the shortest that makes sense, 2 seconds", humantime(*.0))]
@@ -301,6 +310,11 @@ mod tests {
         assert!(SpiffeId::new(&domain, "a", &"b".repeat(fits)).is_ok());
         assert!(SpiffeId::new(&domain, "a", &"b".repeat(fits + 1)).is_err());
         assert!(format!("spiffe://cluster.local/ns/a/sa/{}", "b".repeat(fits + 1)).parse::<SpiffeId>().is_err());
+    }
+
+    #[test]
+    fn the_default_trust_domain_is_istios_and_parses() {
+        assert_eq!(TrustDomain::parse("cluster.local").unwrap(), TrustDomain::default());
     }
 
     #[test]

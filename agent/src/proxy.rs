@@ -283,7 +283,7 @@ async fn carry(
         }
     }
     let received = account.live.moved.received.load(Ordering::Relaxed);
-    account.finished(result.as_ref().map(|()| ()));
+    account.finished(&result);
     Ended { result, received }
 }
 

@@ -13,7 +13,8 @@ use marline::{
     tls::{config::peer_id, verifier::MeshClient},
 };
 use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, Certificate, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
 };
 use rustls::{pki_types::UnixTime, server::danger::ClientCertVerifier as _};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
@@ -125,6 +126,10 @@ fn an_identity_of_another_trust_domain_is_not_vouched_for() {
     let (_dir, ca) = embedded();
     let foreign = SpiffeId::new(&TrustDomain::parse("other.org").unwrap(), "shop", "web").unwrap();
     assert!(matches!(ca.issue(&foreign, DAY), Err(IdentityError::ForeignTrustDomain { .. })));
+    ca.require_trust_domain(&trust_domain()).unwrap();
+    let refusal = ca.require_trust_domain(foreign.trust_domain()).unwrap_err().to_string();
+    assert!(refusal.contains("cluster.local") && refusal.contains("other.org"), "{refusal}");
+    company(|_| {}).open().unwrap().require_trust_domain(foreign.trust_domain()).unwrap();
 }
 
 #[test]
@@ -226,6 +231,17 @@ fn an_intermediate_from_istios_files_signs_and_goes_along_without_the_root() {
 }
 
 #[test]
+fn no_certificate_outlives_what_is_above_it_in_the_chain() {
+    let company = company(|_| {});
+    let mut upper = ca_params("Company between");
+    upper.not_after = (SystemTime::now() + DAY).into();
+    let upper = upper.self_signed(&KeyPair::generate().unwrap()).unwrap();
+    company.write("cert-chain.pem", &format!("{}{}", company.intermediate.pem(), upper.pem()));
+    let svid = company.open().unwrap().issue(&web(), 5 * DAY).unwrap();
+    assert!(svid.not_after <= SystemTime::now() + DAY);
+}
+
+#[test]
 fn two_roots_are_both_trusted_as_a_rotation_needs() {
     let (old, new) = (company(|_| {}), company(|_| {}));
     new.write("root-cert.pem", &format!("{}{}", old.root.pem(), new.root.pem()));
@@ -263,7 +279,9 @@ fn a_ca_that_cannot_vouch_for_workloads_is_refused_with_the_reason() {
         ("does not belong to the certificate", |c| {
             c.write("ca-key.pem", &KeyPair::generate().unwrap().serialize_pem())
         }),
-        ("does not verify against root-cert.pem", |c| c.write("root-cert.pem", &company(|_| {}).root.pem())),
+        ("what it signs does not verify against root-cert.pem", |c| {
+            c.write("root-cert.pem", &company(|_| {}).root.pem())
+        }),
         ("not PEM", |c| c.write("cert-chain.pem", "-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n")),
     ];
     for (says, break_it) in cases {
@@ -273,7 +291,9 @@ fn a_ca_that_cannot_vouch_for_workloads_is_refused_with_the_reason() {
         assert!(refusal.contains(says), "{refusal:?} does not say {says:?}");
     }
     type Change = fn(&mut CertificateParams);
-    let certificates: [(&str, Change); 5] = [
+    let certificates: [(&str, Change); 7] = [
+        ("RequiredEkuNotFound", |p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth]),
+        ("RequiredEkuNotFound", |p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth]),
         ("not one of a CA", |p| p.is_ca = IsCa::ExplicitNoCa),
         ("does not allow it to sign", |p| p.key_usages = vec![KeyUsagePurpose::DigitalSignature]),
         ("expired", |p| p.not_after = (SystemTime::now() - DAY).into()),

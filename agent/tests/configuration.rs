@@ -247,6 +247,10 @@ fn every_fault_is_named_with_file_line_field_and_reason() {
         (entry("a", "::", "", ""), vec![(6, "spec.address", "not an address that others can reach")]),
         (entry("a", "::ffff:224.0.0.1", "", ""), vec![(6, "spec.address", "not an address that others can reach")]),
         (entry("UPPER", "10.0.0.1", "", ""), vec![(4, "metadata.name", "Kubernetes")]),
+        (
+            entry("UPPER", "nowhere", "", "  x: 1\n"),
+            vec![(4, "metadata.name", "Kubernetes"), (6, "spec.address", "not an IP"), (7, "spec.x", "not known")],
+        ),
         (entry("7", "10.0.0.1", "", ""), vec![(4, "metadata.name", "must be a text, but is a number")]),
         (entry("a", "10.0.0.1", "  namespace: a.b\n", ""), vec![(5, "metadata.namespace", "Kubernetes")]),
         (entry("a", "10.0.0.1", "", "  serviceAccount: ../x\n"), vec![(7, "spec.serviceAccount", "Kubernetes")]),
@@ -268,7 +272,10 @@ fn every_fault_is_named_with_file_line_field_and_reason() {
             entry("a", "10.0.0.1", "  annotations: {marline.io/netsn: /run/x}\n", ""),
             vec![(5, "metadata.annotations", "marline.io/netsn is not known")],
         ),
-        ("apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\n".into(), vec![(1, "metadata.name", "missing")]),
+        (
+            "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\n".into(),
+            vec![(1, "metadata.name", "missing"), (1, "spec", "missing")],
+        ),
         (
             "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {name: a}\nspce: {}\n".into(),
             vec![(1, "spec", "missing"), (4, "spce", "not known")],
@@ -391,9 +398,16 @@ fn the_errors_of_all_files_are_listed_at_once() {
     fs::write(dir.path().join("3.yaml"), b"a: \xff\n").unwrap();
     std::os::unix::fs::symlink("nowhere", dir.path().join("5.yaml")).unwrap();
     fs::create_dir(dir.path().join("6.yaml")).unwrap();
+    // A pipe that nobody writes to would keep a careless reader for ever.
+    assert!(std::process::Command::new("mkfifo").arg(dir.path().join("7.yaml")).status().unwrap().success());
+    fs::File::create(dir.path().join("8.yaml")).unwrap().set_len(1 << 30).unwrap();
     let errors = config::load(dir.path()).unwrap_err();
     let files: Vec<&str> = errors.errors.iter().map(file_name).collect();
-    assert_eq!(files, ["1.yaml", "1.yaml", "2.yaml", "2.yaml", "3.yaml", "5.yaml", "6.yaml"], "{errors}");
+    assert_eq!(
+        files,
+        ["1.yaml", "1.yaml", "2.yaml", "2.yaml", "3.yaml", "5.yaml", "6.yaml", "7.yaml", "8.yaml"],
+        "{errors}"
+    );
     let json = serde_json::to_value(&errors).unwrap();
     assert_eq!(json["errors"][0]["field"], "spec.address");
     assert_eq!(json["errors"][0]["line"], 6);
@@ -408,6 +422,15 @@ fn a_directory_without_an_agent_is_refused() {
     let headless = load(&[("a.yaml", &entry("a", "10.0.0.1", "", ""))]).unwrap_err();
     assert!(headless.to_string().contains("no resource of kind AgentConfig"), "{headless}");
     assert_eq!(headless.errors.len(), 1);
+}
+
+#[test]
+fn contradictions_are_told_even_without_a_sound_agent() {
+    let workloads = [entry("a", "10.0.0.1", "", ""), entry("b", "10.0.0.1", "", "")].concat();
+    let agent = AGENT.replace("cgroup: /", "cgroup: ");
+    let errors = load(&[("a.yaml", &agent), ("w.yaml", &workloads)]).unwrap_err();
+    let fields: Vec<_> = errors.errors.iter().map(|error| error.field.as_deref().unwrap()).collect();
+    assert_eq!(fields, ["spec.capture.cgroup", "spec.address"]);
 }
 
 #[test]

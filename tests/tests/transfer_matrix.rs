@@ -150,7 +150,7 @@ fn small_buffers_slow_readers_and_slow_writers_lose_nothing() {
         let world = World::new().await;
         let slow = Manner { chunk: 3001, pause_every: 20_000 };
         // TCP itself crawls where the receive buffer is smaller than a segment: a window probe's time for each few KiB.
-        let (many, few) = if emulated() { (200_000, 20_000) } else { (2_000_000, 20_000) };
+        let (many, few) = if emulated() { (100_000, 20_000) } else { (2_000_000, 20_000) };
         for carrier in world.carriers() {
             for (buffers, size) in [
                 (Buffers { send: Some(2048), receive: None }, many),

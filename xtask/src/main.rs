@@ -1,6 +1,7 @@
 //! `cargo xtask`: the commands of Marline's developers. This file is the command line; each command has a file of its own.
 //!
-//! Exit codes: 0 all is well; 1 something did not pass, or a step failed; 2 the command line is wrong. `vm` hands on its command's code.
+//! Exit codes: 0 all is well; 1 something did not pass, or a step failed; 2 the command line is wrong; 128+N
+//! signal N ended it. `vm` hands on its command's code.
 
 mod build;
 mod deps;
@@ -16,6 +17,8 @@ mod workspace;
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
+
+use signals::Interrupted;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -72,7 +75,7 @@ fn main() -> ExitCode {
     };
     let code = result.unwrap_or_else(|error| {
         step::report(&error);
-        failed
+        error.downcast_ref::<Interrupted>().map_or(failed, |interrupted| 128 + interrupted.0 as i32)
     });
     ExitCode::from(u8::try_from(code).unwrap_or(1))
 }

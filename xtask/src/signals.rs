@@ -1,5 +1,7 @@
 //! Ctrl-C and its kin, held back so that what was started can be ended first. What to end is left to whoever waits.
 
+use std::fmt;
+
 use anyhow::{Context, Result};
 use nix::sys::{
     signal::{SigSet, SigmaskHow, Signal},
@@ -12,6 +14,18 @@ pub(crate) struct Signals {
     old: SigSet,
     fd: SignalFd,
 }
+
+/// The error of whoever stopped because of a signal; `main` makes the exit code of a shell from it.
+#[derive(Debug)]
+pub(crate) struct Interrupted(pub Signal);
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "interrupted by {}", self.0)
+    }
+}
+
+impl std::error::Error for Interrupted {}
 
 impl Signals {
     pub(crate) fn take() -> Result<Self> {

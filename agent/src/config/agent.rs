@@ -132,10 +132,14 @@ pub(super) fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut 
     top.finish(report, Unknown::Error);
     let mut spec = spec?;
 
-    let trust_domain = spec.text(report, "trustDomain").unwrap_or("cluster.local");
-    let trust_domain = TrustDomain::parse(trust_domain)
-        .map_err(|error| spec.error(report, "trustDomain", error.to_string(), "write a name such as cluster.local"))
-        .ok();
+    let trust_domain = match spec.text(report, "trustDomain").map(TrustDomain::parse) {
+        None => Some(TrustDomain::default()),
+        Some(Ok(trust_domain)) => Some(trust_domain),
+        Some(Err(error)) => {
+            spec.error(report, "trustDomain", error.to_string(), "write a name such as cluster.local");
+            None
+        }
+    };
     let ca = read_ca(dir, &mut spec, report);
     let capture = read_capture(&mut spec, report);
     let records = read_records(&mut spec, report);

@@ -27,6 +27,8 @@ pub(super) struct Metadata {
     pub(super) namespace: String,
     labels: BTreeMap<String, String>,
     annotations: BTreeMap<String, String>,
+    /// Whether name and namespace are what they should be. The rest is read even so, to find what is wrong there.
+    sound: bool,
 }
 
 /// A WorkloadEntry, checked by itself.
@@ -43,31 +45,31 @@ pub(super) struct WorkloadEntry {
 }
 
 /// Reads `metadata`. The name is checked to be one that Kubernetes would take, as it becomes part of host names.
-pub(super) fn metadata(origin: &Origin, document: &[Pair], report: &mut Report) -> Option<Metadata> {
+pub(super) fn metadata(origin: &Origin, document: &[Pair], report: &mut Report) -> Metadata {
     let mut top = Fields::top(origin, document);
     if !top.has("metadata") {
         top.error(report, "metadata.name", "is missing", "give the resource a name");
     }
-    let mut fields = top.fields(report, "metadata")?;
+    let Some(mut fields) = top.fields(report, "metadata") else { return Metadata::default() };
+    let before = report.errors.len();
     let name = fields.required(report, "name", "give the resource a name").unwrap_or_default().to_owned();
     let namespace =
         fields.text(report, "namespace").filter(|text| !text.is_empty()).unwrap_or(DEFAULT_NAMESPACE).to_owned();
-    let mut good = !name.is_empty();
     for (key, text, dots) in [("name", &name, true), ("namespace", &namespace, false)] {
         if !text.is_empty()
             && let Err(message) = kubernetes_name(text, dots)
         {
             fields.error(report, key, message, "write a name of a-z, 0-9 and '-'");
-            good = false;
         }
     }
+    let sound = report.errors.len() == before;
     let labels = fields.texts(report, "labels");
     let annotations = fields.texts(report, "annotations");
     // What an API server adds to whatever it hands out.
     fields.skip(&["uid", "resourceVersion", "generation", "creationTimestamp", "managedFields", "selfLink"]);
     fields.skip(&["ownerReferences", "finalizers", "generateName", "deletionTimestamp"]);
     fields.finish(report, Unknown::Warning);
-    good.then_some(Metadata { name, namespace, labels, annotations })
+    Metadata { name, namespace, labels, annotations, sound }
 }
 
 pub(super) fn workload_entry(
@@ -116,7 +118,7 @@ pub(super) fn workload_entry(
     let address_line = spec.line_of("address");
     spec.finish(report, Unknown::Error);
     top.finish(report, Unknown::Error);
-    account_is_good.ok()?;
+    account_is_good.ok().filter(|()| metadata.sound)?;
     Some(WorkloadEntry {
         origin: origin.clone(),
         name: metadata.name,
@@ -146,7 +148,7 @@ pub(super) fn peer_authentication(
     let before = report.errors.len();
     let unsupported = "would be ignored by this version of Marline, which knows one mesh-wide mode only";
     let hint = "set the mode for the whole mesh, in a PeerAuthentication in istio-system without selector";
-    if metadata.namespace != ROOT_NAMESPACE {
+    if metadata.sound && metadata.namespace != ROOT_NAMESPACE {
         let what = format!("a mode for the namespace {} alone {unsupported}", metadata.namespace);
         top.error(report, "metadata.namespace", what, hint);
     }
@@ -176,7 +178,7 @@ pub(super) fn peer_authentication(
         spec.finish(report, Unknown::Error);
     }
     top.finish(report, Unknown::Error);
-    (report.errors.len() == before).then_some(mode.unwrap_or_default())
+    (metadata.sound && report.errors.len() == before).then_some(mode.unwrap_or_default())
 }
 
 /// Nothing if an annotation is wrong, an empty option if there is none.

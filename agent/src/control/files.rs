@@ -167,7 +167,7 @@ fn fingerprint(dir: &Path) -> std::io::Result<u64> {
     for file in config::configuration_files(dir)? {
         file.hash(&mut hasher);
         // A file that cannot be read is a configuration error, and so part of what was seen.
-        match fs::read(&file) {
+        match config::read_file(&file) {
             Ok(bytes) => bytes.hash(&mut hasher),
             Err(error) => error.kind().hash(&mut hasher),
         }

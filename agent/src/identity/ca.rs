@@ -77,13 +77,17 @@ impl Ca {
             .create(dir)
             .map_err(IdentityError::io("create the directory", dir))?;
         let [key_path, certificate_paths @ ..] = &paths;
-        let written = write_new(key_path, key_pem.as_bytes(), 0o600);
+        let mut written = write_new(key_path, key_pem.as_bytes(), 0o600);
         key_pem.zeroize();
-        written?;
-        for path in certificate_paths {
-            write_new(path, certificate.as_bytes(), 0o644)?;
+        for (n, path) in certificate_paths.iter().enumerate() {
+            if written.is_ok() {
+                written = write_new(path, certificate.as_bytes(), 0o644).inspect_err(|_| {
+                    // Half a CA is none, and would stand in the way of the next try.
+                    paths.iter().take(n + 1).for_each(|path| drop(fs::remove_file(path)));
+                });
+            }
         }
-        Ok(())
+        written
     }
 
     /// Loads a CA and proves with a throw-away certificate that what it signs verifies against its own roots.
@@ -109,12 +113,18 @@ impl Ca {
         if !root_ders.contains(&certificate) {
             chain.insert(0, certificate.clone());
         }
+        // What is above the CA in the chain may end before it does.
+        let mut not_after = parsed.not_after;
+        for der in &chain {
+            let above = parse_ca(der).map_err(|what| IdentityError::file(&dir.join(CERT_CHAIN), what))?;
+            not_after = not_after.min(above.not_after);
+        }
         let ca = Self {
             issuer: Issuer::from_ca_cert_der(&certificate, key)?,
             chain,
             roots: Arc::new(roots),
             trust_domain: parsed.trust_domain,
-            not_after: parsed.not_after,
+            not_after,
         };
         ca.prove().map_err(unusable)?;
         Ok(ca)
@@ -171,6 +181,16 @@ impl Ca {
         Arc::clone(&self.roots)
     }
 
+    /// Fails if the CA's certificate names another trust domain: nothing that it signs would be taken here.
+    pub fn require_trust_domain(&self, wanted: &TrustDomain) -> Result<(), IdentityError> {
+        match &self.trust_domain {
+            Some(own) if own != wanted => {
+                Err(IdentityError::OtherTrustDomain { ca: own.clone(), wanted: wanted.clone() })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The trust domain that the CA's certificate names. Istio's own CAs name none.
     pub fn trust_domain(&self) -> Option<&TrustDomain> {
         self.trust_domain.as_ref()
@@ -181,27 +201,18 @@ impl Ca {
     }
 
     fn prove(&self) -> Result<(), String> {
-        let trust_domain = match &self.trust_domain {
-            Some(trust_domain) => trust_domain.clone(),
-            None => TrustDomain::parse("cluster.local").map_err(|error| error.to_string())?,
-        };
+        let trust_domain = self.trust_domain.clone().unwrap_or_default();
         let id = SpiffeId::new(&trust_domain, "marline", "proof").map_err(|error| error.to_string())?;
         let svid = self.issue(&id, Duration::from_secs(60)).map_err(|error| error.to_string())?;
         let (leaf, intermediates) = svid.key.cert.split_first().ok_or("it made no certificate")?;
         let leaf = webpki::EndEntityCert::try_from(leaf).map_err(|error| error.to_string())?;
-        leaf.verify_for_usage(
-            webpki::ALL_VERIFICATION_ALGS,
-            &self.roots.roots,
-            intermediates,
-            UnixTime::now(),
-            webpki::KeyUsage::client_auth(),
-            None,
-            None,
-        )
-        .map(drop)
-        .map_err(|error| {
-            format!("a certificate that it signed does not verify against {ROOT_CERT} through {CERT_CHAIN}: {error}")
-        })
+        for usage in [webpki::KeyUsage::client_auth(), webpki::KeyUsage::server_auth()] {
+            let (algorithms, now) = (webpki::ALL_VERIFICATION_ALGS, UnixTime::now());
+            leaf.verify_for_usage(algorithms, &self.roots.roots, intermediates, now, usage, None, None).map_err(
+                |error| format!("what it signs does not verify against {ROOT_CERT} through {CERT_CHAIN}: {error}"),
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -298,7 +309,10 @@ fn write_new(path: &PathBuf, bytes: &[u8], mode: u32) -> Result<(), IdentityErro
                 _ => IdentityError::Io { action: "create", path: path.clone(), source },
             }
         })?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(IdentityError::io("write", path))
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|error| {
+        drop(fs::remove_file(path));
+        IdentityError::io("write", path)(error)
+    })
 }
 
 fn uri_san(uri: String) -> Result<SanType, IdentityError> {

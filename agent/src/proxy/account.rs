@@ -71,7 +71,7 @@ impl Account {
         self.end = End::Refused { reason, text };
     }
 
-    pub fn finished(mut self, result: Result<(), &PumpError>) {
+    pub fn finished(mut self, result: &Result<(), PumpError>) {
         self.end = match result {
             Ok(()) => End::Closed,
             Err(error) => End::Failed { reason: error.reason(), text: with_causes(error) },

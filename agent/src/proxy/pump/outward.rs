@@ -10,9 +10,9 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::{io::Interest, net::TcpStream};
 
 use super::{
-    Budget, Burst, Moved, Out, PumpError, PumpKind, add,
+    Budget, Burst, Moved, Out, PumpError, PumpKind, READ, add,
     buffer::{Buffer, PLAINTEXT},
-    send_all, send_all_vectored, shut,
+    send_all, send_all_vectored, shut, try_read,
 };
 use crate::{
     sys::{socket, splice::Pipe},
@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 
 pub(super) async fn run(app: &TcpStream, wire: &TcpStream, mut out: Out, moved: &Moved) -> Result<(), PumpError> {
     loop {
-        app.readable().await.map_err(PumpError::Application)?;
+        app.ready(READ).await.map_err(PumpError::Application)?;
         let burst = match &out {
             Out::Plain(PumpKind::Splice) | Out::Kernel { pump: PumpKind::Splice, .. } => {
                 splice(app, wire, &mut out, moved).await?
@@ -45,7 +45,7 @@ pub(super) async fn run(app: &TcpStream, wire: &TcpStream, mut out: Out, moved: 
 async fn copy(app: &TcpStream, wire: &TcpStream, out: &mut Out, moved: &Moved) -> Result<Burst, PumpError> {
     let (mut buffer, mut budget) = (Buffer::take(), Budget::new());
     loop {
-        let read = match app.try_io(Interest::READABLE, || socket::recv(app, &mut buffer[..PLAINTEXT])) {
+        let read = match try_read(app, || socket::recv(app, &mut buffer[..PLAINTEXT])) {
             Ok(0) => return Ok(Burst::Ended),
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Burst::Drained),
@@ -69,7 +69,7 @@ async fn copy(app: &TcpStream, wire: &TcpStream, out: &mut Out, moved: &Moved) -
 async fn splice(app: &TcpStream, wire: &TcpStream, out: &mut Out, moved: &Moved) -> Result<Burst, PumpError> {
     let (mut pipe, mut budget) = (Pipe::take().map_err(PumpError::Pipe)?, Budget::new());
     loop {
-        let read = match app.try_io(Interest::READABLE, || pipe.fill(app)) {
+        let read = match try_read(app, || pipe.fill(app)) {
             Ok(0) => return Ok(Burst::Ended),
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Burst::Drained),

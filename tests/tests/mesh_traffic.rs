@@ -1,0 +1,169 @@
+//! Real programs through the mesh: what they see is what they would see without it, and the wire shows TLS 1.3 alone.
+
+use anyhow::{Result, ensure};
+use marline_tests::{
+    access_log::{Direction, Entry, Records, Verdict},
+    capture::LinkCapture,
+    cluster::{Cluster, ClusterSpec, Family, Pod},
+    config::Mode,
+    scenario::on_mesh,
+    traffic::{Seen, banner::Ssh, iperf::Iperf, nginx::Nginx, redis::Redis},
+};
+
+const MARKER: &str = "marker-of-the-mesh";
+const OUTSIDE: &str = "marker-from-outside";
+
+#[test]
+fn in_strict_mode_every_program_gets_its_bytes_and_the_wire_carries_tls13_only() -> Result<()> {
+    programs(Mode::Strict)
+}
+
+#[test]
+fn in_permissive_mode_members_of_the_mesh_still_speak_tls13_only() -> Result<()> {
+    programs(Mode::Permissive)
+}
+
+/// Every program over both families, from node a to node b.
+fn programs(mode: Mode) -> Result<()> {
+    on_mesh(&ClusterSpec::pairs(mode), |cluster| {
+        let (client, server) = (cluster.pod("client-a")?, cluster.pod("server-b")?);
+        let nginx = Nginx::start(&server, MARKER)?;
+        nginx.add_file("file", 3_000_000)?;
+        let (redis, iperf, ssh) =
+            (Redis::start(&server, MARKER)?, Iperf::start(&server, MARKER)?, Ssh::start(&server, MARKER)?);
+        let capture = LinkCapture::start(cluster, &[MARKER])?;
+        let mut connections = 0;
+        for family in Family::BOTH {
+            let address = server.address(family);
+            let flows: [(&str, usize, &dyn Fn() -> Result<Seen>); 6] = [
+                ("keep-alive", 1, &|| nginx.keep_alive(&client, address)),
+                ("file", 1, &|| nginx.fetch(&client, address, "file")),
+                ("redis", 1, &|| redis.set_and_get(&client, address)),
+                ("iperf3", 2, &|| iperf.send(&client, address, 5_000_000)),
+                ("banner", 1, &|| ssh.banner(&client, address)),
+                ("host key", 1, &|| ssh.host_key(&client, address)),
+            ];
+            for (name, count, flow) in flows {
+                let name = format!("{name} over {}", family.as_str());
+                let before = lengths(cluster)?;
+                let seen = flow()?;
+                ensure!(seen.exact, "{name}: {}", seen.note);
+                for entry in entries(cluster, before, count, &client, &server, family, seen.port)? {
+                    check(&entry, &name, &client, &server)?;
+                }
+                connections += count;
+            }
+        }
+        let wire = capture.finish()?;
+        ensure!(wire.hits(MARKER) == 0, "the marker was seen {} times", wire.hits(MARKER));
+        ensure!(wire.not_tls() == 0, "bytes that are not TLS: {:#?}", wire.streams);
+        ensure!(wire.tls13_handshakes() == connections, "{connections} connections: {:#?}", wire.streams);
+        ensure!(wire.streams.len() == connections && wire.holes().next().is_none(), "{:#?}", wire.streams);
+        // More than a Finished alone: the client shows a certificate, too.
+        ensure!(wire.streams.iter().all(|stream| stream.first_client_record().is_some_and(|size| size > 200)));
+        Ok(())
+    })
+}
+
+fn check(entry: &Entry, name: &str, client: &Pod, server: &Pod) -> Result<()> {
+    let (source, destination) = (client.identity(), server.identity());
+    let good = entry.verdict == Verdict::Allowed
+        && entry.reason.is_none()
+        && matches!(entry.records, Records::Ktls | Records::Userspace)
+        && entry.source.identity.as_ref() == Some(&source)
+        && entry.destination.identity.as_ref() == Some(&destination);
+    ensure!(good, "{name}: {entry:#?}");
+    Ok(())
+}
+
+fn lengths(cluster: &Cluster) -> Result<Vec<usize>> {
+    cluster.agents().map(|agent| Ok(agent.entries()?.len())).collect()
+}
+
+/// What both agents wrote of connections from one pod to another's port since then.
+fn entries(
+    cluster: &Cluster,
+    since: Vec<usize>,
+    count: usize,
+    client: &Pod,
+    server: &Pod,
+    family: Family,
+    port: u16,
+) -> Result<Vec<Entry>> {
+    let to = server.socket(family, port);
+    let mut all = Vec::new();
+    for (agent, since) in cluster.agents().zip(since) {
+        let direction = if agent.side() == client.side { Direction::Outbound } else { Direction::Inbound };
+        all.extend(agent.wait_entries(&format!("{} to {to}", client.name), since, count, |entry| {
+            entry.direction == direction && entry.connects(client, to)
+        })?);
+    }
+    ensure!(all.len() == 2 * count, "{count} connections made {} entries: {all:#?}", all.len());
+    Ok(all)
+}
+
+#[test]
+fn a_pod_outside_reaches_permissive_and_is_refused_by_strict_at_once() -> Result<()> {
+    on_mesh(&ClusterSpec::pairs(Mode::Permissive), |cluster| {
+        let (outside, client, server) = (cluster.pod("outside")?, cluster.pod("client-a")?, cluster.pod("server-b")?);
+        let nginx = Nginx::start(&server, OUTSIDE)?;
+        for family in Family::BOTH {
+            let address = server.address(family);
+            cluster.change_mode(Mode::Permissive)?;
+            let seen = nginx.keep_alive(&outside, address)?;
+            ensure!(seen.exact, "from outside: {}", seen.note);
+            cluster.change_mode(Mode::Strict)?;
+            let before = cluster.agent(server.side)?.entries()?.len();
+            let outcome = nginx.keep_alive(&outside, address);
+            ensure!(outcome.is_err(), "STRICT let plaintext from outside in: {outcome:?}");
+            let to = server.socket(family, nginx.port());
+            let agent = cluster.agent(server.side)?;
+            let refused = agent.wait_entries("the refusal", before, 1, |entry| entry.connects(&outside, to))?;
+            ensure!(
+                refused.iter().all(|entry| entry.verdict == Verdict::Refused && entry.reason.is_some()),
+                "{refused:#?}"
+            );
+            ensure!(nginx.keep_alive(&client, address)?.exact, "a member of the mesh is no longer let in");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn with_mtls_disabled_members_speak_plaintext_and_the_log_says_so() -> Result<()> {
+    on_mesh(&ClusterSpec::pairs(Mode::Disable), |cluster| {
+        let (client, server) = (cluster.pod("client-a")?, cluster.pod("server-b")?);
+        let redis = Redis::start(&server, MARKER)?;
+        let capture = LinkCapture::start(cluster, &[MARKER])?;
+        for family in Family::BOTH {
+            let before = lengths(cluster)?;
+            ensure!(redis.set_and_get(&client, server.address(family))?.exact);
+            let entries = entries(cluster, before, 1, &client, &server, family, redis.port())?;
+            ensure!(entries.iter().all(|entry| entry.records == Records::Plaintext), "{entries:#?}");
+        }
+        let wire = capture.finish()?;
+        ensure!(wire.hits(MARKER) > 0 && wire.tls13_handshakes() == 0, "{:#?}", wire.streams);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_member_reaches_a_pod_outside_in_plaintext_and_pods_of_its_own_node_with_mtls() -> Result<()> {
+    on_mesh(&ClusterSpec::pairs(Mode::Strict), |cluster| {
+        let (client, neighbour, outside) =
+            (cluster.pod("client-b")?, cluster.pod("server-b")?, cluster.pod("outside")?);
+        let (inner, outer) = (Redis::start(&neighbour, MARKER)?, Redis::start(&outside, MARKER)?);
+        for family in Family::BOTH {
+            ensure!(inner.set_and_get(&client, neighbour.address(family))?.exact, "to the neighbour");
+            let agent = cluster.agent(client.side)?;
+            let to = neighbour.socket(family, inner.port());
+            let entries = agent.wait_entries("the neighbour", 0, 2, |entry| entry.connects(&client, to))?;
+            ensure!(entries.iter().all(|entry| entry.mode.as_deref() == Some("mtls")), "{entries:#?}");
+            ensure!(outer.set_and_get(&client, outside.address(family))?.exact, "to the pod outside");
+            let to = outside.socket(family, outer.port());
+            let entries = agent.wait_entries("the pod outside", 0, 1, |entry| entry.connects(&client, to))?;
+            ensure!(entries.iter().all(|entry| entry.mode.as_deref() == Some("plaintext")), "{entries:#?}");
+        }
+        Ok(())
+    })
+}
