@@ -68,18 +68,19 @@ pub struct Tls {
 }
 
 impl Entry {
-    /// Whether the connection goes from a pod to an address and port, whatever its source port. The pod's own agent knows
-    /// the application's leg, which has a loopback address; there the identity tells the pod.
+    /// Whether the connection goes from a pod to an address and port, whatever its source port.
     #[must_use]
     pub fn connects(&self, from: &Pod, to: SocketAddr) -> bool {
-        let from_there = match self.direction {
-            Direction::Inbound => {
-                let family = if to.is_ipv4() { Family::V4 } else { Family::V6 };
-                self.source.address.is_some_and(|address| address.ip() == from.address(family))
-            }
-            Direction::Outbound => self.source.identity.as_ref() == Some(&from.identity()),
-        };
-        from_there && self.destination.address == Some(to)
+        let family = if to.is_ipv4() { Family::V4 } else { Family::V6 };
+        self.source.address.is_some_and(|address| address.ip() == from.address(family))
+            && self.destination.address == Some(to)
+    }
+
+    /// Whether it came to its end as the programs wanted it, be that a close or one's own reset.
+    #[must_use]
+    pub fn ended_by_programs(&self) -> bool {
+        self.verdict == Verdict::Allowed
+            && matches!(self.reason.as_deref(), None | Some("application_reset" | "peer_reset"))
     }
 }
 

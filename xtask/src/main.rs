@@ -4,6 +4,7 @@
 //! signal N ended it. `vm` hands on its command's code.
 
 mod build;
+mod cluster;
 mod deps;
 mod lint;
 mod load;
@@ -43,6 +44,14 @@ enum Cmd {
     Test(test::Args),
     /// Check format, clippy, the rules of the house, and the licences of dependencies
     Lint(lint::Args),
+    /// Make a two-node mesh on this box, or bring the one that is there up to date
+    Up(cluster::UpArgs),
+    /// Run a command in a pod of the mesh
+    Exec(cluster::ExecArgs),
+    /// Show the mesh's pods and what their agents say of them
+    Status,
+    /// Remove the mesh, or what is left of one
+    Down,
     /// Build the agent and run it on this host
     Load(load::Args),
     /// Run a command inside a stock Debian kernel that has kernel TLS
@@ -66,6 +75,10 @@ fn main() -> ExitCode {
         Cmd::BuildEbpf => (build::ebpf().map(|()| 0), 1),
         Cmd::Test(args) => (test::run(&args), 1),
         Cmd::TestGuest { plan } => (test::guest(&plan), 1),
+        Cmd::Up(args) => (cluster::up(&args).map(|()| 0), 1),
+        Cmd::Exec(args) => (cluster::exec(&args), cluster::EXIT_NO_EXEC),
+        Cmd::Status => (cluster::status().map(|()| 0), 1),
+        Cmd::Down => (cluster::down().map(|()| 0), 1),
         Cmd::Load(args) => (load::run(&args).map(|()| 0), 1),
         Cmd::Lint(args) => (lint::run(&args).map(|()| 0), 1),
         Cmd::Vm(args) => (vm::run(&args), vm::EXIT_NO_VM),

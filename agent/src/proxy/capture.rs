@@ -165,6 +165,9 @@ fn listener(address: IpAddr) -> io::Result<Socket> {
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
+    // Accepted connections inherit it. They hold the application's port, and a server that restarts must be able to bind it
+    // while some of them linger.
+    socket.set_reuse_address(true)?;
     socket.bind(&SocketAddr::new(address, 0).into())?;
     socket.listen(BACKLOG)?;
     Ok(socket)
