@@ -7,6 +7,7 @@ mod assemble;
 mod document;
 mod fields;
 mod finding;
+mod policies;
 mod resources;
 
 use std::{
@@ -21,7 +22,11 @@ pub use agent::{
 };
 pub use finding::{ConfigErrors, Finding};
 
-use crate::{identity::TrustDomain, policy::MtlsMode, state::Snapshot};
+use crate::{
+    identity::TrustDomain,
+    policy::{Authentication, PeerAuthentication, Policies},
+    state::Snapshot,
+};
 use document::{Node, Pair, Value};
 use finding::{Origin, Report, about_file};
 use resources::WorkloadEntry;
@@ -93,11 +98,11 @@ fn read(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Loaded, Config
             documents.check_agents(dir, &mut report);
         }
     }
+    let policies = documents.policies(&mut report);
     let agent = documents.agents.into_iter().next().and_then(|(_, agent)| agent);
-    let mode = documents.modes.first().map_or_else(MtlsMode::default, |(_, mode)| *mode);
     // Without a sound AgentConfig nothing is loaded, but the contradictions among workloads shall be told as well.
     let trust_domain = trust_domain.or(agent.as_ref().map(|agent| &agent.trust_domain)).cloned().unwrap_or_default();
-    let snapshot = assemble::snapshot(&trust_domain, mode, &documents.workloads, &mut report);
+    let snapshot = assemble::snapshot(&trust_domain, policies, &documents.workloads, &mut report);
     match agent {
         Some(agent) if report.errors.is_empty() => Ok(Loaded { agent, snapshot, warnings: report.into_warnings() }),
         _ => Err(report.into_errors()),
@@ -116,7 +121,7 @@ struct Documents {
     names: HashMap<String, Origin>,
     /// Without a configuration if one was there and could not be read.
     agents: Vec<(Origin, Option<AgentConfig>)>,
-    modes: Vec<(Origin, MtlsMode)>,
+    peers: Vec<PeerAuthentication>,
     workloads: Vec<WorkloadEntry>,
 }
 
@@ -181,9 +186,7 @@ impl Documents {
             ("PeerAuthentication", "security.istio.io", "v1" | "v1beta1") => {
                 assemble::unique_name(&mut self.names, &origin, report);
                 let metadata = resources::metadata(&origin, document, report);
-                if let Some(mode) = resources::peer_authentication(&origin, &metadata, document, report) {
-                    self.mesh_mode(origin, mode, report);
-                }
+                self.peers.extend(policies::peer_authentication(&origin, metadata, document, report));
             }
             _ => {
                 let (message, hint) = unsupported(kind, group, version);
@@ -207,13 +210,16 @@ impl Documents {
         }
     }
 
-    fn mesh_mode(&mut self, origin: Origin, mode: MtlsMode, report: &mut Report) {
-        if let Some((first, _)) = self.modes.first() {
-            let message = format!("{} in {} sets the mesh-wide mode already", first.resource, first.place());
-            report.errors.push(origin.finding("metadata.name", origin.line, message, "keep one of them".to_owned()));
-            return;
+    /// Compiles the policies, and tells which of them an older one makes void.
+    fn policies(&mut self, report: &mut Report) -> Policies {
+        let authentication = Authentication::compile(std::mem::take(&mut self.peers));
+        for (void, first) in authentication.superseded() {
+            let Some(origin) = self.names.get(&void.to_string()) else { continue };
+            let message = format!("has no effect: {first} is older and says the mode already");
+            let hint = "keep one of them for the whole namespace (or mesh); the oldest counts, then the first by name";
+            report.warnings.push(origin.finding("metadata.name", origin.line, message, hint.to_owned()));
         }
-        self.modes.push((origin, mode));
+        Policies { authentication }
     }
 
     fn check_agents(&self, dir: &Path, report: &mut Report) {

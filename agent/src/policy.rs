@@ -1,12 +1,22 @@
-//! What a connection must be: mTLS, plaintext, or nothing. Pure functions of the mode and of what is known about
-//! both ends; finding the ends is `state`'s business, carrying the decision out is `proxy`'s.
+//! What a connection must be: mTLS, plaintext, or nothing. Pure functions of compiled policies and of what is known about
+//! both ends; finding the ends is `state`'s business, reading the policies `config`'s, carrying the decision out `proxy`'s.
 
+pub mod authentication;
 pub mod model;
+pub mod select;
 
 use std::fmt;
 
 use crate::identity::SpiffeId;
+pub use authentication::{Authentication, PeerAuthentication};
 pub use model::{MtlsMode, Workload};
+pub use select::{Header, PolicyName, ROOT_NAMESPACE};
+
+/// All policies of the mesh, compiled.
+#[derive(PartialEq, Default, Debug)]
+pub struct Policies {
+    pub authentication: Authentication,
+}
 
 /// What an outbound connection must be.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -45,20 +55,23 @@ impl fmt::Display for DenyReason {
     }
 }
 
-/// The client's side, as Istio's auto mTLS has it: TLS towards what is in the mesh, plaintext towards all else. STRICT
+/// The client's side, as Istio's auto mTLS has it: TLS towards what is in the mesh unless the destination's port is
+/// DISABLE, plaintext towards all else (istio/istio pilot/pkg/xds/endpoints/mtls_checker.go, `checkMtlsEnabled`). STRICT
 /// is a demand on servers and changes nothing here.
-pub fn outbound(mode: MtlsMode, destination: Option<&Workload>) -> Outbound {
-    match (mode, destination) {
-        (MtlsMode::Strict | MtlsMode::Permissive, Some(workload)) if workload.in_mesh => {
-            Outbound::Mtls { expect: vec![workload.id.clone()] }
-        }
-        (MtlsMode::Strict | MtlsMode::Permissive | MtlsMode::Disable, _) => Outbound::Plaintext,
+pub fn outbound(policies: &Policies, destination: Option<&Workload>, port: u16) -> Outbound {
+    match destination.filter(|workload| workload.in_mesh) {
+        None => Outbound::Plaintext,
+        Some(workload) => match policies.authentication.mode(workload, port) {
+            MtlsMode::Disable => Outbound::Plaintext,
+            MtlsMode::Strict | MtlsMode::Permissive => Outbound::Mtls { expect: vec![workload.id.clone()] },
+        },
     }
 }
 
-/// The server's side. Under STRICT the handshake decides, so that a plaintext client is refused with a reason.
-pub fn inbound(mode: MtlsMode, source: Option<&Workload>) -> Inbound {
-    match (mode, source) {
+/// The server's side: what a connection to a port of `destination` must be, if it comes from the address of `source`.
+/// Under STRICT the handshake decides, so that a plaintext client is refused with a reason.
+pub fn inbound(policies: &Policies, destination: &Workload, port: u16, source: Option<&Workload>) -> Inbound {
+    match (policies.authentication.mode(destination, port), source) {
         (MtlsMode::Strict, _) => Inbound::Mtls,
         (MtlsMode::Permissive, Some(workload)) if workload.in_mesh => Inbound::Mtls,
         (MtlsMode::Permissive, Some(_)) => Inbound::Plaintext,
@@ -86,6 +99,13 @@ mod tests {
         }
     }
 
+    fn mesh_wide(mode: MtlsMode) -> Policies {
+        let name = PolicyName { kind: "PeerAuthentication", namespace: ROOT_NAMESPACE.into(), name: "default".into() };
+        let header = Header { name, created: None, selector: Default::default() };
+        let policy = PeerAuthentication { header, mode: Some(mode), ports: Default::default() };
+        Policies { authentication: Authentication::compile(vec![policy]) }
+    }
+
     #[test]
     fn outbound_is_mtls_exactly_towards_the_mesh_and_unless_disabled() {
         use MtlsMode::*;
@@ -103,7 +123,8 @@ mod tests {
         ];
         for (mode, in_mesh, expected) in table {
             let destination = in_mesh.map(workload);
-            assert_eq!(outbound(mode, destination.as_ref()), expected, "{mode} towards {in_mesh:?}");
+            let decided = outbound(&mesh_wide(mode), destination.as_ref(), 80);
+            assert_eq!(decided, expected, "{mode} towards {in_mesh:?}");
         }
     }
 
@@ -123,7 +144,8 @@ mod tests {
         ];
         for (mode, in_mesh, expected) in table {
             let source = in_mesh.map(workload);
-            assert_eq!(inbound(mode, source.as_ref()), expected, "{mode} from {in_mesh:?}");
+            let decided = inbound(&mesh_wide(mode), &workload(true), 80, source.as_ref());
+            assert_eq!(decided, expected, "{mode} from {in_mesh:?}");
         }
     }
 

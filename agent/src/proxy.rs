@@ -234,6 +234,7 @@ impl Context {
                         Direction::Inbound => &mut facts.source,
                     };
                     peer.identity = Some(secured.peer.to_string());
+                    facts.proved = Some(secured.peer.clone());
                     facts.tls = Some(TlsFacts {
                         cipher: format!("{:?}", secured.suite.suite()),
                         group: secured.group.map(|group| format!("{group:?}")),

@@ -180,6 +180,27 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// The mappings of a mapping, by their keys.
+    pub(super) fn mappings(&mut self, report: &mut Report, key: &'static str) -> Vec<(&'a str, Fields<'a>)> {
+        let Some(outer) = self.fields(report, key) else { return Vec::new() };
+        let mut mappings = Vec::new();
+        for pair in outer.pairs {
+            let inner = match &pair.value.value {
+                Value::Map(inner) => inner.as_slice(),
+                Value::Null => &[],
+                other => {
+                    let message = format!("must be a mapping, but is {}", other.kind());
+                    outer.error(report, &pair.key, message, "write its fields below it, indented");
+                    continue;
+                }
+            };
+            let prefix = format!("{}.", outer.path(&pair.key));
+            let fields = Fields { origin: self.origin, prefix, pairs: inner, line: pair.line, known: Vec::new() };
+            mappings.push((pair.key.as_str(), fields));
+        }
+        mappings
+    }
+
     /// A mapping of texts to texts, such as labels.
     pub(super) fn texts(&mut self, report: &mut Report, key: &'static str) -> BTreeMap<String, String> {
         let Some(fields) = self.fields(report, key) else { return BTreeMap::new() };

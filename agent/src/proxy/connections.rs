@@ -15,6 +15,7 @@ use serde::Serialize;
 use tokio::{net::TcpStream, sync::watch};
 
 use super::pump::Moved;
+use crate::{identity::SpiffeId, policy::Workload};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -66,6 +67,12 @@ pub struct Facts {
     pub records: Option<&'static str>,
     pub pump: Option<super::offload::PumpKind>,
     pub tls: Option<TlsFacts>,
+    /// Whom the peer's certificate proved.
+    #[serde(skip)]
+    pub proved: Option<SpiffeId>,
+    /// The local workload that an inbound connection is for: policies select it, at whatever address it was called.
+    #[serde(skip)]
+    pub served: Option<Arc<Workload>>,
 }
 
 pub struct Live {

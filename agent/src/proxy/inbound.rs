@@ -38,7 +38,10 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
         Err(error) => return tracing::debug!(%error, "an accepted connection was gone at once"),
     };
     let account = Account::open(&ctx.connections, &ctx.metrics, &ctx.log, Direction::Inbound);
-    account.live.learn(|facts| facts.destination = identify::of(Some(&pod.workload), local));
+    account.live.learn(|facts| {
+        facts.destination = identify::of(Some(&pod.workload), local);
+        facts.served = Some(pod.workload.clone());
+    });
     match open(&ctx, &pod, wire, client, local, &account).await {
         Err(refusal) => account.refused(refusal.reason(), &refusal),
         Ok(opened) => {
@@ -70,7 +73,7 @@ async fn open(
     let snapshot = ctx.state.load();
     let (workload, endpoint) = identify::endpoint(&snapshot, client.0);
     account.live.learn(|facts| facts.source = endpoint);
-    let rule = policy::inbound(snapshot.mode, workload.as_deref());
+    let rule = policy::inbound(&snapshot.policies, &pod.workload, local.port(), workload.as_deref());
     let tls = match &rule {
         Inbound::Mtls => true,
         Inbound::Plaintext | Inbound::Deny(_) => false,
@@ -88,7 +91,7 @@ async fn open(
         None
     };
     let peer = secured.as_ref().map(|secured| &secured.peer);
-    let permit = authorize::inbound(snapshot.mode, peer, &rule, &account.live);
+    let permit = authorize::inbound(&snapshot, &pod.workload, local.port(), peer, &rule, &account.live);
     let records = match secured {
         Some(secured) => offload::offload(&wire, secured, ctx.settings.records, &ctx.kernel)?,
         None => Records::Plain(ctx.kernel.pump),
