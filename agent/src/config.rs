@@ -4,6 +4,7 @@
 
 mod agent;
 mod assemble;
+mod authorization;
 mod document;
 mod fields;
 mod finding;
@@ -24,7 +25,7 @@ pub use finding::{ConfigErrors, Finding};
 
 use crate::{
     identity::TrustDomain,
-    policy::{Authentication, PeerAuthentication, Policies},
+    policy::{Authentication, Authorization, AuthorizationPolicy, PeerAuthentication, Policies},
     state::Snapshot,
 };
 use document::{Node, Pair, Value};
@@ -98,10 +99,10 @@ fn read(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Loaded, Config
             documents.check_agents(dir, &mut report);
         }
     }
-    let policies = documents.policies(&mut report);
-    let agent = documents.agents.into_iter().next().and_then(|(_, agent)| agent);
+    let agent = std::mem::take(&mut documents.agents).into_iter().next().and_then(|(_, agent)| agent);
     // Without a sound AgentConfig nothing is loaded, but the contradictions among workloads shall be told as well.
     let trust_domain = trust_domain.or(agent.as_ref().map(|agent| &agent.trust_domain)).cloned().unwrap_or_default();
+    let policies = documents.policies(&trust_domain, &mut report);
     let snapshot = assemble::snapshot(&trust_domain, policies, &documents.workloads, &mut report);
     match agent {
         Some(agent) if report.errors.is_empty() => Ok(Loaded { agent, snapshot, warnings: report.into_warnings() }),
@@ -122,6 +123,7 @@ struct Documents {
     /// Without a configuration if one was there and could not be read.
     agents: Vec<(Origin, Option<AgentConfig>)>,
     peers: Vec<PeerAuthentication>,
+    authorizations: Vec<AuthorizationPolicy>,
     workloads: Vec<WorkloadEntry>,
 }
 
@@ -188,6 +190,11 @@ impl Documents {
                 let metadata = resources::metadata(&origin, document, report);
                 self.peers.extend(policies::peer_authentication(&origin, metadata, document, report));
             }
+            ("AuthorizationPolicy", "security.istio.io", "v1" | "v1beta1") => {
+                assemble::unique_name(&mut self.names, &origin, report);
+                let metadata = resources::metadata(&origin, document, report);
+                self.authorizations.extend(authorization::authorization_policy(&origin, metadata, document, report));
+            }
             _ => {
                 let (message, hint) = unsupported(kind, group, version);
                 report.errors.push(origin.finding("", node.line, message, hint));
@@ -211,7 +218,7 @@ impl Documents {
     }
 
     /// Compiles the policies, and tells which of them an older one makes void.
-    fn policies(&mut self, report: &mut Report) -> Policies {
+    fn policies(&mut self, trust_domain: &TrustDomain, report: &mut Report) -> Policies {
         let authentication = Authentication::compile(std::mem::take(&mut self.peers));
         for (void, first) in authentication.superseded() {
             let Some(origin) = self.names.get(&void.to_string()) else { continue };
@@ -219,7 +226,8 @@ impl Documents {
             let hint = "keep one of them for the whole namespace (or mesh); the oldest counts, then the first by name";
             report.warnings.push(origin.finding("metadata.name", origin.line, message, hint.to_owned()));
         }
-        Policies { authentication }
+        let authorization = Authorization::compile(trust_domain, std::mem::take(&mut self.authorizations));
+        Policies { authentication, authorization }
     }
 
     fn check_agents(&self, dir: &Path, report: &mut Report) {
@@ -265,6 +273,7 @@ fn unsupported(kind: &str, group: &str, version: &str) -> (String, String) {
         ("AgentConfig", "marline.io", "marline.io/v1alpha1"),
         ("WorkloadEntry", "networking.istio.io", "networking.istio.io/v1"),
         ("PeerAuthentication", "security.istio.io", "security.istio.io/v1"),
+        ("AuthorizationPolicy", "security.istio.io", "security.istio.io/v1"),
     ];
     if let Some((_, right, example)) = known.iter().find(|(known, _, _)| *known == kind) {
         let what = match *right == group {
@@ -277,6 +286,6 @@ fn unsupported(kind: &str, group: &str, version: &str) -> (String, String) {
         let message = "Marline does not act on this kind yet, and to pass over it could protect less than it asks for";
         return (message.to_owned(), "move it out of the directory".to_owned());
     }
-    let hint = "known are AgentConfig, WorkloadEntry and PeerAuthentication: correct kind and apiVersion, or move it out of the directory";
+    let hint = "known are AgentConfig, WorkloadEntry, PeerAuthentication and AuthorizationPolicy: correct kind and apiVersion, or move it out of the directory";
     ("this kind of resource is not known".to_owned(), hint.to_owned())
 }

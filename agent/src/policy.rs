@@ -2,13 +2,21 @@
 //! both ends; finding the ends is `state`'s business, reading the policies `config`'s, carrying the decision out `proxy`'s.
 
 pub mod authentication;
+pub mod authorization;
+pub mod evaluate;
+pub mod matching;
 pub mod model;
 pub mod select;
 
-use std::fmt;
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
 
 use crate::identity::SpiffeId;
 pub use authentication::{Authentication, PeerAuthentication};
+pub use authorization::{Attempt, AuthorizationPolicy, Peer};
+pub use evaluate::{Authorization, Denial, Verdict};
 pub use model::{MtlsMode, Workload};
 pub use select::{Header, PolicyName, ROOT_NAMESPACE};
 
@@ -16,6 +24,7 @@ pub use select::{Header, PolicyName, ROOT_NAMESPACE};
 #[derive(PartialEq, Default, Debug)]
 pub struct Policies {
     pub authentication: Authentication,
+    pub authorization: Authorization,
 }
 
 /// What an outbound connection must be.
@@ -45,12 +54,41 @@ pub enum Inbound {
 pub enum DenyReason {
     /// A rule forbids it; the text names the rule.
     Rule(String),
+    /// ALLOW policies apply and none allows it; the text names them.
+    NothingAllows(String),
+    /// Not enough is known to decide, and nothing is left that could be learned.
+    Undecided,
+}
+
+impl DenyReason {
+    /// The policies that decided.
+    pub fn policy(&self) -> Option<&str> {
+        match self {
+            Self::Rule(text) | Self::NothingAllows(text) => Some(text),
+            Self::Undecided => None,
+        }
+    }
 }
 
 impl fmt::Display for DenyReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Rule(rule) => write!(f, "forbidden by {rule}"),
+            Self::NothingAllows(policies) => write!(f, "allowed by no rule of {policies}"),
+            Self::Undecided => f.write_str("not enough is known of the connection"),
+        }
+    }
+}
+
+impl From<Denial<'_>> for DenyReason {
+    fn from(denial: Denial<'_>) -> Self {
+        match denial {
+            Denial::Rule(cited) => Self::Rule(cited.to_string()),
+            Denial::NothingAllows(policies) => {
+                let names: Vec<String> = policies.iter().take(3).map(|name| name.to_string()).collect();
+                let more = if policies.len() > names.len() { " and others" } else { "" };
+                Self::NothingAllows(format!("{}{more}", names.join(", ")))
+            }
         }
     }
 }
@@ -68,10 +106,23 @@ pub fn outbound(policies: &Policies, destination: Option<&Workload>, port: u16) 
     }
 }
 
-/// The server's side: what a connection to a port of `destination` must be, if it comes from the address of `source`.
-/// Under STRICT the handshake decides, so that a plaintext client is refused with a reason.
-pub fn inbound(policies: &Policies, destination: &Workload, port: u16, source: Option<&Workload>) -> Inbound {
-    match (policies.authentication.mode(destination, port), source) {
+/// The server's side: what a connection to `local`, an address of `destination`, must be, if it comes from `client`, which
+/// is the address of `source`. Under STRICT the handshake decides, so that a plaintext client is refused with a reason.
+///
+/// Rules that go by addresses alone deny here already; for all others `Authorization::decide` is asked again when it is
+/// known who calls.
+pub fn inbound(
+    policies: &Policies,
+    destination: &Workload,
+    local: SocketAddr,
+    client: IpAddr,
+    source: Option<&Workload>,
+) -> Inbound {
+    let attempt = Attempt { source: client, destination: local, peer: Peer::NotYetKnown };
+    if let Verdict::Denied(denial) = policies.authorization.decide(destination, &attempt).verdict {
+        return Inbound::Deny(denial.into());
+    }
+    match (policies.authentication.mode(destination, local.port()), source) {
         (MtlsMode::Strict, _) => Inbound::Mtls,
         (MtlsMode::Permissive, Some(workload)) if workload.in_mesh => Inbound::Mtls,
         (MtlsMode::Permissive, Some(_)) => Inbound::Plaintext,
@@ -103,7 +154,7 @@ mod tests {
         let name = PolicyName { kind: "PeerAuthentication", namespace: ROOT_NAMESPACE.into(), name: "default".into() };
         let header = Header { name, created: None, selector: Default::default() };
         let policy = PeerAuthentication { header, mode: Some(mode), ports: Default::default() };
-        Policies { authentication: Authentication::compile(vec![policy]) }
+        Policies { authentication: Authentication::compile(vec![policy]), ..Policies::default() }
     }
 
     #[test]
@@ -144,7 +195,8 @@ mod tests {
         ];
         for (mode, in_mesh, expected) in table {
             let source = in_mesh.map(workload);
-            let decided = inbound(&mesh_wide(mode), &workload(true), 80, source.as_ref());
+            let (local, client) = ("10.0.0.1:80".parse().unwrap(), "10.0.0.2".parse().unwrap());
+            let decided = inbound(&mesh_wide(mode), &workload(true), local, client, source.as_ref());
             assert_eq!(decided, expected, "{mode} from {in_mesh:?}");
         }
     }

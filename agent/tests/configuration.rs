@@ -227,7 +227,7 @@ fn every_fault_is_named_with_file_line_field_and_reason() {
         ("apiVersion: v1\nkind: List".into(), vec![(1, "", "without a list of items")]),
         ("apiVersion: v1\nkind: Secret\nmetadata: {name: s}".into(), vec![(1, "", "not known")]),
         (
-            "# moved\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: s}".into(),
+            "# moved\napiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: s}".into(),
             vec![(2, "", "could protect less")],
         ),
         (

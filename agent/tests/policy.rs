@@ -8,3 +8,9 @@ mod bed;
 mod modes;
 #[path = "policy/nine_pairs.rs"]
 mod nine_pairs;
+#[path = "policy/properties.rs"]
+mod properties;
+#[path = "policy/reading.rs"]
+mod reading;
+#[path = "policy/rules.rs"]
+mod rules;

@@ -1,4 +1,4 @@
-//! PeerAuthentication, read as it was written. What Istio's own validation refuses is an error here too
+//! PeerAuthentication, read as it was written, and what it has in common with AuthorizationPolicy. What Istio's own validation refuses is an error here too
 //! (istio/istio pkg/config/validation/validation.go); which of several counts is `policy`'s to say.
 
 use std::{collections::BTreeMap, time::SystemTime};
@@ -10,6 +10,8 @@ use super::{
     resources::{Metadata, OUR_PREFIX},
 };
 use crate::policy::{Header, MtlsMode, PeerAuthentication, PolicyName};
+
+pub(super) const DRY_RUN: &str = "istio.io/dry-run";
 
 /// None is UNSET: inherited.
 const MODES: [(&str, Option<MtlsMode>); 4] = [
@@ -28,7 +30,11 @@ pub(super) fn peer_authentication(
     let before = report.errors.len();
     let mut top = Fields::top(origin, document);
     top.skip(&["apiVersion", "kind", "metadata", "status"]);
-    let created = no_annotations_of_ours(&top, &metadata, report);
+    let created = made(&top, &metadata, report);
+    if metadata.annotations.contains_key(DRY_RUN) {
+        let hint = "remove it, or move the resource out of the directory until it shall act";
+        top.warning(report, "metadata.annotations", format!("{DRY_RUN} has no effect on a PeerAuthentication"), hint);
+    }
     let (mut selector, mut mode, mut ports) = (BTreeMap::new(), None, BTreeMap::new());
     if let Some(mut spec) = top.fields(report, "spec") {
         selector = read_selector(&mut spec, report);
@@ -52,7 +58,7 @@ pub(super) fn peer_authentication(
     sound.then_some(policy)
 }
 
-fn header(
+pub(super) fn header(
     kind: &'static str,
     metadata: Metadata,
     created: Option<SystemTime>,
@@ -62,7 +68,7 @@ fn header(
 }
 
 /// Checks what policies have in their metadata, and gives the time of their making.
-fn no_annotations_of_ours(top: &Fields<'_>, metadata: &Metadata, report: &mut Report) -> Option<SystemTime> {
+pub(super) fn made(top: &Fields<'_>, metadata: &Metadata, report: &mut Report) -> Option<SystemTime> {
     for key in metadata.annotations.keys().chain(metadata.labels.keys()).filter(|key| key.starts_with(OUR_PREFIX)) {
         top.error(report, "metadata", format!("{key} means nothing on this kind of resource"), "remove it");
     }
@@ -77,7 +83,7 @@ fn no_annotations_of_ours(top: &Fields<'_>, metadata: &Metadata, report: &mut Re
 }
 
 /// As Istio has it, an empty selector is none (validateWorkloadSelector).
-fn read_selector(spec: &mut Fields<'_>, report: &mut Report) -> BTreeMap<String, String> {
+pub(super) fn read_selector(spec: &mut Fields<'_>, report: &mut Report) -> BTreeMap<String, String> {
     let Some(mut selector) = spec.fields(report, "selector") else { return BTreeMap::new() };
     let labels = selector.texts(report, "matchLabels");
     for (key, value) in &labels {

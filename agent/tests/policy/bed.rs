@@ -1,10 +1,15 @@
 //! A small mesh to try policies on: the cast of Istio's own examples, loaded through the configuration as users do.
 
-use std::{fs, sync::Arc};
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use marline::{
     config::{self, ConfigErrors, Loaded},
-    policy::{MtlsMode, Workload},
+    identity::SpiffeId,
+    policy::{Attempt, MtlsMode, Peer, Verdict, Workload},
 };
 
 const AGENT: &str =
@@ -14,6 +19,7 @@ const AGENT: &str =
 const CAST: &[(&str, &str, &str, &str, &str)] = &[
     ("foo", "httpbin", "httpbin", "10.0.1.1", "app: httpbin, version: v1"),
     ("foo", "sleep", "sleep", "10.0.1.2", "app: sleep"),
+    ("foo", "tcp-echo", "default", "10.0.1.4", "app: tcp-echo"),
     ("foo", "finance", "finance", "10.0.1.3", "app: finance"),
     ("bar", "httpbin", "httpbin", "10.0.2.1", "app: httpbin, version: v1"),
     ("bar", "sleep", "sleep", "10.0.2.2", "app: sleep"),
@@ -21,6 +27,9 @@ const CAST: &[(&str, &str, &str, &str, &str)] = &[
     ("legacy", "sleep", "sleep", "10.0.3.2", "app: sleep, marline.io/mesh: disabled"),
     ("default", "productpage", "bookinfo-productpage", "10.0.4.1", "app: productpage, version: v1"),
     ("default", "reviews", "bookinfo-reviews", "10.0.4.2", "app: reviews, version: v3"),
+    ("default", "sleep", "sleep", "10.0.4.3", "app: sleep"),
+    ("default", "mongodb", "default", "10.0.4.4", "app: mongodb"),
+    ("default", "ratings", "bookinfo-ratings-v2", "10.0.4.5", "app: ratings, version: v2"),
     ("istio-system", "ingress", "istio-ingressgateway-service-account", "10.0.5.1", "app: istio-ingressgateway"),
     ("my-ns", "foo", "foo", "10.0.6.1", "app: foo, stage: prod"),
     ("my-ns", "other", "other", "fd00::6", "app: other"),
@@ -43,6 +52,58 @@ impl Bed {
 
     pub fn mode(&self, workload: &str, port: u16) -> MtlsMode {
         self.loaded.snapshot.policies.authentication.mode(self.workload(workload), port)
+    }
+
+    /// What is decided of a call, once all is known of it, and by whose word.
+    ///
+    /// The source is a workload (`foo/sleep`; in mTLS if it is in the mesh), one that speaks plaintext (`~foo/sleep`), an address
+    /// (`ip:1.2.3.4`) or a proved identity (`id:td/ns/a/sa/b`, `id:td/ns/a/sa/b@1.2.3.4`). The destination is a workload and
+    /// a port (`foo/httpbin:80`), or one of its addresses (`foo/httpbin@1.2.3.4:80`).
+    pub fn decide(&self, source: &str, destination: &str) -> Verdict<'_> {
+        let (destination, local) = self.destination(destination);
+        let (from, id) = self.source(source);
+        let sni = format!("outbound_.{}_._.{}", local.port(), destination.host);
+        let peer = match &id {
+            Some(id) => Peer::Proved { id, sni: Some(&sni) },
+            None => Peer::Nobody,
+        };
+        let authorization = &self.loaded.snapshot.policies.authorization;
+        let early = Attempt { source: from, destination: local, peer: Peer::NotYetKnown };
+        let early = authorization.decide(destination, &early).verdict;
+        let decided = authorization.decide(destination, &Attempt { peer, source: from, destination: local }).verdict;
+        assert_ne!(decided, Verdict::Open, "{source} to {destination}: all is known");
+        match early {
+            Verdict::Open => {}
+            early => assert_eq!(
+                matches!(early, Verdict::Denied(_)),
+                matches!(decided, Verdict::Denied(_)),
+                "{source} to {destination}: what is decided before the handshake stays"
+            ),
+        }
+        decided
+    }
+
+    pub fn destination(&self, text: &str) -> (&Arc<Workload>, SocketAddr) {
+        let (place, port) = text.rsplit_once(':').unwrap();
+        let (name, address) = match place.split_once('@') {
+            Some((name, address)) => (name, Some(address.parse().unwrap())),
+            None => (place, None),
+        };
+        let workload = self.workload(name);
+        (workload, SocketAddr::new(address.unwrap_or(workload.addresses[0]), port.parse().unwrap()))
+    }
+
+    pub fn source(&self, text: &str) -> (IpAddr, Option<SpiffeId>) {
+        if let Some(address) = text.strip_prefix("ip:") {
+            return (address.parse().unwrap(), None);
+        }
+        if let Some(id) = text.strip_prefix("id:") {
+            let (id, address) = id.split_once('@').unwrap_or((id, "192.0.2.1"));
+            return (address.parse().unwrap(), Some(format!("spiffe://{id}").parse().unwrap()));
+        }
+        let workload = self.workload(text.trim_start_matches('~'));
+        let id = (workload.in_mesh && !text.starts_with('~')).then(|| workload.id.clone());
+        (workload.addresses[0], id)
     }
 
     /// Field and message of each warning.

@@ -1,6 +1,8 @@
 //! The exercise of https://istio.io/latest/docs/tasks/security/authentication/authn-policy/ : sleep in foo, bar and legacy calls
 //! httpbin in foo, bar and legacy. foo and bar are in the mesh, legacy is not.
 
+use std::net::SocketAddr;
+
 use marline::policy::{self, Inbound, Outbound, Workload};
 
 use super::{bed::Bed, modes::peer};
@@ -24,7 +26,8 @@ fn call(bed: &Bed, client: &Workload, server: &Workload, port: u16) -> Call {
         assert!(!speaks_mtls, "nobody could answer mTLS");
         return Call::Plaintext;
     }
-    match (policy::inbound(policies, server, port, Some(client)), speaks_mtls) {
+    let (local, from) = (SocketAddr::new(server.addresses[0], port), client.addresses[0]);
+    match (policy::inbound(policies, server, local, from, Some(client)), speaks_mtls) {
         (Inbound::Mtls | Inbound::Sniff, true) => Call::Mtls,
         (Inbound::Plaintext | Inbound::Sniff, false) => Call::Plaintext,
         (Inbound::Plaintext, true) => panic!("TLS bytes would go to the application"),
