@@ -220,8 +220,8 @@ impl Proxy {
     fn reevaluate(&self) {
         let snapshot = self.ctx.state.load();
         for live in self.ctx.connections.all() {
-            if let Some(reason) = authorize::revoked_by(&snapshot, live.direction, &live.facts()) {
-                live.revoke(reason);
+            if let Some(revoked) = authorize::revoked_by(&snapshot, live.direction, &live.facts()) {
+                revoked.enforce(&live);
             }
         }
     }
@@ -251,6 +251,7 @@ impl Context {
                         Direction::Inbound => &mut facts.source,
                     };
                     peer.identity = Some(secured.peer.to_string());
+                    facts.proved = Some(secured.peer.clone());
                     facts.tls = Some(TlsFacts {
                         cipher: format!("{:?}", secured.suite.suite()),
                         group: secured.group.map(|group| format!("{group:?}")),
@@ -287,8 +288,8 @@ async fn carry(
     account.offloaded(mode, &records);
     account.live.watch_wire(&wire);
     // Between the decision and here the rules may have changed.
-    if let Some(reason) = authorize::revoked_by(&ctx.state.load(), account.live.direction, &account.live.facts()) {
-        account.live.revoke(reason);
+    if let Some(revoked) = authorize::revoked_by(&ctx.state.load(), account.live.direction, &account.live.facts()) {
+        revoked.enforce(&account.live);
     }
     let Permit { mut revoked, .. } = permit;
     let result = pump::run(&app, &wire, records, &account.live.moved, &mut revoked).await;
