@@ -38,6 +38,12 @@ pub struct Record<'a> {
     pub pump: Option<PumpKind>,
     pub verdict: &'a str,
     pub reason: Option<&'a str>,
+    /// The policy, and the rule, that decided.
+    pub policy: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dry_run: Option<&'a str>,
     pub close: &'a str,
     pub bytes_sent: u64,
     pub bytes_received: u64,

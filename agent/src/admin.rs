@@ -99,7 +99,9 @@ async fn workloads(State(shown): State<Shown>) -> Json<Value> {
             })
         })
         .collect();
-    Json(json!({ "generation": snapshot.generation, "mode": snapshot.mode.to_string(), "workloads": workloads }))
+    Json(
+        json!({ "generation": snapshot.generation, "mode": snapshot.policies.authentication.mesh_mode(), "workloads": workloads }),
+    )
 }
 
 async fn connections(State(shown): State<Shown>) -> Json<Vec<Value>> {

@@ -4,9 +4,11 @@
 
 mod agent;
 mod assemble;
+mod authorization;
 mod document;
 mod fields;
 mod finding;
+mod policies;
 mod resources;
 
 use std::{
@@ -21,7 +23,11 @@ pub use agent::{
 };
 pub use finding::{ConfigErrors, Finding};
 
-use crate::{identity::TrustDomain, policy::MtlsMode, state::Snapshot};
+use crate::{
+    identity::TrustDomain,
+    policy::{Authentication, Authorization, AuthorizationPolicy, PeerAuthentication, Policies},
+    state::Snapshot,
+};
 use document::{Node, Pair, Value};
 use finding::{Origin, Report, about_file};
 use resources::WorkloadEntry;
@@ -93,11 +99,11 @@ fn read(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Loaded, Config
             documents.check_agents(dir, &mut report);
         }
     }
-    let agent = documents.agents.into_iter().next().and_then(|(_, agent)| agent);
-    let mode = documents.modes.first().map_or_else(MtlsMode::default, |(_, mode)| *mode);
+    let agent = std::mem::take(&mut documents.agents).into_iter().next().and_then(|(_, agent)| agent);
     // Without a sound AgentConfig nothing is loaded, but the contradictions among workloads shall be told as well.
     let trust_domain = trust_domain.or(agent.as_ref().map(|agent| &agent.trust_domain)).cloned().unwrap_or_default();
-    let snapshot = assemble::snapshot(&trust_domain, mode, &documents.workloads, &mut report);
+    let policies = documents.policies(&trust_domain, &mut report);
+    let snapshot = assemble::snapshot(&trust_domain, policies, &documents.workloads, &mut report);
     match agent {
         Some(agent) if report.errors.is_empty() => Ok(Loaded { agent, snapshot, warnings: report.into_warnings() }),
         _ => Err(report.into_errors()),
@@ -116,7 +122,8 @@ struct Documents {
     names: HashMap<String, Origin>,
     /// Without a configuration if one was there and could not be read.
     agents: Vec<(Origin, Option<AgentConfig>)>,
-    modes: Vec<(Origin, MtlsMode)>,
+    peers: Vec<PeerAuthentication>,
+    authorizations: Vec<AuthorizationPolicy>,
     workloads: Vec<WorkloadEntry>,
 }
 
@@ -181,9 +188,12 @@ impl Documents {
             ("PeerAuthentication", "security.istio.io", "v1" | "v1beta1") => {
                 assemble::unique_name(&mut self.names, &origin, report);
                 let metadata = resources::metadata(&origin, document, report);
-                if let Some(mode) = resources::peer_authentication(&origin, &metadata, document, report) {
-                    self.mesh_mode(origin, mode, report);
-                }
+                self.peers.extend(policies::peer_authentication(&origin, metadata, document, report));
+            }
+            ("AuthorizationPolicy", "security.istio.io", "v1" | "v1beta1") => {
+                assemble::unique_name(&mut self.names, &origin, report);
+                let metadata = resources::metadata(&origin, document, report);
+                self.authorizations.extend(authorization::authorization_policy(&origin, metadata, document, report));
             }
             _ => {
                 let (message, hint) = unsupported(kind, group, version);
@@ -207,13 +217,17 @@ impl Documents {
         }
     }
 
-    fn mesh_mode(&mut self, origin: Origin, mode: MtlsMode, report: &mut Report) {
-        if let Some((first, _)) = self.modes.first() {
-            let message = format!("{} in {} sets the mesh-wide mode already", first.resource, first.place());
-            report.errors.push(origin.finding("metadata.name", origin.line, message, "keep one of them".to_owned()));
-            return;
+    /// Compiles the policies, and tells which of them an older one makes void.
+    fn policies(&mut self, trust_domain: &TrustDomain, report: &mut Report) -> Policies {
+        let authentication = Authentication::compile(std::mem::take(&mut self.peers));
+        for (void, first) in authentication.superseded() {
+            let Some(origin) = self.names.get(&void.to_string()) else { continue };
+            let message = format!("has no effect: {first} is older and says the mode already");
+            let hint = "keep one of them for the whole namespace (or mesh); the oldest counts, then the first by name";
+            report.warnings.push(origin.finding("metadata.name", origin.line, message, hint.to_owned()));
         }
-        self.modes.push((origin, mode));
+        let authorization = Authorization::compile(trust_domain, std::mem::take(&mut self.authorizations));
+        Policies { authentication, authorization }
     }
 
     fn check_agents(&self, dir: &Path, report: &mut Report) {
@@ -259,6 +273,7 @@ fn unsupported(kind: &str, group: &str, version: &str) -> (String, String) {
         ("AgentConfig", "marline.io", "marline.io/v1alpha1"),
         ("WorkloadEntry", "networking.istio.io", "networking.istio.io/v1"),
         ("PeerAuthentication", "security.istio.io", "security.istio.io/v1"),
+        ("AuthorizationPolicy", "security.istio.io", "security.istio.io/v1"),
     ];
     if let Some((_, right, example)) = known.iter().find(|(known, _, _)| *known == kind) {
         let what = match *right == group {
@@ -271,6 +286,6 @@ fn unsupported(kind: &str, group: &str, version: &str) -> (String, String) {
         let message = "Marline does not act on this kind yet, and to pass over it could protect less than it asks for";
         return (message.to_owned(), "move it out of the directory".to_owned());
     }
-    let hint = "known are AgentConfig, WorkloadEntry and PeerAuthentication: correct kind and apiVersion, or move it out of the directory";
+    let hint = "known are AgentConfig, WorkloadEntry, PeerAuthentication and AuthorizationPolicy: correct kind and apiVersion, or move it out of the directory";
     ("this kind of resource is not known".to_owned(), hint.to_owned())
 }

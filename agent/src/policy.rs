@@ -1,12 +1,31 @@
-//! What a connection must be: mTLS, plaintext, or nothing. Pure functions of the mode and of what is known about
-//! both ends; finding the ends is `state`'s business, carrying the decision out is `proxy`'s.
+//! What a connection must be: mTLS, plaintext, or nothing. Pure functions of compiled policies and of what is known about
+//! both ends; finding the ends is `state`'s business, reading the policies `config`'s, carrying the decision out `proxy`'s.
 
+pub mod authentication;
+pub mod authorization;
+pub mod evaluate;
+pub mod matching;
 pub mod model;
+pub mod select;
 
-use std::fmt;
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
 
 use crate::identity::SpiffeId;
+pub use authentication::{Authentication, PeerAuthentication};
+pub use authorization::{Attempt, AuthorizationPolicy, Peer};
+pub use evaluate::{Authorization, Denial, Verdict};
 pub use model::{MtlsMode, Workload};
+pub use select::{Header, PolicyName, ROOT_NAMESPACE};
+
+/// All policies of the mesh, compiled.
+#[derive(PartialEq, Default, Debug)]
+pub struct Policies {
+    pub authentication: Authentication,
+    pub authorization: Authorization,
+}
 
 /// What an outbound connection must be.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -35,30 +54,75 @@ pub enum Inbound {
 pub enum DenyReason {
     /// A rule forbids it; the text names the rule.
     Rule(String),
+    /// ALLOW policies apply and none allows it; the text names them.
+    NothingAllows(String),
+    /// Not enough is known to decide, and nothing is left that could be learned.
+    Undecided,
+}
+
+impl DenyReason {
+    /// The policies that decided.
+    pub fn policy(&self) -> Option<&str> {
+        match self {
+            Self::Rule(text) | Self::NothingAllows(text) => Some(text),
+            Self::Undecided => None,
+        }
+    }
 }
 
 impl fmt::Display for DenyReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Rule(rule) => write!(f, "forbidden by {rule}"),
+            Self::NothingAllows(policies) => write!(f, "allowed by no rule of {policies}"),
+            Self::Undecided => f.write_str("not enough is known of the connection"),
         }
     }
 }
 
-/// The client's side, as Istio's auto mTLS has it: TLS towards what is in the mesh, plaintext towards all else. STRICT
+impl From<Denial<'_>> for DenyReason {
+    fn from(denial: Denial<'_>) -> Self {
+        match denial {
+            Denial::Rule(cited) => Self::Rule(cited.to_string()),
+            Denial::NothingAllows(policies) => {
+                let names: Vec<String> = policies.iter().take(3).map(|name| name.to_string()).collect();
+                let more = if policies.len() > names.len() { " and others" } else { "" };
+                Self::NothingAllows(format!("{}{more}", names.join(", ")))
+            }
+        }
+    }
+}
+
+/// The client's side, as Istio's auto mTLS has it: TLS towards what is in the mesh unless the destination's port is
+/// DISABLE, plaintext towards all else (istio/istio pilot/pkg/xds/endpoints/mtls_checker.go, `checkMtlsEnabled`). STRICT
 /// is a demand on servers and changes nothing here.
-pub fn outbound(mode: MtlsMode, destination: Option<&Workload>) -> Outbound {
-    match (mode, destination) {
-        (MtlsMode::Strict | MtlsMode::Permissive, Some(workload)) if workload.in_mesh => {
-            Outbound::Mtls { expect: vec![workload.id.clone()] }
-        }
-        (MtlsMode::Strict | MtlsMode::Permissive | MtlsMode::Disable, _) => Outbound::Plaintext,
+pub fn outbound(policies: &Policies, destination: Option<&Workload>, port: u16) -> Outbound {
+    match destination.filter(|workload| workload.in_mesh) {
+        None => Outbound::Plaintext,
+        Some(workload) => match policies.authentication.mode(workload, port) {
+            MtlsMode::Disable => Outbound::Plaintext,
+            MtlsMode::Strict | MtlsMode::Permissive => Outbound::Mtls { expect: vec![workload.id.clone()] },
+        },
     }
 }
 
-/// The server's side. Under STRICT the handshake decides, so that a plaintext client is refused with a reason.
-pub fn inbound(mode: MtlsMode, source: Option<&Workload>) -> Inbound {
-    match (mode, source) {
+/// The server's side: what a connection to `local`, an address of `destination`, must be, if it comes from `client`, which
+/// is the address of `source`. Under STRICT the handshake decides, so that a plaintext client is refused with a reason.
+///
+/// Rules that go by addresses alone deny here already; for all others `Authorization::decide` is asked again when it is
+/// known who calls.
+pub fn inbound(
+    policies: &Policies,
+    destination: &Workload,
+    local: SocketAddr,
+    client: IpAddr,
+    source: Option<&Workload>,
+) -> Inbound {
+    let attempt = Attempt { source: client, destination: local, peer: Peer::NotYetKnown };
+    if let Verdict::Denied(denial) = policies.authorization.decide(destination, &attempt).verdict {
+        return Inbound::Deny(denial.into());
+    }
+    match (policies.authentication.mode(destination, local.port()), source) {
         (MtlsMode::Strict, _) => Inbound::Mtls,
         (MtlsMode::Permissive, Some(workload)) if workload.in_mesh => Inbound::Mtls,
         (MtlsMode::Permissive, Some(_)) => Inbound::Plaintext,
@@ -86,6 +150,13 @@ mod tests {
         }
     }
 
+    fn mesh_wide(mode: MtlsMode) -> Policies {
+        let name = PolicyName { kind: "PeerAuthentication", namespace: ROOT_NAMESPACE.into(), name: "default".into() };
+        let header = Header { name, created: None, selector: Default::default() };
+        let policy = PeerAuthentication { header, mode: Some(mode), ports: Default::default() };
+        Policies { authentication: Authentication::compile(vec![policy]), ..Policies::default() }
+    }
+
     #[test]
     fn outbound_is_mtls_exactly_towards_the_mesh_and_unless_disabled() {
         use MtlsMode::*;
@@ -103,7 +174,8 @@ mod tests {
         ];
         for (mode, in_mesh, expected) in table {
             let destination = in_mesh.map(workload);
-            assert_eq!(outbound(mode, destination.as_ref()), expected, "{mode} towards {in_mesh:?}");
+            let decided = outbound(&mesh_wide(mode), destination.as_ref(), 80);
+            assert_eq!(decided, expected, "{mode} towards {in_mesh:?}");
         }
     }
 
@@ -123,7 +195,9 @@ mod tests {
         ];
         for (mode, in_mesh, expected) in table {
             let source = in_mesh.map(workload);
-            assert_eq!(inbound(mode, source.as_ref()), expected, "{mode} from {in_mesh:?}");
+            let (local, client) = ("10.0.0.1:80".parse().unwrap(), "10.0.0.2".parse().unwrap());
+            let decided = inbound(&mesh_wide(mode), &workload(true), local, client, source.as_ref());
+            assert_eq!(decided, expected, "{mode} from {in_mesh:?}");
         }
     }
 

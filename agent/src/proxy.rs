@@ -5,7 +5,7 @@
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -17,6 +17,7 @@ use crate::{
     identity::{SpiffeId, Svid, manager::Manager},
     metrics::Metrics,
     state::{LocalPod, State},
+    sys::netns::{Netns, NetnsCookie},
 };
 
 pub mod account;
@@ -36,9 +37,9 @@ mod watchdog;
 
 pub use pod::{PodState, PodStatus};
 
-use account::Account;
+use account::{Account, with_causes};
 use authorize::Permit;
-use connections::{Connections, Direction, Mode, TlsFacts};
+use connections::{Connections, Direction, Mode, TlsFacts, lock};
 use handshake::{HandshakeError, Secured};
 use offload::{Capabilities, Records, RecordsChoice};
 use pump::PumpError;
@@ -64,6 +65,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     pub log: AccessLog,
     pods_changed: watch::Sender<u64>,
+    /// Which pod, by its path, each namespace is served for: two paths may lead to one namespace.
+    served: Mutex<HashMap<NetnsCookie, PathBuf>>,
 }
 
 /// Everything that is needed to make a proxy.
@@ -105,6 +108,7 @@ impl Proxy {
             metrics,
             log,
             pods_changed: watch::Sender::new(0),
+            served: Mutex::default(),
         };
         Self { ctx: Arc::new(ctx), pods: Arc::default() }
     }
@@ -158,20 +162,33 @@ impl Proxy {
         &self.ctx
     }
 
-    /// Pods that a predecessor enrolled and that nobody wants any more stay closed no longer than this.
+    /// Lets go of the pods that an earlier agent enrolled and that are not wanted any more. Where a wanted pod's namespace cannot be
+    /// told, it could be any of them: then all stay closed.
     fn forget_strangers(&self) {
-        let wanted: Vec<_> = self.ctx.state.load().local.iter().map(|local| local.netns.clone()).collect();
-        let known: Vec<_> = wanted.iter().filter_map(|path| crate::sys::netns::Netns::open(path).ok()).collect();
-        match self.ctx.capture.pods() {
-            Ok(enrolled) => {
-                for cookie in enrolled.into_iter().filter(|cookie| known.iter().all(|netns| netns.cookie() != *cookie))
-                {
+        let wanted: Result<Vec<_>, _> = self
+            .ctx
+            .state
+            .load()
+            .local
+            .iter()
+            .map(|local| Netns::open(&local.netns).map(|netns| netns.cookie()))
+            .collect();
+        match (wanted, self.ctx.capture.pods()) {
+            (Ok(wanted), Ok(enrolled)) => {
+                for cookie in enrolled.into_iter().filter(|cookie| !wanted.contains(cookie)) {
                     if let Err(error) = self.ctx.capture.withdraw(cookie) {
-                        tracing::error!(%error, "a pod of an earlier agent could not be let go");
+                        tracing::error!("a pod of an earlier agent could not be let go: {}", with_causes(&error));
                     }
                 }
             }
-            Err(error) => tracing::error!(%error, "the pods of an earlier agent cannot be listed"),
+            (Err(error), _) => {
+                tracing::warn!(
+                    "pods of an earlier agent stay closed, because a pod's namespace cannot be opened: {error}"
+                );
+            }
+            (_, Err(error)) => {
+                tracing::error!("the pods of an earlier agent cannot be listed: {}", with_causes(&error));
+            }
         }
     }
 
@@ -203,8 +220,8 @@ impl Proxy {
     fn reevaluate(&self) {
         let snapshot = self.ctx.state.load();
         for live in self.ctx.connections.all() {
-            if let Some(reason) = authorize::revoked_by(&snapshot, live.direction, &live.facts()) {
-                live.revoke(reason);
+            if let Some(revoked) = authorize::revoked_by(&snapshot, live.direction, &live.facts()) {
+                revoked.enforce(&live);
             }
         }
     }
@@ -234,6 +251,7 @@ impl Context {
                         Direction::Inbound => &mut facts.source,
                     };
                     peer.identity = Some(secured.peer.to_string());
+                    facts.proved = Some(secured.peer.clone());
                     facts.tls = Some(TlsFacts {
                         cipher: format!("{:?}", secured.suite.suite()),
                         group: secured.group.map(|group| format!("{group:?}")),
@@ -270,8 +288,8 @@ async fn carry(
     account.offloaded(mode, &records);
     account.live.watch_wire(&wire);
     // Between the decision and here the rules may have changed.
-    if let Some(reason) = authorize::revoked_by(&ctx.state.load(), account.live.direction, &account.live.facts()) {
-        account.live.revoke(reason);
+    if let Some(revoked) = authorize::revoked_by(&ctx.state.load(), account.live.direction, &account.live.facts()) {
+        revoked.enforce(&account.live);
     }
     let Permit { mut revoked, .. } = permit;
     let result = pump::run(&app, &wire, records, &account.live.moved, &mut revoked).await;
@@ -285,8 +303,4 @@ async fn carry(
     let received = account.live.moved.received.load(Ordering::Relaxed);
     account.finished(&result);
     Ended { result, received }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

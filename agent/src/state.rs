@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use crate::{
     identity::{SpiffeId, TrustDomain},
-    policy::{MtlsMode, Workload},
+    policy::{Policies, Workload},
 };
 
 /// A pod on this node that is to be enrolled.
@@ -23,7 +23,7 @@ pub struct LocalPod {
 /// Everything the agent knows at one moment.
 #[derive(Debug)]
 pub struct Snapshot {
-    pub mode: MtlsMode,
+    pub policies: Policies,
     pub trust_domain: TrustDomain,
     pub local: Vec<Arc<LocalPod>>,
     /// Set by `State`; grows by one with each replacement.
@@ -36,7 +36,7 @@ impl Snapshot {
     /// `workloads` holds the local ones too. Where two workloads claim one address the first keeps it; the
     /// configuration refuses that case before it gets here.
     pub fn new(
-        mode: MtlsMode,
+        policies: Policies,
         trust_domain: TrustDomain,
         workloads: Vec<Arc<Workload>>,
         local: Vec<Arc<LocalPod>>,
@@ -47,7 +47,7 @@ impl Snapshot {
                 by_address.entry(address.to_canonical()).or_insert_with(|| Arc::clone(workload));
             }
         }
-        Self { mode, trust_domain, local, generation: 0, workloads, by_address }
+        Self { policies, trust_domain, local, generation: 0, workloads, by_address }
     }
 
     /// The workload at an address. IPv4-mapped IPv6 addresses find the IPv4 workload.
@@ -61,7 +61,7 @@ impl Snapshot {
 
     /// Whether both say the same, whatever their generations.
     pub fn describes_the_same_as(&self, other: &Self) -> bool {
-        self.mode == other.mode
+        self.policies == other.policies
             && self.trust_domain == other.trust_domain
             && self.local == other.local
             && self.workloads == other.workloads
@@ -130,7 +130,7 @@ mod tests {
             labels: Default::default(),
             host: Workload::host_of(account, "default"),
         });
-        Snapshot::new(MtlsMode::Permissive, trust_domain, vec![workload], Vec::new())
+        Snapshot::new(Policies::default(), trust_domain, vec![workload], Vec::new())
     }
 
     #[test]

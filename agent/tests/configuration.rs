@@ -53,7 +53,7 @@ fn the_example_of_two_nodes_loads_and_means_what_it_says() {
         let loaded = config::load(&example.join(node)).unwrap_or_else(|errors| panic!("{node}:\n{errors}"));
         assert_eq!(loaded.warnings, [], "{node}");
         let snapshot = &loaded.snapshot;
-        assert_eq!(snapshot.mode, MtlsMode::Permissive);
+        assert_eq!(snapshot.policies.authentication.mesh_mode(), MtlsMode::Permissive);
         assert_eq!(snapshot.local.len(), 1, "{node}: a dual-stack pod is one pod");
         let pod = &snapshot.local[0];
         assert_eq!(pod.workload.addresses.len(), 2);
@@ -158,9 +158,10 @@ fn the_mesh_wide_mode_is_the_one_in_the_root_namespace() {
     ];
     for (spec, mode) in cases {
         let loaded = with_agent(&policy(spec)).unwrap_or_else(|errors| panic!("{spec}:\n{errors}"));
-        assert_eq!(loaded.snapshot.mode, mode, "{spec}");
+        assert_eq!(loaded.snapshot.policies.authentication.mesh_mode(), mode, "{spec}");
     }
-    assert_eq!(load(&[("a.yaml", AGENT)]).unwrap().snapshot.mode, MtlsMode::Permissive, "nothing said");
+    let nothing_said = load(&[("a.yaml", AGENT)]).unwrap().snapshot.policies;
+    assert_eq!(nothing_said.authentication.mesh_mode(), MtlsMode::Permissive);
 }
 
 #[test]
@@ -226,7 +227,7 @@ fn every_fault_is_named_with_file_line_field_and_reason() {
         ("apiVersion: v1\nkind: List".into(), vec![(1, "", "without a list of items")]),
         ("apiVersion: v1\nkind: Secret\nmetadata: {name: s}".into(), vec![(1, "", "not known")]),
         (
-            "# moved\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: s}".into(),
+            "# moved\napiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: s}".into(),
             vec![(2, "", "could protect less")],
         ),
         (
@@ -307,17 +308,39 @@ fn every_fault_is_named_with_file_line_field_and_reason() {
             vec![(9, "metadata.namespace", "the same network namespace"), (9, "labels", "the same network namespace")],
         ),
         (
-            pa("namespace: shop", "{mtls: {mode: STRICT}}"),
-            vec![(3, "metadata.namespace", "the namespace shop alone would be ignored")],
-        ),
-        (pa("labels: {}", "{mtls: {mode: STRICT}}"), vec![(3, "metadata.namespace", "the namespace default alone")]),
-        (
-            pa("namespace: istio-system", "{selector: {matchLabels: {app: x}}, mtls: {mode: STRICT}}"),
-            vec![(4, "spec.selector.matchLabels", "some workloads would be ignored")],
+            pa("namespace: shop", "{portLevelMtls: {80: {mode: DISABLE}}}"),
+            vec![(4, "spec.portLevelMtls", "takes a selector")],
         ),
         (
-            pa("namespace: istio-system", "{portLevelMtls: {80: {mode: DISABLE}}}"),
-            vec![(4, "spec.portLevelMtls", "some ports would be ignored")],
+            pa("namespace: shop", "{selector: {matchLabels: {app: x}}, portLevelMtls: {0: {mode: DISABLE}}}"),
+            vec![(4, "spec.portLevelMtls", "\"0\" is not a port")],
+        ),
+        (
+            pa("namespace: shop", "{selector: {matchLabels: {app: x}}, portLevelMtls: {http: {}, 80: STRICT}}"),
+            vec![
+                (4, "spec.portLevelMtls.80", "must be a mapping"),
+                (4, "spec.portLevelMtls", "\"http\" is not a port"),
+            ],
+        ),
+        (
+            pa("namespace: shop", "{selector: {matchLabels: {app: x}}, portLevelMtls: {80: {mdoe: STRICT}}}"),
+            vec![(4, "spec.portLevelMtls.80.mdoe", "not known")],
+        ),
+        (
+            pa("namespace: shop", "{selector: {matchLabels: {app: \"x*\"}}, mtls: {mode: STRICT}}"),
+            vec![(4, "spec.selector.matchLabels", "selects nothing")],
+        ),
+        (
+            pa("namespace: shop", "{selector: {matchExpressions: []}, mtls: {mode: STRICT}}"),
+            vec![(4, "spec.selector.matchExpressions", "not known")],
+        ),
+        (
+            pa("creationTimestamp: yesterday", "{mtls: {mode: STRICT}}"),
+            vec![(3, "metadata.creationTimestamp", "is not a time")],
+        ),
+        (
+            pa("labels: {marline.io/mesh: disabled}", "{mtls: {mode: STRICT}}"),
+            vec![(3, "metadata", "means nothing on this kind")],
         ),
         (
             pa("namespace: istio-system", "{mtls: {mode: strict}}"),
@@ -326,14 +349,6 @@ fn every_fault_is_named_with_file_line_field_and_reason() {
         (pa("namespace: istio-system", "{mtls: {mode: 3}}"), vec![(4, "spec.mtls.mode", "must be a text")]),
         (pa("namespace: istio-system", "{mtls: STRICT}"), vec![(4, "spec.mtls", "must be a mapping")]),
         (pa("namespace: istio-system", "{mtsl: {mode: STRICT}}"), vec![(4, "spec.mtsl", "not known")]),
-        (
-            format!(
-                "{}---\n{}",
-                pa("namespace: istio-system", "{}"),
-                pa("namespace: istio-system", "{}").replace("name: x", "name: y")
-            ),
-            vec![(6, "metadata.name", "sets the mesh-wide mode already")],
-        ),
     ];
     let alone: Vec<(String, Vec<Fault>)> = vec![
         ("apiVersion: marline.io/v1alpha1\nkind: AgentConfig\n".into(), vec![(1, "spec", "missing")]),

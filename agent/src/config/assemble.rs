@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     identity::{SpiffeId, TrustDomain},
-    policy::{MtlsMode, Workload},
+    policy::{Policies, Workload},
     state::{LocalPod, Snapshot},
 };
 
@@ -23,7 +23,7 @@ pub(super) const UNNAMED: &str = "(unnamed)";
 /// Makes the snapshot. Whatever is contradictory is reported, and then the snapshot must not be used.
 pub(super) fn snapshot(
     trust_domain: &TrustDomain,
-    mode: MtlsMode,
+    policies: Policies,
     entries: &[WorkloadEntry],
     report: &mut Report,
 ) -> Snapshot {
@@ -46,7 +46,7 @@ pub(super) fn snapshot(
         }
         workloads.push(workload);
     }
-    Snapshot::new(mode, trust_domain.clone(), workloads, local)
+    Snapshot::new(policies, trust_domain.clone(), workloads, local)
 }
 
 /// Reports the second and every further resource of one kind, namespace and name.

@@ -180,6 +180,89 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// The mappings of a list, in order; each knows its path, such as `spec.rules[0]`. None if there is no list.
+    pub(super) fn items(&mut self, report: &mut Report, key: &'static str) -> Option<Vec<Fields<'a>>> {
+        let node = self.take(key)?;
+        let Value::List(nodes) = &node.value else {
+            let message = format!("must be a list, but is {}", node.value.kind());
+            self.error(report, key, message, "write its items below it, each behind a dash");
+            return None;
+        };
+        let mut items = Vec::new();
+        for (n, node) in nodes.iter().enumerate() {
+            let path = format!("{}[{n}]", self.path(key));
+            match &node.value {
+                Value::Map(pairs) => {
+                    let prefix = format!("{path}.");
+                    items.push(Fields { origin: self.origin, prefix, pairs, line: node.line, known: Vec::new() });
+                }
+                other => {
+                    let message = format!("must be a mapping, but is {}", other.kind());
+                    let hint = "write its fields behind the dash; {} is one without fields".to_owned();
+                    report.errors.push(self.origin.finding(&path, node.line, message, hint));
+                }
+            }
+        }
+        Some(items)
+    }
+
+    /// The texts of a list; empty if there is none. None of them may be empty.
+    pub(super) fn strings(&mut self, report: &mut Report, key: &'static str) -> Vec<&'a str> {
+        let Some(node) = self.take(key) else { return Vec::new() };
+        let Value::List(nodes) = &node.value else {
+            let message = format!("must be a list, but is {}", node.value.kind());
+            self.error(report, key, message, "write it as a list, as in [\"a\", \"b\"]");
+            return Vec::new();
+        };
+        let mut texts = Vec::new();
+        for (n, node) in nodes.iter().enumerate() {
+            match &node.value {
+                Value::Text(text) if !text.is_empty() => texts.push(text.as_str()),
+                other => {
+                    let (message, hint) = match other {
+                        Value::Text(_) => ("is empty".to_owned(), "write a value, or remove it"),
+                        other => (format!("must be a text, but is {}", other.kind()), "put it in quotes"),
+                    };
+                    let path = format!("{}[{n}]", self.path(key));
+                    report.errors.push(self.origin.finding(&path, node.line, message, hint.to_owned()));
+                }
+            }
+        }
+        texts
+    }
+
+    /// An error about the mapping itself.
+    pub(super) fn error_here(&self, report: &mut Report, message: impl Into<String>, hint: impl Into<String>) {
+        let path = self.prefix.trim_end_matches('.');
+        report.errors.push(self.origin.finding(path, self.line, message.into(), hint.into()));
+    }
+
+    pub(super) fn warning_here(&self, report: &mut Report, message: impl Into<String>, hint: impl Into<String>) {
+        let path = self.prefix.trim_end_matches('.');
+        report.warnings.push(self.origin.finding(path, self.line, message.into(), hint.into()));
+    }
+
+    /// The mappings of a mapping, by their keys.
+    pub(super) fn mappings(&mut self, report: &mut Report, key: &'static str) -> Vec<(&'a str, Fields<'a>)> {
+        let Some(outer) = self.fields(report, key) else { return Vec::new() };
+        let mut mappings = Vec::new();
+        for pair in outer.pairs {
+            let inner = match &pair.value.value {
+                Value::Map(inner) => inner.as_slice(),
+                Value::Null => &[],
+                other => {
+                    let message = format!("must be a mapping, but is {}", other.kind());
+                    outer.error(report, &pair.key, message, "write its fields below it, indented");
+                    continue;
+                }
+            };
+            let prefix = format!("{}.", outer.path(&pair.key));
+            let fields = Fields { origin: self.origin, prefix, pairs: inner, line: pair.line, known: Vec::new() };
+            mappings.push((pair.key.as_str(), fields));
+        }
+        mappings
+    }
+
     /// A mapping of texts to texts, such as labels.
     pub(super) fn texts(&mut self, report: &mut Report, key: &'static str) -> BTreeMap<String, String> {
         let Some(fields) = self.fields(report, key) else { return BTreeMap::new() };

@@ -1,4 +1,4 @@
-//! Istio's resources as far as Marline acts on them: WorkloadEntry and the mesh-wide PeerAuthentication.
+//! What all of Istio's resources have in common, and the WorkloadEntry. Policies are read by `config::policies`.
 //!
 //! Each is read on its own here; what only shows when all are known (two of one name, one address twice) is
 //! `config::assemble`'s.
@@ -6,29 +6,28 @@
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 use super::{
-    document::{Node, Pair, Value},
+    document::Pair,
     fields::{Fields, Unknown},
     finding::{Origin, Report},
 };
-use crate::policy::MtlsMode;
 
-/// Istio's namespace for what holds in the whole mesh.
-pub(super) const ROOT_NAMESPACE: &str = "istio-system";
 pub(super) const DEFAULT_NAMESPACE: &str = "default";
 
 const NETNS: &str = "marline.io/netns";
 const MESH: &str = "marline.io/mesh";
-const OUR_PREFIX: &str = "marline.io/";
+pub(super) const OUR_PREFIX: &str = "marline.io/";
 
 /// What every resource has.
 #[derive(Default)]
 pub(super) struct Metadata {
     pub(super) name: String,
     pub(super) namespace: String,
-    labels: BTreeMap<String, String>,
-    annotations: BTreeMap<String, String>,
+    pub(super) labels: BTreeMap<String, String>,
+    pub(super) annotations: BTreeMap<String, String>,
+    /// As it was written; only policies go by it.
+    pub(super) created: Option<String>,
     /// Whether name and namespace are what they should be. The rest is read even so, to find what is wrong there.
-    sound: bool,
+    pub(super) sound: bool,
 }
 
 /// A WorkloadEntry, checked by itself.
@@ -65,11 +64,12 @@ pub(super) fn metadata(origin: &Origin, document: &[Pair], report: &mut Report) 
     let sound = report.errors.len() == before;
     let labels = fields.texts(report, "labels");
     let annotations = fields.texts(report, "annotations");
+    let created = fields.text(report, "creationTimestamp").map(str::to_owned);
     // What an API server adds to whatever it hands out.
-    fields.skip(&["uid", "resourceVersion", "generation", "creationTimestamp", "managedFields", "selfLink"]);
+    fields.skip(&["uid", "resourceVersion", "generation", "managedFields", "selfLink"]);
     fields.skip(&["ownerReferences", "finalizers", "generateName", "deletionTimestamp"]);
     fields.finish(report, Unknown::Warning);
-    Metadata { name, namespace, labels, annotations, sound }
+    Metadata { name, namespace, labels, annotations, created, sound }
 }
 
 pub(super) fn workload_entry(
@@ -130,55 +130,6 @@ pub(super) fn workload_entry(
         in_mesh: in_mesh?,
         netns: netns.ok()?,
     })
-}
-
-/// The mesh-wide mode, if this is the mesh-wide resource. Any other demands something that is not built yet, and to
-/// ignore it would be to protect less than was asked for.
-pub(super) fn peer_authentication(
-    origin: &Origin,
-    metadata: &Metadata,
-    document: &[Pair],
-    report: &mut Report,
-) -> Option<MtlsMode> {
-    let mut top = Fields::top(origin, document);
-    top.skip(&["apiVersion", "kind", "metadata", "status"]);
-    for key in metadata.annotations.keys().chain(metadata.labels.keys()).filter(|key| key.starts_with(OUR_PREFIX)) {
-        top.error(report, "metadata", format!("{key} means nothing on this kind of resource"), "remove it");
-    }
-    let before = report.errors.len();
-    let unsupported = "would be ignored by this version of Marline, which knows one mesh-wide mode only";
-    let hint = "set the mode for the whole mesh, in a PeerAuthentication in istio-system without selector";
-    if metadata.sound && metadata.namespace != ROOT_NAMESPACE {
-        let what = format!("a mode for the namespace {} alone {unsupported}", metadata.namespace);
-        top.error(report, "metadata.namespace", what, hint);
-    }
-    let mut mode = None;
-    if let Some(mut spec) = top.fields(report, "spec") {
-        if let Some(mut selector) = spec.fields(report, "selector") {
-            if !selector.texts(report, "matchLabels").is_empty() {
-                selector.error(report, "matchLabels", format!("a mode for some workloads {unsupported}"), hint);
-            }
-            selector.finish(report, Unknown::Error);
-        }
-        let no_ports = |node: &Node| matches!(&node.value, Value::Map(pairs) if pairs.is_empty());
-        if spec.take("portLevelMtls").is_some_and(|node| !no_ports(node)) {
-            spec.error(report, "portLevelMtls", format!("a mode for some ports {unsupported}"), hint);
-        }
-        if let Some(mut mtls) = spec.fields(report, "mtls") {
-            let modes = [
-                ("STRICT", MtlsMode::Strict),
-                ("PERMISSIVE", MtlsMode::Permissive),
-                ("DISABLE", MtlsMode::Disable),
-                // Nothing is above the mesh to inherit from.
-                ("UNSET", MtlsMode::default()),
-            ];
-            mode = mtls.choice(report, "mode", &modes);
-            mtls.finish(report, Unknown::Error);
-        }
-        spec.finish(report, Unknown::Error);
-    }
-    top.finish(report, Unknown::Error);
-    (metadata.sound && report.errors.len() == before).then_some(mode.unwrap_or_default())
 }
 
 /// Nothing if an annotation is wrong, an empty option if there is none.

@@ -134,8 +134,8 @@ impl Follower {
             self.observer.accepted(current.generation);
             return;
         }
-        let (workloads, local, mode) =
-            (loaded.snapshot.workloads().len(), loaded.snapshot.local.len(), loaded.snapshot.mode);
+        let (workloads, local) = (loaded.snapshot.workloads().len(), loaded.snapshot.local.len());
+        let mode = loaded.snapshot.policies.authentication.mesh_mode();
         let generation = self.state.replace(loaded.snapshot);
         tracing::info!(generation, workloads, local, %mode, "configuration accepted");
         self.observer.accepted(generation);

@@ -1,4 +1,4 @@
-//! What policy talks about: workloads and the mesh-wide mTLS mode. Plain data, made by `control`, held by `state`.
+//! What policy talks about: workloads and mTLS modes. Plain data, made by `control`, held by `state`.
 
 use std::{collections::BTreeMap, fmt, net::IpAddr};
 

@@ -1,12 +1,14 @@
 //! Turns policy's answer into a `Permit`, which is the only way on to the later stages and cannot be made elsewhere. It carries
 //! the handle by which it is taken back, because offloaded bytes pass no more checks in userspace.
 
+use std::net::SocketAddr;
+
 use tokio::sync::watch;
 
 use super::connections::{Direction, Facts, Live, Mode};
 use crate::{
     identity::SpiffeId,
-    policy::{self, DenyReason, Inbound, MtlsMode, Outbound, Workload},
+    policy::{self, Attempt, DenyReason, Inbound, MtlsMode, Outbound, Peer, Verdict, Workload},
     state::Snapshot,
 };
 
@@ -36,31 +38,291 @@ pub enum Way {
     Plaintext { permit: Permit },
 }
 
-pub fn outbound(snapshot: &Snapshot, destination: Option<&Workload>, live: &Live) -> Result<Way, Denied> {
-    match policy::outbound(snapshot.mode, destination) {
+pub fn outbound(snapshot: &Snapshot, destination: Option<&Workload>, port: u16, live: &Live) -> Result<Way, Denied> {
+    match policy::outbound(&snapshot.policies, destination, port) {
         Outbound::Mtls { expect } => Ok(Way::Mtls { permit: permit(live, Mode::Mtls), expect }),
         Outbound::Plaintext => Ok(Way::Plaintext { permit: permit(live, Mode::Plaintext) }),
         Outbound::Deny(reason) => Err(Denied::Policy(reason)),
     }
 }
 
+/// A connection to a local workload.
+#[derive(Clone, Copy)]
+pub struct Arrival<'a> {
+    pub workload: &'a Workload,
+    pub client: SocketAddr,
+    pub local: SocketAddr,
+}
+
+/// What an arrival must be, by the addresses at its ends.
+pub fn arriving(snapshot: &Snapshot, arrival: Arrival<'_>, source: Option<&Workload>) -> Inbound {
+    policy::inbound(&snapshot.policies, arrival.workload, arrival.local, arrival.client.ip(), source)
+}
+
 /// The final word on an inbound connection, once it is known whether a certificate proved its source.
-pub fn inbound(mode: MtlsMode, proved: Option<&SpiffeId>, rule: &Inbound, live: &Live) -> Result<Permit, Denied> {
-    match (rule, proved) {
-        (Inbound::Deny(reason), _) => Err(Denied::Policy(reason.clone())),
-        (Inbound::Mtls | Inbound::Sniff | Inbound::Plaintext, Some(_)) => Ok(permit(live, Mode::Mtls)),
-        (Inbound::Mtls, None) => Err(Denied::PlaintextUnderStrict),
-        (Inbound::Plaintext | Inbound::Sniff, None) if mode == MtlsMode::Strict => Err(Denied::PlaintextUnderStrict),
-        (Inbound::Plaintext | Inbound::Sniff, None) => Ok(permit(live, Mode::Plaintext)),
+pub fn inbound(
+    snapshot: &Snapshot,
+    arrival: Arrival<'_>,
+    proved: Option<&SpiffeId>,
+    rule: &Inbound,
+    live: &Live,
+) -> Result<Permit, Denied> {
+    if let Inbound::Deny(reason) = rule {
+        return Err(denied(reason.clone(), live));
+    }
+    let strict = snapshot.policies.authentication.mode(arrival.workload, arrival.local.port()) == MtlsMode::Strict;
+    let mode = match (rule, proved) {
+        (_, Some(_)) => Mode::Mtls,
+        (Inbound::Mtls, None) => return Err(Denied::PlaintextUnderStrict),
+        (_, None) if strict => return Err(Denied::PlaintextUnderStrict),
+        (_, None) => Mode::Plaintext,
+    };
+    let facts = live.facts();
+    let peer = peer(mode, proved, facts.sni.as_deref());
+    let attempt = Attempt { source: arrival.client.ip(), destination: arrival.local, peer };
+    let decision = snapshot.policies.authorization.decide(arrival.workload, &attempt);
+    if let Some(cited) = decision.audited_by {
+        tracing::info!(policy = %cited, client = %arrival.client, local = %arrival.local, "audited");
+        live.learn(|facts| facts.audit = Some(cited.to_string()));
+    }
+    if let Some(denial) = decision.rehearsed {
+        let reason = DenyReason::from(denial);
+        tracing::info!(client = %arrival.client, local = %arrival.local, "dry run: would be {reason}");
+        live.learn(|facts| facts.dry_run = Some(reason.to_string()));
+    }
+    match decision.verdict {
+        Verdict::Allowed(cited) => {
+            live.learn(|facts| facts.policy = cited.map(|cited| cited.to_string()));
+            Ok(permit(live, mode))
+        }
+        Verdict::Denied(denial) => Err(denied(denial.into(), live)),
+        Verdict::Open => Err(denied(DenyReason::Undecided, live)),
     }
 }
 
-/// Whether a live connection would still be let in: the reason where not.
-pub fn revoked_by(snapshot: &Snapshot, direction: Direction, facts: &Facts) -> Option<&'static str> {
-    let plaintext_inbound = direction == Direction::Inbound && facts.mode == Some(Mode::Plaintext);
-    (plaintext_inbound && snapshot.mode == MtlsMode::Strict).then_some("plaintext under STRICT")
+/// Why a live connection is taken back.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Revoked {
+    pub reason: &'static str,
+    /// The policy that says so.
+    pub policy: Option<String>,
+}
+
+impl Revoked {
+    /// Resets the connection.
+    pub fn enforce(self, live: &Live) {
+        if self.policy.is_some() {
+            live.learn(|facts| facts.policy = self.policy);
+        }
+        live.revoke(self.reason);
+    }
+}
+
+/// Why a live connection would not be let in any more: by the evaluator that new ones go through.
+pub fn revoked_by(snapshot: &Snapshot, direction: Direction, facts: &Facts) -> Option<Revoked> {
+    // What has no permit yet is decided on its way, by the newest snapshot.
+    let mode = facts.mode?;
+    let by = |reason| Some(Revoked { reason, policy: None });
+    match direction {
+        Direction::Inbound => {
+            let (workload, local) = (facts.served.as_ref()?, facts.destination.address?);
+            let strict = snapshot.policies.authentication.mode(workload, local.port()) == MtlsMode::Strict;
+            if strict && mode == Mode::Plaintext {
+                return by("plaintext under STRICT");
+            }
+            let peer = peer(mode, facts.proved.as_ref(), facts.sni.as_deref());
+            let attempt = Attempt { source: facts.source.address?.ip(), destination: local, peer };
+            let reason = match snapshot.policies.authorization.decide(workload, &attempt).verdict {
+                Verdict::Allowed(_) => return None,
+                Verdict::Denied(denial) => denial.into(),
+                Verdict::Open => DenyReason::Undecided,
+            };
+            Some(Revoked { reason: "forbidden by policy", policy: reason.policy().map(str::to_owned) })
+        }
+        Direction::Outbound => {
+            let destination = facts.destination.address?;
+            let workload = snapshot.workload(destination.ip())?;
+            let proved = facts.proved.as_ref()?;
+            match policy::outbound(&snapshot.policies, Some(workload), destination.port()) {
+                Outbound::Mtls { expect } if !expect.contains(proved) => {
+                    by("another identity is expected at the destination now")
+                }
+                Outbound::Mtls { .. } | Outbound::Plaintext => None,
+                Outbound::Deny(_) => by("forbidden by policy"),
+            }
+        }
+    }
+}
+
+/// Under mTLS what the certificate proved, in plaintext nobody: an address alone makes nobody's identity.
+fn peer<'a>(mode: Mode, proved: Option<&'a SpiffeId>, sni: Option<&'a str>) -> Peer<'a> {
+    match (mode, proved) {
+        (Mode::Mtls, Some(id)) => Peer::Proved { id, sni },
+        (Mode::Mtls | Mode::Plaintext, _) => Peer::Nobody,
+    }
+}
+
+fn denied(reason: DenyReason, live: &Live) -> Denied {
+    live.learn(|facts| facts.policy = reason.policy().map(str::to_owned));
+    Denied::Policy(reason)
 }
 
 fn permit(live: &Live, mode: Mode) -> Permit {
     Permit { mode, revoked: live.revocation() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+
+    use super::*;
+    use crate::{
+        identity::TrustDomain,
+        policy::{
+            Authentication, Authorization, AuthorizationPolicy, Header, PeerAuthentication, Policies, PolicyName,
+            authorization::{Action, Condition, Rule, Test},
+        },
+        proxy::connections::{Connections, Endpoint},
+    };
+
+    fn workload(account: &str, address: SocketAddr) -> Arc<Workload> {
+        Arc::new(Workload {
+            name: account.into(),
+            namespace: "shop".into(),
+            service_account: account.into(),
+            id: SpiffeId::new(&TrustDomain::default(), "shop", account).unwrap(),
+            addresses: vec![address.ip()],
+            in_mesh: true,
+            labels: BTreeMap::from([("app".into(), account.into())]),
+            host: Workload::host_of(account, "shop"),
+        })
+    }
+
+    /// A mesh of one workload, `account` at 10.0.0.1, whose port 80 has the mode given.
+    fn snapshot(account: &str, mode: MtlsMode) -> Snapshot {
+        let header = Header {
+            name: PolicyName { kind: "PeerAuthentication", namespace: "shop".into(), name: "x".into() },
+            created: None,
+            selector: BTreeMap::from([("app".into(), account.into())]),
+        };
+        let policy = PeerAuthentication { header, mode: None, ports: BTreeMap::from([(80, Some(mode))]) };
+        let policies = Policies { authentication: Authentication::compile(vec![policy]), ..Policies::default() };
+        let workloads = vec![workload(account, "10.0.0.1:80".parse().unwrap())];
+        Snapshot::new(policies, TrustDomain::default(), workloads, Vec::new())
+    }
+
+    fn facts(mode: Option<Mode>, proved: Option<&str>, destination: &str) -> Facts {
+        let destination: SocketAddr = destination.parse().unwrap();
+        Facts {
+            source: Endpoint { address: Some("10.0.0.9:4000".parse().unwrap()), ..Endpoint::default() },
+            destination: Endpoint { address: Some(destination), ..Endpoint::default() },
+            mode,
+            proved: proved.map(|account| SpiffeId::new(&TrustDomain::default(), "shop", account).unwrap()),
+            served: Some(workload("web", destination)),
+            ..Facts::default()
+        }
+    }
+
+    #[test]
+    fn a_live_plaintext_connection_is_revoked_when_its_port_becomes_strict() {
+        let cases = [
+            (MtlsMode::Strict, Some(Mode::Plaintext), "10.0.0.1:80", true),
+            (MtlsMode::Strict, Some(Mode::Plaintext), "10.0.0.1:81", false),
+            (MtlsMode::Strict, Some(Mode::Mtls), "10.0.0.1:80", false),
+            (MtlsMode::Strict, None, "10.0.0.1:80", false),
+            (MtlsMode::Permissive, Some(Mode::Plaintext), "10.0.0.1:80", false),
+            (MtlsMode::Disable, Some(Mode::Plaintext), "10.0.0.1:80", false),
+        ];
+        for (port_mode, mode, destination, revoked) in cases {
+            let found = revoked_by(&snapshot("web", port_mode), Direction::Inbound, &facts(mode, None, destination));
+            assert_eq!(found.is_some(), revoked, "{port_mode} {mode:?} {destination}");
+        }
+    }
+
+    #[test]
+    fn a_live_outbound_connection_is_revoked_when_another_identity_lives_at_its_destination() {
+        let cases = [
+            ("web", Some("web"), Some(Mode::Mtls), false),
+            ("db", Some("web"), Some(Mode::Mtls), true),
+            ("db", None, Some(Mode::Plaintext), false),
+            ("db", Some("web"), None, false),
+        ];
+        for (now, proved, mode, revoked) in cases {
+            let facts = facts(mode, proved, "10.0.0.1:80");
+            let found = revoked_by(&snapshot(now, MtlsMode::Permissive), Direction::Outbound, &facts);
+            assert_eq!(found.is_some(), revoked, "{now} {proved:?} {mode:?}");
+        }
+    }
+
+    /// DENY from 10.0.0.9, DENY for the account `bad`, ALLOW for the rest of the namespace.
+    fn guarded() -> Snapshot {
+        let header = |name: &str| Header {
+            name: PolicyName { kind: "AuthorizationPolicy", namespace: "shop".into(), name: name.into() },
+            created: None,
+            selector: BTreeMap::new(),
+        };
+        let from = |test| Rule { from: vec![vec![Condition { test, negated: false }]], ..Rule::default() };
+        let policy = |name, action, test| AuthorizationPolicy {
+            header: header(name),
+            action,
+            dry_run: false,
+            rules: vec![from(test)],
+        };
+        let bad = Test::ServiceAccount(vec![("shop".into(), "bad".into())]);
+        let policies = vec![
+            policy("address", Action::Deny, Test::SourceIp(vec!["10.0.0.9".parse().unwrap()])),
+            policy("account", Action::Deny, bad),
+            policy("shop", Action::Allow, Test::Namespace(vec!["shop".parse().unwrap()])),
+        ];
+        let authorization = Authorization::compile(&TrustDomain::default(), policies);
+        let policies = Policies { authorization, ..Policies::default() };
+        Snapshot::new(policies, TrustDomain::default(), Vec::new(), Vec::new())
+    }
+
+    #[test]
+    fn a_permit_is_given_only_where_the_rules_allow_and_the_record_names_the_rule() {
+        let (snapshot, local) = (guarded(), "10.0.0.1:80".parse().unwrap());
+        let web = workload("web", local);
+        let cases = [
+            ("10.0.0.9", Some("good"), Err("forbidden by AuthorizationPolicy shop/address rules[0]")),
+            ("10.0.0.2", Some("good"), Ok("AuthorizationPolicy shop/shop rules[0]")),
+            ("10.0.0.2", Some("bad"), Err("forbidden by AuthorizationPolicy shop/account rules[0]")),
+            ("10.0.0.2", None, Err("allowed by no rule of AuthorizationPolicy shop/shop")),
+        ];
+        for (client, proved, expected) in cases {
+            let arrival = Arrival { workload: &web, client: SocketAddr::new(client.parse().unwrap(), 4000), local };
+            let proved = proved.map(|account| SpiffeId::new(&TrustDomain::default(), "shop", account).unwrap());
+            let rule = arriving(&snapshot, arrival, None);
+            assert_eq!(
+                matches!(rule, Inbound::Deny(_)),
+                client == "10.0.0.9",
+                "addresses alone decide before the handshake"
+            );
+            let live = Connections::default().open(Direction::Inbound);
+            let permit = inbound(&snapshot, arrival, proved.as_ref(), &rule, &live);
+            let policy = live.facts().policy.unwrap();
+            match (permit, expected) {
+                (Ok(permit), Ok(by)) => assert_eq!((permit.mode(), policy.as_str()), (Mode::Mtls, by)),
+                (Err(error), Err(text)) => {
+                    assert!(error.to_string().ends_with(text) && text.ends_with(&policy), "{error}")
+                }
+                (permit, expected) => panic!("{:?} instead of {expected:?}", permit.map(|permit| permit.mode())),
+            }
+        }
+    }
+
+    #[test]
+    fn a_live_connection_is_revoked_when_a_rule_forbids_it_and_the_rule_is_named() {
+        let mut live = facts(Some(Mode::Mtls), Some("good"), "10.0.0.1:80");
+        let by_address = revoked_by(&guarded(), Direction::Inbound, &live).unwrap();
+        assert_eq!(by_address.policy.as_deref(), Some("AuthorizationPolicy shop/address rules[0]"));
+        live.source.address = Some("10.0.0.2:4000".parse().unwrap());
+        assert_eq!(revoked_by(&guarded(), Direction::Inbound, &live), None);
+        assert_eq!(revoked_by(&guarded(), Direction::Outbound, &live), None, "rules are for servers");
+        // What an address is known to be proves nothing: in plaintext nobody is in the namespace.
+        live.mode = Some(Mode::Plaintext);
+        live.source.identity = Some("spiffe://cluster.local/ns/shop/sa/good".into());
+        let nobody = revoked_by(&guarded(), Direction::Inbound, &live).unwrap();
+        assert_eq!(nobody.policy.as_deref(), Some("AuthorizationPolicy shop/shop"));
+    }
 }

@@ -15,6 +15,7 @@ use serde::Serialize;
 use tokio::{net::TcpStream, sync::watch};
 
 use super::pump::Moved;
+use crate::{identity::SpiffeId, policy::Workload};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -66,6 +67,23 @@ pub struct Facts {
     pub records: Option<&'static str>,
     pub pump: Option<super::offload::PumpKind>,
     pub tls: Option<TlsFacts>,
+    /// The policies that decided, if any had a say.
+    pub policy: Option<String>,
+    /// The AUDIT rule that matched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<String>,
+    /// Why policies that are only tried would have denied it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dry_run: Option<String>,
+    /// The server name that an mTLS client asked for.
+    #[serde(skip)]
+    pub sni: Option<String>,
+    /// Whom the peer's certificate proved.
+    #[serde(skip)]
+    pub proved: Option<SpiffeId>,
+    /// The local workload that an inbound connection is for: policies select it, at whatever address it was called.
+    #[serde(skip)]
+    pub served: Option<Arc<Workload>>,
 }
 
 pub struct Live {
@@ -146,6 +164,7 @@ impl Connections {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// What a panicking holder left is whole: nothing here is changed in steps.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

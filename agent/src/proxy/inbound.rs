@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 use super::{
     Context,
     account::Account,
-    authorize::{self, Permit},
+    authorize::{self, Arrival, Permit},
     capture, carry,
     connections::Direction,
     handshake::{self, HandshakeError},
@@ -20,8 +20,8 @@ use super::{
 };
 use crate::{
     bpf::ClientEntry,
-    policy::{self, Inbound},
-    tls::config,
+    policy::Inbound,
+    tls::config::{self, Sni},
 };
 
 /// `internal_error`: the application behind this agent does not take the connection (RFC 8446 section 6.2).
@@ -38,7 +38,10 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
         Err(error) => return tracing::debug!(%error, "an accepted connection was gone at once"),
     };
     let account = Account::open(&ctx.connections, &ctx.metrics, &ctx.log, Direction::Inbound);
-    account.live.learn(|facts| facts.destination = identify::of(Some(&pod.workload), local));
+    account.live.learn(|facts| {
+        facts.destination = identify::of(Some(&pod.workload), local);
+        facts.served = Some(pod.workload.clone());
+    });
     match open(&ctx, &pod, wire, client, local, &account).await {
         Err(refusal) => account.refused(refusal.reason(), &refusal),
         Ok(opened) => {
@@ -70,7 +73,8 @@ async fn open(
     let snapshot = ctx.state.load();
     let (workload, endpoint) = identify::endpoint(&snapshot, client.0);
     account.live.learn(|facts| facts.source = endpoint);
-    let rule = policy::inbound(snapshot.mode, workload.as_deref());
+    let arrival = Arrival { workload: &pod.workload, client: client.0, local };
+    let rule = authorize::arriving(&snapshot, arrival, workload.as_deref());
     let tls = match &rule {
         Inbound::Mtls => true,
         Inbound::Plaintext | Inbound::Deny(_) => false,
@@ -78,17 +82,20 @@ async fn open(
     };
     let secured = if tls {
         let svid = ctx.svid(&pod.workload.id)?;
-        let config = config::server_config(&svid, ctx.identities.roots(), &snapshot.trust_domain)?;
-        match handshake::accept(&mut wire, config, ctx.settings.handshake).await {
+        let sni = Sni::default();
+        let config = config::server_config_noting(&svid, ctx.identities.roots(), &snapshot.trust_domain, sni.clone())?;
+        let secured = match handshake::accept(&mut wire, config, ctx.settings.handshake).await {
             // What speaks no TLS at all is for policy to judge, which has the better words.
             Err(HandshakeError::NotTls(_)) => None,
             result => Some(ctx.handshaken(account, Direction::Inbound, result)?),
-        }
+        };
+        account.live.learn(|facts| facts.sni = sni.get().map(str::to_owned));
+        secured
     } else {
         None
     };
     let peer = secured.as_ref().map(|secured| &secured.peer);
-    let permit = authorize::inbound(snapshot.mode, peer, &rule, &account.live);
+    let permit = authorize::inbound(&snapshot, arrival, peer, &rule, &account.live);
     let records = match secured {
         Some(secured) => offload::offload(&wire, secured, ctx.settings.records, &ctx.kernel)?,
         None => Records::Plain(ctx.kernel.pump),

@@ -62,7 +62,7 @@ async fn open(
     let snapshot = ctx.state.load();
     let (workload, endpoint) = identify::endpoint(&snapshot, destination.0);
     account.live.learn(|facts| facts.destination = endpoint);
-    let way = authorize::outbound(&snapshot, workload.as_deref(), &account.live)?;
+    let way = authorize::outbound(&snapshot, workload.as_deref(), destination.0.port(), &account.live)?;
 
     let mut wire = match capture::connect(&pod.netns, chosen(client), destination.0, ctx.settings.connect).await {
         Ok(wire) => wire,

@@ -2,8 +2,10 @@
 //! self-tested, and only then opened; whatever fails leaves it closed and is tried again.
 
 use std::{
+    collections::hash_map::Entry,
     io,
-    sync::{Arc, Mutex, PoisonError},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -14,7 +16,9 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{Context, account::with_causes, capture::Listeners, identify::ClientAddr, inbound, outbound};
+use super::{
+    Context, account::with_causes, capture::Listeners, connections::lock, identify::ClientAddr, inbound, outbound,
+};
 use crate::{
     bpf::{
         BpfError,
@@ -22,7 +26,7 @@ use crate::{
     },
     policy::Workload,
     state::LocalPod,
-    sys::netns::Netns,
+    sys::netns::{Netns, NetnsCookie},
 };
 
 const RETRY: [Duration; 4] =
@@ -46,6 +50,8 @@ pub enum EnrolError {
     Bpf(#[from] BpfError),
     #[error(transparent)]
     SelfTest(#[from] SelfTestError),
+    #[error("it is the same network namespace as {}, which another workload has; give each pod its own", .0.display())]
+    SameNetns(PathBuf),
     #[error("there is no certificate for {0} yet")]
     NoSvid(crate::identity::SpiffeId),
 }
@@ -86,11 +92,11 @@ impl Status {
     }
 
     pub fn get(&self) -> PodStatus {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.0).clone()
     }
 
     fn set(&self, state: PodState, reason: Option<String>) {
-        let mut status = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut status = lock(&self.0);
         (status.state, status.reason) = (state, reason);
     }
 }
@@ -138,6 +144,7 @@ async fn serve(
     stop: &mut watch::Receiver<bool>,
 ) -> Result<Left, EnrolError> {
     let netns = open(local)?;
+    let _served = Served::claim(ctx, netns.cookie(), &local.netns)?;
     ctx.capture.refuse(&netns)?;
     if ctx.svid(&local.workload.id).is_err() {
         return Err(EnrolError::NoSvid(local.workload.id.clone()));
@@ -183,6 +190,27 @@ async fn serve(
                 }
             }
         }
+    }
+}
+
+/// That this pod and no other is served for a namespace, as long as it lives.
+struct Served<'a>(&'a Context, NetnsCookie);
+
+impl<'a> Served<'a> {
+    fn claim(ctx: &'a Context, cookie: NetnsCookie, path: &Path) -> Result<Self, EnrolError> {
+        match lock(&ctx.served).entry(cookie) {
+            Entry::Occupied(other) => Err(EnrolError::SameNetns(other.get().clone())),
+            Entry::Vacant(free) => {
+                free.insert(path.to_path_buf());
+                Ok(Self(ctx, cookie))
+            }
+        }
+    }
+}
+
+impl Drop for Served<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.served).remove(&self.1);
     }
 }
 

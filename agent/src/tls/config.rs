@@ -3,15 +3,15 @@
 //! Made per connection, because the expected identities differ; everything that costs (keys, parsed chains, the
 //! provider) is shared. Who is an acceptable peer is `tls::verifier`'s; the handshake and the records are others'.
 
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
     client::Resumption,
     crypto::{CryptoProvider, aws_lc_rs},
     pki_types::{CertificateDer, DnsName, ServerName},
-    server::NoServerSessionStorage,
-    sign::SingleCertAndKey,
+    server::{ClientHello, NoServerSessionStorage, ResolvesServerCert},
+    sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
 
@@ -74,16 +74,48 @@ pub fn client_config(
     Ok(Arc::new(config))
 }
 
+/// The server name of one handshake. rustls tells it to whoever chooses the certificate, and not afterwards.
+#[derive(Clone, Default, Debug)]
+pub struct Sni(Arc<OnceLock<String>>);
+
+impl Sni {
+    pub fn get(&self) -> Option<&str> {
+        self.0.get().map(String::as_str)
+    }
+}
+
+#[derive(Debug)]
+struct NotingSni(SingleCertAndKey, Sni);
+
+impl ResolvesServerCert for NotingSni {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        if let Some(name) = hello.server_name() {
+            let _ = self.1.0.set(name.to_owned());
+        }
+        self.0.resolve(hello)
+    }
+}
+
 /// For a connection from any workload of `trust_domain`; whether that one may connect is policy's to say.
 pub fn server_config(
     svid: &Svid,
     roots: Arc<RootCertStore>,
     trust_domain: &TrustDomain,
 ) -> Result<Arc<ServerConfig>, TlsError> {
+    server_config_noting(svid, roots, trust_domain, Sni::default())
+}
+
+/// The same for one connection, whose server name is noted.
+pub fn server_config_noting(
+    svid: &Svid,
+    roots: Arc<RootCertStore>,
+    trust_domain: &TrustDomain,
+    sni: Sni,
+) -> Result<Arc<ServerConfig>, TlsError> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(Arc::new(MeshClient::new(roots, trust_domain.clone())))
-        .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&svid.key))));
+        .with_cert_resolver(Arc::new(NotingSni(SingleCertAndKey::from(Arc::clone(&svid.key)), sni)));
     config.alpn_protocols = ALPN.map(Vec::from).to_vec();
     // A ticket is a record that the pump would have to understand, and resumption would skip the identity checks.
     config.send_tls13_tickets = 0;

@@ -58,7 +58,7 @@ fn run_into(suite: &Suite, settings: &Settings, show: impl Write + Send + 'stati
     }
     // A group of its own: when time is up, what the tests started ends with them.
     command.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0);
-    let mut child = command.spawn().with_context(|| format!("cannot start {}", suite.binary.display()))?;
+    let mut child = signals.spawn(&mut command).with_context(|| format!("cannot start {}", suite.binary.display()))?;
     let lines = lines(child.stdout.take().context("the test has no standard output")?, show);
     let mut tally = Tally::default();
     let end = started + settings.timeout;
