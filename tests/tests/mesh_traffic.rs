@@ -94,7 +94,7 @@ fn a_pod_outside_reaches_permissive_and_is_refused_by_strict_at_once() -> Result
             cluster.change_mode(Mode::Strict)?;
             let route = Route { client: &outside, server: &server, family, connections: 1 };
             let before = Before::now(cluster, route)?;
-            let outcome = nginx.keep_alive(&outside, address);
+            let outcome = nginx.page(&outside, address);
             ensure!(outcome.is_err(), "STRICT let plaintext from outside in: {outcome:?}");
             let (_, refused) = before.entries(cluster, nginx.port())?;
             let good = |entry: &Entry| entry.verdict == Verdict::Refused && entry.reason.is_some();

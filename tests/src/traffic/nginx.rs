@@ -73,6 +73,14 @@ impl Nginx {
         Ok(Seen { port: self.port, exact, note: format!("{REQUESTS} requests, one connection") })
     }
 
+    /// One request for the page.
+    pub fn page(&self, client: &Pod, address: IpAddr) -> Result<Seen> {
+        let url = format!("http://{}:{}/", in_url(address), self.port);
+        let header = format!("X-Marker: {}", self.marker);
+        let received = client.succeed("curl", &["-sS", "--fail", "-H", &header, &url], seconds(60))?;
+        Ok(Seen { port: self.port, exact: received == page(&self.marker), note: "one request".into() })
+    }
+
     /// One file, its checksum compared with that of the file on disk.
     pub fn fetch(&self, client: &Pod, address: IpAddr, name: &str) -> Result<Seen> {
         let url = format!("http://{}:{}/{name}", in_url(address), self.port);

@@ -114,7 +114,7 @@ fn attempt(
 ) -> Result<Done> {
     step::say(&format!("{name} over {}", family.as_str()));
     let before = Before::now(cluster, Route { client, server, family, connections: 1 })?;
-    let seen = nginx.keep_alive(client, server.address(family)).map_err(|error| format!("{error:#}"));
+    let seen = nginx.page(client, server.address(family)).map_err(|error| format!("{error:#}"));
     let written = before.entries(cluster, nginx.port());
     let (outbound, inbound) = written.with_context(|| format!("{name} over {}", family.as_str()))?;
     Ok(Done { name, family, client: client.clone(), server: server.clone(), expected, seen, outbound, inbound })
