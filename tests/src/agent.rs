@@ -98,6 +98,14 @@ impl Agent {
         fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     }
 
+    /// What it has said about the kernel that it found.
+    #[must_use]
+    pub fn announcement(&self) -> String {
+        let log = self.log();
+        let line = log.lines().rev().find(|line| line.contains("probed the kernel")).unwrap_or_default();
+        line.split_once("probed").map_or_else(String::new, |(_, rest)| format!("probed{rest}"))
+    }
+
     /// Whether the program has been built anew since it was started.
     #[must_use]
     pub fn is_outdated(&self) -> bool {

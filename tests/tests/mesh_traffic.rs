@@ -2,10 +2,11 @@
 
 use anyhow::{Result, ensure};
 use marline_tests::{
-    access_log::{Direction, Entry, Records, Verdict},
+    access_log::{Entry, Records, Verdict},
     capture::LinkCapture,
-    cluster::{Cluster, ClusterSpec, Family, Pod},
+    cluster::{ClusterSpec, Family, Pod},
     config::Mode,
+    flow::{Before, Route, observe},
     scenario::on_mesh,
     traffic::{Seen, banner::Ssh, iperf::Iperf, nginx::Nginx, redis::Redis},
 };
@@ -45,11 +46,11 @@ fn programs(mode: Mode) -> Result<()> {
             ];
             for (name, count, flow) in flows {
                 let name = format!("{name} over {}", family.as_str());
-                let before = lengths(cluster)?;
-                let seen = flow()?;
-                ensure!(seen.exact, "{name}: {}", seen.note);
-                for entry in entries(cluster, before, count, &client, &server, family, seen.port)? {
-                    check(&entry, &name, &client, &server)?;
+                let route = Route { client: &client, server: &server, family, connections: count };
+                let flow = observe(cluster, route, flow)?;
+                ensure!(flow.seen.exact, "{name}: {}", flow.seen.note);
+                for entry in flow.entries() {
+                    check(entry, &name, &client, &server)?;
                 }
                 connections += count;
             }
@@ -78,32 +79,6 @@ fn check(entry: &Entry, name: &str, client: &Pod, server: &Pod) -> Result<()> {
     Ok(())
 }
 
-fn lengths(cluster: &Cluster) -> Result<Vec<usize>> {
-    cluster.agents().map(|agent| Ok(agent.entries()?.len())).collect()
-}
-
-/// What both agents wrote of connections from one pod to another's port since then.
-fn entries(
-    cluster: &Cluster,
-    since: Vec<usize>,
-    count: usize,
-    client: &Pod,
-    server: &Pod,
-    family: Family,
-    port: u16,
-) -> Result<Vec<Entry>> {
-    let to = server.socket(family, port);
-    let mut all = Vec::new();
-    for (agent, since) in cluster.agents().zip(since) {
-        let direction = if agent.side() == client.side { Direction::Outbound } else { Direction::Inbound };
-        all.extend(agent.wait_entries(&format!("{} to {to}", client.name), since, count, |entry| {
-            entry.direction == direction && entry.connects(client, to)
-        })?);
-    }
-    ensure!(all.len() == 2 * count, "{count} connections made {} entries: {all:#?}", all.len());
-    Ok(all)
-}
-
 #[test]
 fn a_pod_outside_reaches_permissive_and_is_refused_by_strict_at_once() -> Result<()> {
     on_mesh(&ClusterSpec::pairs(Mode::Permissive), |cluster| {
@@ -117,16 +92,13 @@ fn a_pod_outside_reaches_permissive_and_is_refused_by_strict_at_once() -> Result
             let seen = nginx.keep_alive(&outside, address)?;
             ensure!(seen.exact, "from outside: {}", seen.note);
             cluster.change_mode(Mode::Strict)?;
-            let before = cluster.agent(server.side)?.entries()?.len();
-            let outcome = nginx.keep_alive(&outside, address);
+            let route = Route { client: &outside, server: &server, family, connections: 1 };
+            let before = Before::now(cluster, route)?;
+            let outcome = nginx.page(&outside, address);
             ensure!(outcome.is_err(), "STRICT let plaintext from outside in: {outcome:?}");
-            let to = server.socket(family, nginx.port());
-            let agent = cluster.agent(server.side)?;
-            let refused = agent.wait_entries("the refusal", before, 1, |entry| entry.connects(&outside, to))?;
-            ensure!(
-                refused.iter().all(|entry| entry.verdict == Verdict::Refused && entry.reason.is_some()),
-                "{refused:#?}"
-            );
+            let (_, refused) = before.entries(cluster, nginx.port())?;
+            let good = |entry: &Entry| entry.verdict == Verdict::Refused && entry.reason.is_some();
+            ensure!(refused.iter().all(good), "{refused:#?}");
             ensure!(nginx.keep_alive(&client, address)?.exact, "a member of the mesh is no longer let in");
         }
         Ok(())
@@ -140,10 +112,9 @@ fn with_mtls_disabled_members_speak_plaintext_and_the_log_says_so() -> Result<()
         let redis = Redis::start(&server, MARKER)?;
         let capture = LinkCapture::start(cluster, &[MARKER])?;
         for family in Family::BOTH {
-            let before = lengths(cluster)?;
-            ensure!(redis.set_and_get(&client, server.address(family))?.exact);
-            let entries = entries(cluster, before, 1, &client, &server, family, redis.port())?;
-            ensure!(entries.iter().all(|entry| entry.records == Records::Plaintext), "{entries:#?}");
+            let route = Route { client: &client, server: &server, family, connections: 1 };
+            let flow = observe(cluster, route, || redis.set_and_get(&client, server.address(family)))?;
+            ensure!(flow.seen.exact && flow.entries().all(|entry| entry.records == Records::Plaintext), "{flow:#?}");
         }
         let wire = capture.finish()?;
         ensure!(wire.hits(MARKER) > 0 && wire.tls13_handshakes() == 0, "{:#?}", wire.streams);

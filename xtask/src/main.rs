@@ -5,6 +5,7 @@
 
 mod build;
 mod cluster;
+mod demo;
 mod deps;
 mod lint;
 mod load;
@@ -44,6 +45,8 @@ enum Cmd {
     Test(test::Args),
     /// Check format, clippy, the rules of the house, and the licences of dependencies
     Lint(lint::Args),
+    /// Watch real programs talk through the mesh without knowing it
+    Demo(demo::Args),
     /// Make a two-node mesh on this box, or bring the one that is there up to date
     Up(cluster::UpArgs),
     /// Run a command in a pod of the mesh
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
         Cmd::BuildEbpf => (build::ebpf().map(|()| 0), 1),
         Cmd::Test(args) => (test::run(&args), 1),
         Cmd::TestGuest { plan } => (test::guest(&plan), 1),
+        Cmd::Demo(args) => (demo::run(&args), 1),
         Cmd::Up(args) => (cluster::up(&args).map(|()| 0), 1),
         Cmd::Exec(args) => (cluster::exec(&args), cluster::EXIT_NO_EXEC),
         Cmd::Status => (cluster::status().map(|()| 0), 1),
