@@ -186,6 +186,32 @@ impl Capture {
         self.close(netns, PodEntry { state: POD_REFUSED, port4: 0, port6: 0, own4, own6 })
     }
 
+    /// Puts the addresses of a pod that was refused behind the egress gate, so that also connections from before its enrolment
+    /// carry nothing. An address that belongs to a namespace which is not `served` any more passes over without a gap.
+    pub fn cover(
+        &self,
+        netns: &Netns,
+        addresses: &[IpAddr],
+        served: impl Fn(NetnsCookie) -> bool,
+    ) -> Result<(), BpfError> {
+        let mut maps = self.maps();
+        for address in addresses {
+            let key = Address::from(*address);
+            match maps.addresses.get(&key, 0) {
+                Ok(owner) if owner == netns.cookie() => continue,
+                Ok(owner) if served(owner) => {
+                    let (address, netns) = (*address, netns.path().to_path_buf());
+                    return Err(BpfError::AddressTaken { address, netns, owner: owner.0 });
+                }
+                Ok(_) | Err(MapError::KeyNotFound) => {}
+                Err(source) => return Err(BpfError::Map { name: "ADDRESSES", source }),
+            }
+            absent_is_fine(maps.listeners.remove(&key)).map_err(BpfError::map("LISTENERS"))?;
+            maps.addresses.insert(key, netns.cookie(), 0).map_err(BpfError::map("ADDRESSES"))?;
+        }
+        Ok(())
+    }
+
     /// Lets go of a pod, which is open then: it has left the mesh, or is gone.
     pub fn withdraw(&self, netns: NetnsCookie) -> Result<(), BpfError> {
         self.0.pins.remove_link(&inbound_link(netns))?;

@@ -6,7 +6,7 @@ use std::{
     collections::HashMap,
     path::PathBuf,
     sync::{Arc, Mutex, atomic::Ordering},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::{net::TcpStream, sync::watch};
@@ -90,7 +90,7 @@ pub struct Proxy {
 struct Running {
     local: Arc<LocalPod>,
     status: pod::Status,
-    stop: watch::Sender<bool>,
+    order: watch::Sender<pod::Order>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -117,10 +117,11 @@ impl Proxy {
     pub async fn run(&self) {
         tokio::spawn(watchdog::run(self.ctx.clone()));
         let mut changes = self.ctx.state.subscribe();
-        self.forget_strangers();
+        let mut strangers = true;
         loop {
-            self.reconcile().await;
             self.reevaluate();
+            strangers = strangers && !self.forget_strangers();
+            self.reconcile().await;
             self.ctx.pods_changed.send_modify(|count| *count += 1);
             if changes.changed().await.is_err() {
                 return;
@@ -163,8 +164,8 @@ impl Proxy {
     }
 
     /// Lets go of the pods that an earlier agent enrolled and that are not wanted any more. Where a wanted pod's namespace cannot be
-    /// told, it could be any of them: then all stay closed.
-    fn forget_strangers(&self) {
+    /// told, it could be any of them: then all stay closed, until a later change. True when it is done.
+    fn forget_strangers(&self) -> bool {
         let wanted: Result<Vec<_>, _> = self
             .ctx
             .state
@@ -180,14 +181,17 @@ impl Proxy {
                         tracing::error!("a pod of an earlier agent could not be let go: {}", with_causes(&error));
                     }
                 }
+                true
             }
             (Err(error), _) => {
                 tracing::warn!(
                     "pods of an earlier agent stay closed, because a pod's namespace cannot be opened: {error}"
                 );
+                false
             }
             (_, Err(error)) => {
                 tracing::error!("the pods of an earlier agent cannot be listed: {}", with_causes(&error));
+                false
             }
         }
     }
@@ -200,8 +204,11 @@ impl Proxy {
             .extract_if(|path, running| wanted.get(path) != Some(&running.local))
             .map(|(_, running)| running)
             .collect();
+        for running in &gone {
+            let stays = wanted.contains_key(&running.local.netns);
+            running.order.send_replace(if stays { pod::Order::Close } else { pod::Order::Leave });
+        }
         for running in gone {
-            running.stop.send_replace(true);
             if running.task.await.is_err() {
                 tracing::error!(pod = %running.local.netns.display(), "serving the pod had panicked");
             }
@@ -209,9 +216,9 @@ impl Proxy {
         let mut pods = lock(&self.pods);
         for (path, local) in wanted {
             pods.entry(path).or_insert_with(|| {
-                let (status, stop) = (pod::Status::new(&local), watch::Sender::new(false));
-                let task = tokio::spawn(pod::run(self.ctx.clone(), local.clone(), status.clone(), stop.subscribe()));
-                Running { local, status, stop, task }
+                let (status, order) = (pod::Status::new(&local), watch::Sender::new(pod::Order::Serve));
+                let task = tokio::spawn(pod::run(self.ctx.clone(), local.clone(), status.clone(), order.subscribe()));
+                Running { local, status, order, task }
             });
         }
     }
@@ -240,11 +247,12 @@ impl Context {
         &self,
         account: &Account,
         direction: Direction,
+        since: Instant,
         result: Result<Secured, HandshakeError>,
     ) -> Result<Secured, Refusal> {
         match result {
             Ok(secured) => {
-                self.metrics.handshake(direction, Ok(account.live.started.elapsed()));
+                self.metrics.handshake(direction, Ok(since.elapsed()));
                 account.live.learn(|facts| {
                     let peer = match direction {
                         Direction::Outbound => &mut facts.destination,
@@ -284,7 +292,9 @@ async fn carry(
     permit: Permit,
 ) -> Ended {
     let mode = permit.mode();
-    debug_assert_eq!(mode == Mode::Plaintext, matches!(records, Records::Plain(_)), "records are what the permit says");
+    if (mode == Mode::Plaintext) != matches!(records, Records::Plain(_)) {
+        account.live.revoke("its records are not what its permit says");
+    }
     account.offloaded(mode, &records);
     account.live.watch_wire(&wire);
     // Between the decision and here the rules may have changed.

@@ -24,6 +24,9 @@ fn in_permissive_mode_members_of_the_mesh_still_speak_tls13_only() -> Result<()>
     programs(Mode::Permissive)
 }
 
+/// One program's use of the mesh.
+type Flow<'a> = &'a dyn Fn() -> Result<Seen>;
+
 /// Every program over both families, from node a to node b.
 fn programs(mode: Mode) -> Result<()> {
     on_mesh(&ClusterSpec::pairs(mode), |cluster| {
@@ -36,7 +39,7 @@ fn programs(mode: Mode) -> Result<()> {
         let mut connections = 0;
         for family in Family::BOTH {
             let address = server.address(family);
-            let flows: [(&str, usize, &dyn Fn() -> Result<Seen>); 6] = [
+            let flows: [(&str, usize, Flow<'_>); 6] = [
                 ("keep-alive", 1, &|| nginx.keep_alive(&client, address)),
                 ("file", 1, &|| nginx.fetch(&client, address, "file")),
                 ("redis", 1, &|| redis.set_and_get(&client, address)),

@@ -154,14 +154,6 @@ impl Connections {
     pub fn all(&self) -> Vec<Arc<Live>> {
         lock(&self.live).values().cloned().collect()
     }
-
-    pub fn len(&self) -> usize {
-        lock(&self.live).len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
 }
 
 /// What a panicking holder left is whole: nothing here is changed in steps.
