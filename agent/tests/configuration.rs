@@ -228,7 +228,7 @@ fn every_fault_is_named_with_file_line_field_and_reason() {
         ("apiVersion: v1\nkind: Secret\nmetadata: {name: s}".into(), vec![(1, "", "not known")]),
         (
             "# moved\napiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: s}".into(),
-            vec![(2, "", "could protect less")],
+            vec![(2, "", "tokens would go unchecked")],
         ),
         (
             "apiVersion: networking.istio.io/v2\nkind: WorkloadEntry\nmetadata: {name: s}".into(),

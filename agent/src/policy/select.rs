@@ -5,7 +5,7 @@ use std::{
     cmp::Ordering,
     collections::{BTreeMap, HashMap},
     fmt,
-    time::SystemTime,
+    time::Duration,
 };
 
 use serde::{Serialize, Serializer};
@@ -39,8 +39,8 @@ impl Serialize for PolicyName {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Header {
     pub name: PolicyName,
-    /// Istio takes a resource without a time for the oldest of all.
-    pub created: Option<SystemTime>,
+    /// Since the Unix epoch. Istio takes a resource without a time for the oldest of all.
+    pub created: Option<Duration>,
     /// The labels that a workload must have; none are for all workloads.
     pub selector: BTreeMap<String, String>,
 }
@@ -119,6 +119,10 @@ impl<T: Selective> Index<T> {
         }
         found.sort_unstable();
         found.into_iter().filter_map(|at| self.items.get(at)).collect()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.items.len()
     }
 
     fn collect(&self, namespace: &str, labels: &BTreeMap<String, String>, found: &mut Vec<usize>) {
