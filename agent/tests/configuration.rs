@@ -308,6 +308,14 @@ fn every_fault_is_named_with_file_line_field_and_reason() {
             vec![(9, "metadata.namespace", "the same network namespace"), (9, "labels", "the same network namespace")],
         ),
         (
+            [
+                entry("a", "10.0.0.1", &netns("/n"), "  labels: {app: a}\n"),
+                entry("b", "fd00::1", &netns("/n"), "  labels: {app: b}\n"),
+            ]
+            .concat(),
+            vec![(10, "labels", "the same network namespace /n")],
+        ),
+        (
             pa("namespace: shop", "{portLevelMtls: {80: {mode: DISABLE}}}"),
             vec![(4, "spec.portLevelMtls", "takes a selector")],
         ),
