@@ -175,11 +175,7 @@ impl Documents {
             }
             Ok(Ok(text)) => text,
         };
-        let (nodes, syntax) = document::parse(&text);
-        for node in &nodes {
-            self.read_document(dir, file, node, report);
-        }
-        if let Some(error) = syntax {
+        if let Some(error) = document::parse(&text, |node| self.read_document(dir, file, &node, report)) {
             let hint = "correct it; what follows in this file was not read";
             report.errors.push(about_file(file, error.line, format!("is not valid YAML: {}", error.message), hint));
         }

@@ -133,7 +133,11 @@ impl<T: Selective> Index<T> {
         }
         for (key, value) in labels {
             let candidates = scope.labelled.get(key).and_then(|values| values.get(value));
-            let chosen = |at: &usize| self.items.get(*at).is_some_and(|item| item.header().selects(labels));
+            // A selector of one label is the label that it was found by.
+            let chosen = |at: &usize| {
+                let header = self.items.get(*at).map(T::header);
+                header.is_some_and(|header| header.selector.len() == 1 || header.selects(labels))
+            };
             found.extend(candidates.into_iter().flatten().filter(|at| chosen(at)));
         }
     }
