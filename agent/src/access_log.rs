@@ -6,11 +6,12 @@ use std::{
     io::{self, Write},
     net::SocketAddr,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::SystemTime,
 };
 
 use serde::{Serialize, Serializer};
+use tracing_appender::non_blocking::{NonBlocking, WorkerGuard};
 
 use crate::proxy::{
     connections::{Direction, Endpoint, Mode, TlsFacts},
@@ -51,26 +52,28 @@ pub struct Record<'a> {
     pub tls: Option<&'a TlsFacts>,
 }
 
+/// Lines are written by a thread of their own: whoever does not read the log stops no connection. What does not fit into 128,000
+/// lines of backlog is dropped and counted.
 #[derive(Clone)]
-pub struct AccessLog(Arc<Mutex<Box<dyn Write + Send>>>, Format);
+pub struct AccessLog {
+    writer: NonBlocking,
+    format: Format,
+    /// Writes what is left when the last clone goes.
+    _flush: Arc<WorkerGuard>,
+}
 
 impl AccessLog {
     pub fn open(path: &Path, format: Format) -> io::Result<Self> {
-        let writer: Box<dyn Write + Send> = if path == Path::new("-") {
-            Box::new(io::stdout())
+        let (writer, guard) = if path == Path::new("-") {
+            tracing_appender::non_blocking(io::stdout())
         } else {
-            Box::new(OpenOptions::new().create(true).append(true).open(path)?)
+            tracing_appender::non_blocking(OpenOptions::new().create(true).append(true).open(path)?)
         };
-        Ok(Self(Arc::new(Mutex::new(writer)), format))
-    }
-
-    /// For tests and tools: no line is kept.
-    pub fn none() -> Self {
-        Self(Arc::new(Mutex::new(Box::new(io::sink()))), Format::Json)
+        Ok(Self { writer, format, _flush: Arc::new(guard) })
     }
 
     pub fn write(&self, record: &Record<'_>) {
-        let mut line = match self.1 {
+        let mut line = match self.format {
             Format::Json => match serde_json::to_vec(record) {
                 Ok(line) => line,
                 Err(error) => return tracing::error!(%error, "an access record could not be written as JSON"),
@@ -78,10 +81,14 @@ impl AccessLog {
             Format::Text => text(record).into_bytes(),
         };
         line.push(b'\n');
-        let mut writer = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = writer.write_all(&line).and_then(|()| writer.flush()) {
+        if let Err(error) = self.writer.clone().write_all(&line) {
             tracing::error!(%error, "an access record was lost");
         }
+    }
+
+    /// Lines that were dropped.
+    pub fn dropped(&self) -> u64 {
+        self.writer.error_counter().dropped_lines() as u64
     }
 }
 

@@ -76,7 +76,7 @@ async fn render(State(shown): State<Shown>) -> impl IntoResponse {
         shown.metrics.pods.get_or_create(&[("state", label)]).set(i64::try_from(count).unwrap_or(i64::MAX));
     }
     let content_type = [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
-    (content_type, shown.metrics.render(&capture))
+    (content_type, shown.metrics.render(&capture, ctx.log.dropped()))
 }
 
 async fn pods(State(shown): State<Shown>) -> Json<Vec<PodStatus>> {

@@ -46,6 +46,8 @@ pub enum AppError {
     AccessLog { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Admin(#[from] admin::AdminError),
+    #[error("a part of the agent ended by itself: {0}")]
+    Ended(String),
     #[error("signals")]
     Signal(#[source] io::Error),
     #[error("the asynchronous runtime")]
@@ -144,11 +146,11 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
-        Some(ended) = servers.join_next() => match ended {
-            Ok(Ok(())) => tracing::error!("a part of the agent ended by itself"),
-            Ok(Err(error)) => return Err(error.into()),
-            Err(error) => tracing::error!(%error, "a part of the agent panicked"),
-        },
+        Some(ended) = servers.join_next() => return Err(match ended {
+            Ok(Ok(())) => AppError::Ended("it returned".into()),
+            Ok(Err(error)) => error.into(),
+            Err(error) => AppError::Ended(error.to_string()),
+        }),
     }
     tracing::info!("stopping; enrolled pods stay closed until an agent runs again");
     stop.send_replace(true);

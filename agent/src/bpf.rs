@@ -8,7 +8,10 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::fd::{AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use aya::{Ebpf, maps::MapError};
@@ -47,6 +50,8 @@ struct Inner {
     ebpf: Mutex<Ebpf>,
     maps: Mutex<Maps>,
     pins: Pins,
+    /// Connections at an outbound listener that had no entry: not redirected, or their entry had to make room.
+    without_origin: AtomicU64,
     _log: log::LogReader,
 }
 
@@ -67,7 +72,7 @@ pub struct PodListeners<'a> {
 
 /// A pod that is captured but still closed. Dropping it leaves the pod closed.
 #[must_use = "the pod stays closed until `ready` is called"]
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Enrolment {
     capture: Capture,
     netns: NetnsCookie,
@@ -81,12 +86,12 @@ pub struct OrigDst {
     pub cgroup_id: u64,
 }
 
-/// The true client of an inbound connection is on record for as long as this lives. Drop it before the leg's socket is
-/// closed: afterwards the port may be another leg's.
+/// The true client of an inbound connection is on record for as long as this lives, or until another leg takes the port.
 #[derive(Debug)]
 pub struct ClientEntry {
     capture: Capture,
     key: PodEndpoint,
+    client: Endpoint,
 }
 
 impl Capture {
@@ -101,7 +106,14 @@ impl Capture {
         load::attach_cgroup(&mut ebpf, &pins, &cgroup, &settings.cgroup)?;
         let log = log::LogReader::start(&mut ebpf)?;
         let cgroup = settings.cgroup.clone();
-        Ok(Self(Arc::new(Inner { cgroup, ebpf: Mutex::new(ebpf), maps: Mutex::new(maps), pins, _log: log })))
+        Ok(Self(Arc::new(Inner {
+            cgroup,
+            ebpf: Mutex::new(ebpf),
+            maps: Mutex::new(maps),
+            pins,
+            without_origin: AtomicU64::new(0),
+            _log: log,
+        })))
     }
 
     /// Removes everything that an agent pinned there, whether it still runs or not. Its pods are open then.
@@ -174,6 +186,32 @@ impl Capture {
         self.close(netns, PodEntry { state: POD_REFUSED, port4: 0, port6: 0, own4, own6 })
     }
 
+    /// Puts the addresses of a pod that was refused behind the egress gate, so that also connections from before its enrolment
+    /// carry nothing. An address that belongs to a namespace which is not `served` any more passes over without a gap.
+    pub fn cover(
+        &self,
+        netns: &Netns,
+        addresses: &[IpAddr],
+        served: impl Fn(NetnsCookie) -> bool,
+    ) -> Result<(), BpfError> {
+        let mut maps = self.maps();
+        for address in addresses {
+            let key = Address::from(*address);
+            match maps.addresses.get(&key, 0) {
+                Ok(owner) if owner == netns.cookie() => continue,
+                Ok(owner) if served(owner) => {
+                    let (address, netns) = (*address, netns.path().to_path_buf());
+                    return Err(BpfError::AddressTaken { address, netns, owner: owner.0 });
+                }
+                Ok(_) | Err(MapError::KeyNotFound) => {}
+                Err(source) => return Err(BpfError::Map { name: "ADDRESSES", source }),
+            }
+            absent_is_fine(maps.listeners.remove(&key)).map_err(BpfError::map("LISTENERS"))?;
+            maps.addresses.insert(key, netns.cookie(), 0).map_err(BpfError::map("ADDRESSES"))?;
+        }
+        Ok(())
+    }
+
     /// Lets go of a pod, which is open then: it has left the mesh, or is gone.
     pub fn withdraw(&self, netns: NetnsCookie) -> Result<(), BpfError> {
         self.0.pins.remove_link(&inbound_link(netns))?;
@@ -190,7 +228,10 @@ impl Capture {
         let key = PodEndpoint::new(netns, client.into());
         let mut maps = self.maps();
         let origin = match maps.origins.get(&key, 0) {
-            Err(MapError::KeyNotFound) => return Ok(None),
+            Err(MapError::KeyNotFound) => {
+                self.0.without_origin.fetch_add(1, Ordering::Relaxed);
+                return Ok(None);
+            }
             origin => origin.map_err(BpfError::map("ORIGINS"))?,
         };
         absent_is_fine(maps.origins.remove(&key)).map_err(BpfError::map("ORIGINS"))?;
@@ -209,8 +250,9 @@ impl Capture {
         client: SocketAddr,
     ) -> Result<ClientEntry, BpfError> {
         let key = PodEndpoint::new(netns, leg_source.into());
-        self.maps().clients.insert(key, Endpoint::from(client), 0).map_err(BpfError::map("CLIENTS"))?;
-        Ok(ClientEntry { capture: self.clone(), key })
+        let client = Endpoint::from(client);
+        self.maps().clients.insert(key, client, 0).map_err(BpfError::map("CLIENTS"))?;
+        Ok(ClientEntry { capture: self.clone(), key, client })
     }
 
     /// For one second connect() itself will tell the pod that this destination refuses.
@@ -219,14 +261,15 @@ impl Capture {
         self.maps().refused.insert(key, clock::monotonic_nanos(), 0).map_err(BpfError::map("REFUSED"))
     }
 
-    /// What the kernel programs counted since they were first pinned, by name.
+    /// What the kernel programs counted since they were first pinned, and what this agent did, by name.
     pub fn counters(&self) -> Result<Vec<(&'static str, u64)>, BpfError> {
         let maps = self.maps();
         let sum = |counter: &Counter| {
             let values = maps.counters.get(&(*counter as u32), 0).map_err(BpfError::map("COUNTERS"))?;
             Ok((counter.name(), values.iter().sum()))
         };
-        Counter::ALL.iter().map(sum).collect()
+        let own = ("outbound_refused_no_origin", self.0.without_origin.load(Ordering::Relaxed));
+        Counter::ALL.iter().map(sum).chain([Ok(own)]).collect()
     }
 
     /// Lets one destination pass while the pod is closed, in either direction.
@@ -260,20 +303,32 @@ impl Enrolment {
     }
 
     /// Opens the pod: both directions go through the agent from here on.
-    pub fn ready(self) -> Result<(), BpfError> {
+    pub fn ready(&self) -> Result<(), BpfError> {
+        self.set_state(POD_READY)
+    }
+
+    /// Closes the pod again, for as long as the agent cannot speak for it; `ready` opens it with the same listeners.
+    pub fn hold(&self) -> Result<(), BpfError> {
+        self.set_state(POD_REFUSED)
+    }
+
+    fn set_state(&self, state: u32) -> Result<(), BpfError> {
         let mut maps = self.capture.maps();
-        let mut entry = match maps.pods.get(&self.netns, 0) {
+        let entry = match maps.pods.get(&self.netns, 0) {
             Err(MapError::KeyNotFound) => return Err(BpfError::NotEnrolled { netns: self.netns }),
             entry => entry.map_err(BpfError::map("PODS"))?,
         };
-        entry.state = POD_READY;
-        maps.pods.insert(self.netns, entry, 0).map_err(BpfError::map("PODS"))
+        maps.pods.insert(self.netns, PodEntry { state, ..entry }, 0).map_err(BpfError::map("PODS"))
     }
 }
 
 impl Drop for ClientEntry {
     fn drop(&mut self) {
-        if let Err(error) = absent_is_fine(self.capture.maps().clients.remove(&self.key)) {
+        let mut maps = self.capture.maps();
+        // The leg may be closed already and its port be another's, whose entry must stay.
+        if maps.clients.get(&self.key, 0).is_ok_and(|client| client == self.client)
+            && let Err(error) = absent_is_fine(maps.clients.remove(&self.key))
+        {
             tracing::warn!(%error, "a client's entry could not be removed");
         }
     }

@@ -6,6 +6,7 @@ mod policy;
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
+use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 
 use crate::{
@@ -91,10 +92,13 @@ enum CaCommand {
 
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
-    if let Err(error) = log(&cli) {
-        eprintln!("marline: --log {:?}: {error}", cli.log);
-        return ExitCode::from(WRONG_CONFIGURATION);
-    }
+    let _flush = match log(&cli) {
+        Ok(guard) => guard,
+        Err(error) => {
+            eprintln!("marline: --log {:?}: {error}", cli.log);
+            return ExitCode::from(WRONG_CONFIGURATION);
+        }
+    };
     match cli.command {
         Command::Agent { config } => agent(config),
         Command::CheckConfig { dir, json } => check_config(&dir, json),
@@ -171,15 +175,17 @@ fn check_config(dir: &std::path::Path, json: bool) -> ExitCode {
     code
 }
 
-fn log(cli: &Cli) -> Result<(), Box<dyn std::error::Error>> {
+/// Written by a thread of its own: whoever does not read the log stops nothing.
+fn log(cli: &Cli) -> Result<WorkerGuard, Box<dyn std::error::Error>> {
     let registry = tracing_subscriber::registry().with(EnvFilter::builder().parse(&cli.log)?);
+    let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
     if cli.log_json {
-        registry.with(fmt::layer().json().with_writer(std::io::stderr)).try_init()?;
+        registry.with(fmt::layer().json().with_writer(writer)).try_init()?;
     } else {
         let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        registry.with(fmt::layer().with_ansi(colour).with_writer(std::io::stderr)).try_init()?;
+        registry.with(fmt::layer().with_ansi(colour).with_writer(writer)).try_init()?;
     }
-    Ok(())
+    Ok(guard)
 }
 
 fn failed(text: &str) -> ExitCode {

@@ -126,7 +126,7 @@ impl Metrics {
     }
 
     /// The whole exposition. `capture` are the kernel program's counters.
-    pub fn render(&self, capture: &[(&'static str, u64)]) -> String {
+    pub fn render(&self, capture: &[(&'static str, u64)], log_lines_dropped: u64) -> String {
         let mut text = String::new();
         if let Err(error) = encode(&mut text, &self.registry) {
             tracing::error!(%error, "metrics could not be encoded");
@@ -138,6 +138,9 @@ impl Metrics {
         for (event, count) in capture {
             events.push_str(&format!("marline_capture_events_total{{event=\"{event}\"}} {count}\n"));
         }
+        events.push_str("# HELP marline_access_log_dropped Access log lines that nobody took in time.\n");
+        events.push_str("# TYPE marline_access_log_dropped counter\n");
+        events.push_str(&format!("marline_access_log_dropped_total {log_lines_dropped}\n"));
         match text.rfind("# EOF") {
             Some(end) => text.insert_str(end, &events),
             None => text.push_str(&events),

@@ -5,8 +5,8 @@
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
-    time::{Duration, SystemTime},
+    sync::{Arc, Mutex, atomic::Ordering},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::{net::TcpStream, sync::watch};
@@ -17,6 +17,7 @@ use crate::{
     identity::{SpiffeId, Svid, manager::Manager},
     metrics::Metrics,
     state::{LocalPod, State},
+    sys::netns::{Netns, NetnsCookie},
 };
 
 pub mod account;
@@ -36,9 +37,9 @@ mod watchdog;
 
 pub use pod::{PodState, PodStatus};
 
-use account::Account;
+use account::{Account, with_causes};
 use authorize::Permit;
-use connections::{Connections, Direction, Mode, TlsFacts};
+use connections::{Connections, Direction, Mode, TlsFacts, lock};
 use handshake::{HandshakeError, Secured};
 use offload::{Capabilities, Records, RecordsChoice};
 use pump::PumpError;
@@ -64,6 +65,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     pub log: AccessLog,
     pods_changed: watch::Sender<u64>,
+    /// Which pod, by its path, each namespace is served for: two paths may lead to one namespace.
+    served: Mutex<HashMap<NetnsCookie, PathBuf>>,
 }
 
 /// Everything that is needed to make a proxy.
@@ -87,7 +90,7 @@ pub struct Proxy {
 struct Running {
     local: Arc<LocalPod>,
     status: pod::Status,
-    stop: watch::Sender<bool>,
+    order: watch::Sender<pod::Order>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -105,6 +108,7 @@ impl Proxy {
             metrics,
             log,
             pods_changed: watch::Sender::new(0),
+            served: Mutex::default(),
         };
         Self { ctx: Arc::new(ctx), pods: Arc::default() }
     }
@@ -113,10 +117,11 @@ impl Proxy {
     pub async fn run(&self) {
         tokio::spawn(watchdog::run(self.ctx.clone()));
         let mut changes = self.ctx.state.subscribe();
-        self.forget_strangers();
+        let mut strangers = true;
         loop {
-            self.reconcile().await;
             self.reevaluate();
+            strangers = strangers && !self.forget_strangers();
+            self.reconcile().await;
             self.ctx.pods_changed.send_modify(|count| *count += 1);
             if changes.changed().await.is_err() {
                 return;
@@ -158,20 +163,36 @@ impl Proxy {
         &self.ctx
     }
 
-    /// Pods that a predecessor enrolled and that nobody wants any more stay closed no longer than this.
-    fn forget_strangers(&self) {
-        let wanted: Vec<_> = self.ctx.state.load().local.iter().map(|local| local.netns.clone()).collect();
-        let known: Vec<_> = wanted.iter().filter_map(|path| crate::sys::netns::Netns::open(path).ok()).collect();
-        match self.ctx.capture.pods() {
-            Ok(enrolled) => {
-                for cookie in enrolled.into_iter().filter(|cookie| known.iter().all(|netns| netns.cookie() != *cookie))
-                {
+    /// Lets go of the pods that an earlier agent enrolled and that are not wanted any more. Where a wanted pod's namespace cannot be
+    /// told, it could be any of them: then all stay closed, until a later change. True when it is done.
+    fn forget_strangers(&self) -> bool {
+        let wanted: Result<Vec<_>, _> = self
+            .ctx
+            .state
+            .load()
+            .local
+            .iter()
+            .map(|local| Netns::open(&local.netns).map(|netns| netns.cookie()))
+            .collect();
+        match (wanted, self.ctx.capture.pods()) {
+            (Ok(wanted), Ok(enrolled)) => {
+                for cookie in enrolled.into_iter().filter(|cookie| !wanted.contains(cookie)) {
                     if let Err(error) = self.ctx.capture.withdraw(cookie) {
-                        tracing::error!(%error, "a pod of an earlier agent could not be let go");
+                        tracing::error!("a pod of an earlier agent could not be let go: {}", with_causes(&error));
                     }
                 }
+                true
             }
-            Err(error) => tracing::error!(%error, "the pods of an earlier agent cannot be listed"),
+            (Err(error), _) => {
+                tracing::warn!(
+                    "pods of an earlier agent stay closed, because a pod's namespace cannot be opened: {error}"
+                );
+                false
+            }
+            (_, Err(error)) => {
+                tracing::error!("the pods of an earlier agent cannot be listed: {}", with_causes(&error));
+                false
+            }
         }
     }
 
@@ -183,8 +204,11 @@ impl Proxy {
             .extract_if(|path, running| wanted.get(path) != Some(&running.local))
             .map(|(_, running)| running)
             .collect();
+        for running in &gone {
+            let stays = wanted.contains_key(&running.local.netns);
+            running.order.send_replace(if stays { pod::Order::Close } else { pod::Order::Leave });
+        }
         for running in gone {
-            running.stop.send_replace(true);
             if running.task.await.is_err() {
                 tracing::error!(pod = %running.local.netns.display(), "serving the pod had panicked");
             }
@@ -192,9 +216,9 @@ impl Proxy {
         let mut pods = lock(&self.pods);
         for (path, local) in wanted {
             pods.entry(path).or_insert_with(|| {
-                let (status, stop) = (pod::Status::new(&local), watch::Sender::new(false));
-                let task = tokio::spawn(pod::run(self.ctx.clone(), local.clone(), status.clone(), stop.subscribe()));
-                Running { local, status, stop, task }
+                let (status, order) = (pod::Status::new(&local), watch::Sender::new(pod::Order::Serve));
+                let task = tokio::spawn(pod::run(self.ctx.clone(), local.clone(), status.clone(), order.subscribe()));
+                Running { local, status, order, task }
             });
         }
     }
@@ -223,11 +247,12 @@ impl Context {
         &self,
         account: &Account,
         direction: Direction,
+        since: Instant,
         result: Result<Secured, HandshakeError>,
     ) -> Result<Secured, Refusal> {
         match result {
             Ok(secured) => {
-                self.metrics.handshake(direction, Ok(account.live.started.elapsed()));
+                self.metrics.handshake(direction, Ok(since.elapsed()));
                 account.live.learn(|facts| {
                     let peer = match direction {
                         Direction::Outbound => &mut facts.destination,
@@ -267,7 +292,9 @@ async fn carry(
     permit: Permit,
 ) -> Ended {
     let mode = permit.mode();
-    debug_assert_eq!(mode == Mode::Plaintext, matches!(records, Records::Plain(_)), "records are what the permit says");
+    if (mode == Mode::Plaintext) != matches!(records, Records::Plain(_)) {
+        account.live.revoke("its records are not what its permit says");
+    }
     account.offloaded(mode, &records);
     account.live.watch_wire(&wire);
     // Between the decision and here the rules may have changed.
@@ -286,8 +313,4 @@ async fn carry(
     let received = account.live.moved.received.load(Ordering::Relaxed);
     account.finished(&result);
     Ended { result, received }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

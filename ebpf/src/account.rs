@@ -8,7 +8,7 @@ use aya_ebpf::{
 use marline_common::{Address, Counter};
 
 use crate::{
-    context::{IPPROTO_TCP, IPPROTO_UDP, read, read_pointer},
+    context::{IPPROTO_TCP, IPPROTO_UDP, LOOPBACK_IFINDEX, read, read_pointer},
     maps::{ADDRESSES, COUNTERS},
 };
 
@@ -34,41 +34,34 @@ pub(crate) fn count(counter: Counter) {
 #[cgroup_skb]
 pub fn egress(ctx: SkBuffContext) -> i32 {
     let skb = ctx.skb.skb;
-    let (protocol, source, destination) = match read!(skb as __sk_buff, protocol) {
+    // What goes to the loopback device comes back to this namespace, the pod's own address included.
+    if read!(skb as __sk_buff, ifindex) == LOOPBACK_IFINDEX {
+        return PASS;
+    }
+    let (protocol, source) = match read!(skb as __sk_buff, protocol) {
         ETH_P_IP => {
-            let (Ok(protocol), Ok(source), Ok(destination)) =
-                (ctx.load::<u8>(9), ctx.load::<u32>(12), ctx.load::<u32>(16))
-            else {
+            let (Ok(protocol), Ok(source)) = (ctx.load::<u8>(9), ctx.load::<u32>(12)) else {
                 return PASS;
             };
-            (u32::from(protocol), Address::v4(source), Address::v4(destination))
+            (u32::from(protocol), Address::v4(source))
         }
         ETH_P_IPV6 => {
-            let (Ok(protocol), Ok(source), Ok(destination)) =
-                (ctx.load::<u8>(6), ctx.load::<[u32; 4]>(8), ctx.load::<[u32; 4]>(24))
-            else {
+            let (Ok(protocol), Ok(source)) = (ctx.load::<u8>(6), ctx.load::<[u32; 4]>(8)) else {
                 return PASS;
             };
-            (u32::from(protocol), Address { words: source }, Address { words: destination })
+            (u32::from(protocol), Address { words: source })
         }
         _ => return PASS,
     };
-    if destination.is_loopback() {
+    // SAFETY: the value is not read.
+    if unsafe { ADDRESSES.get(source) }.is_none() {
         return PASS;
     }
-    // SAFETY: the value is one aligned word, read whole.
-    let Some(owner) = (unsafe { ADDRESSES.get(source) }).copied() else {
-        return PASS;
-    };
     if protocol == IPPROTO_UDP {
         count(Counter::UdpPassed);
         return PASS;
     }
     if protocol != IPPROTO_TCP && !of_tcp_socket(&ctx) {
-        return PASS;
-    }
-    // SAFETY: as above.
-    if unsafe { ADDRESSES.get(destination) } == Some(&owner) {
         return PASS;
     }
     count(Counter::EgressDropped);

@@ -34,7 +34,8 @@ const TCP_CONNECT_CB: u32 = 3;
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
-    let destination = Endpoint::new(Address::v4(read!(sa as bpf_sock_addr, user_ip4)), read!(sa as bpf_sock_addr, user_port) as u16);
+    let destination =
+        Endpoint::new(Address::v4(read!(sa as bpf_sock_addr, user_ip4)), read!(sa as bpf_sock_addr, user_port) as u16);
     match verdict(&ctx, &destination) {
         Verdict::Pass => PASS,
         Verdict::Refuse => refuse(ECONNREFUSED),
@@ -49,7 +50,8 @@ pub fn connect4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
-    let destination = Endpoint::new(read_address6!(sa as bpf_sock_addr, user_ip6), read!(sa as bpf_sock_addr, user_port) as u16);
+    let destination =
+        Endpoint::new(read_address6!(sa as bpf_sock_addr, user_ip6), read!(sa as bpf_sock_addr, user_port) as u16);
     match verdict(&ctx, &destination) {
         Verdict::Pass => PASS,
         Verdict::Refuse => refuse(ECONNREFUSED),
@@ -187,9 +189,10 @@ pub fn connecting(ctx: SockOpsContext) -> u32 {
     };
     let key = PodEndpoint::new(netns, Endpoint::new(local, (read!(ops as bpf_sock_ops, local_port) as u16).to_be()));
     // SAFETY: the context's own socket, not null.
-    let entry: *mut SocketEntry =
-        unsafe { bpf_sk_storage_get(core::ptr::from_ref(&SOCKETS).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), 0) }
-            .cast();
+    let entry: *mut SocketEntry = unsafe {
+        bpf_sk_storage_get(core::ptr::from_ref(&SOCKETS).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), 0)
+    }
+    .cast();
     if entry.is_null() {
         let _ = ORIGINS.remove(key);
         return 1;
@@ -215,7 +218,8 @@ pub fn connecting(ctx: SockOpsContext) -> u32 {
 #[cgroup_sock_addr(getpeername4)]
 pub fn getpeername4(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
-    let shown = Endpoint::new(Address::v4(read!(sa as bpf_sock_addr, user_ip4)), read!(sa as bpf_sock_addr, user_port) as u16);
+    let shown =
+        Endpoint::new(Address::v4(read!(sa as bpf_sock_addr, user_ip4)), read!(sa as bpf_sock_addr, user_port) as u16);
     if let Some(peer) = true_peer(&ctx, shown)
         && peer.address.is_v4()
     {
@@ -228,7 +232,8 @@ pub fn getpeername4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub fn getpeername6(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
-    let shown = Endpoint::new(read_address6!(sa as bpf_sock_addr, user_ip6), read!(sa as bpf_sock_addr, user_port) as u16);
+    let shown =
+        Endpoint::new(read_address6!(sa as bpf_sock_addr, user_ip6), read!(sa as bpf_sock_addr, user_port) as u16);
     if let Some(peer) = true_peer(&ctx, shown) {
         show6(&ctx, &peer);
     }

@@ -19,11 +19,16 @@ const REPLACE: u64 = 1;
 #[sk_lookup]
 pub fn inbound(ctx: SkLookupContext) -> u32 {
     let lookup = ctx.lookup;
-    if read!(lookup as bpf_sk_lookup, protocol) != IPPROTO_TCP || read!(lookup as bpf_sk_lookup, ingress_ifindex) == LOOPBACK_IFINDEX {
+    if read!(lookup as bpf_sk_lookup, protocol) != IPPROTO_TCP
+        || read!(lookup as bpf_sk_lookup, ingress_ifindex) == LOOPBACK_IFINDEX
+    {
         return PASS;
     }
     let (local, remote) = if read!(lookup as bpf_sk_lookup, family) == AF_INET {
-        (Address::v4(read!(lookup as bpf_sk_lookup, local_ip4)), Address::v4(read!(lookup as bpf_sk_lookup, remote_ip4)))
+        (
+            Address::v4(read!(lookup as bpf_sk_lookup, local_ip4)),
+            Address::v4(read!(lookup as bpf_sk_lookup, remote_ip4)),
+        )
     } else {
         (read_address6!(lookup as bpf_sk_lookup, local_ip6), read_address6!(lookup as bpf_sk_lookup, remote_ip6))
     };

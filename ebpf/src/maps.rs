@@ -6,8 +6,8 @@ use aya_ebpf::{
     maps::{HashMap, LruHashMap, PerCpuArray, SockHash},
 };
 use marline_common::{
-    Address, Endpoint, MAX_ADDRESSES, MAX_CLIENTS, MAX_COUNTERS, MAX_ORIGINS, MAX_PODS, MAX_PROBES, MAX_REFUSED, NetnsCookie,
-    Origin, PodEndpoint, PodEntry, SocketEntry,
+    Address, Endpoint, MAX_ADDRESSES, MAX_CLIENTS, MAX_COUNTERS, MAX_ORIGINS, MAX_PODS, MAX_PROBES, MAX_REFUSED,
+    NetnsCookie, Origin, PodEndpoint, PodEntry, SocketEntry,
 };
 
 /// Enrolled pods. Written by the agent.

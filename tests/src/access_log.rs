@@ -7,6 +7,8 @@ use std::{fs, net::SocketAddr, path::Path};
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
+use crate::cluster::{Family, Pod};
+
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
@@ -66,10 +68,19 @@ pub struct Tls {
 }
 
 impl Entry {
-    /// Whether the connection went from an address to a port of another, whatever its source port.
+    /// Whether the connection goes from a pod to an address and port, whatever its source port.
     #[must_use]
-    pub fn connects(&self, from: std::net::IpAddr, to: SocketAddr) -> bool {
-        self.source.address.is_some_and(|address| address.ip() == from) && self.destination.address == Some(to)
+    pub fn connects(&self, from: &Pod, to: SocketAddr) -> bool {
+        let family = if to.is_ipv4() { Family::V4 } else { Family::V6 };
+        self.source.address.is_some_and(|address| address.ip() == from.address(family))
+            && self.destination.address == Some(to)
+    }
+
+    /// Whether it came to its end as the programs wanted it, be that a close or one's own reset.
+    #[must_use]
+    pub fn ended_by_programs(&self) -> bool {
+        self.verdict == Verdict::Allowed
+            && matches!(self.reason.as_deref(), None | Some("application_reset" | "peer_reset"))
     }
 }
 
@@ -105,9 +116,7 @@ mod tests {
     fn an_entry_of_the_documented_format_is_read() -> Result<()> {
         let entries = parse(&format!("{}\n{{\"half", LINE.replace('\n', " ")))?;
         assert_eq!(entries.len(), 1);
-        let from = "10.77.1.10".parse()?;
-        assert!(entries[0].connects(from, "[fd77:0:0:2::b]:80".parse()?));
-        assert!(!entries[0].connects(from, "[fd77:0:0:2::b]:81".parse()?));
+        assert_eq!(entries[0].destination.address, Some("[fd77:0:0:2::b]:80".parse()?));
         assert_eq!((entries[0].records, entries[0].bytes_received), (Records::Ktls, 9));
         Ok(())
     }

@@ -2,7 +2,7 @@
 //! admin and metrics addresses and its access log, as a user would.
 
 use std::{
-    env,
+    env, fs,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Command, ExitStatus},
@@ -14,6 +14,7 @@ use serde::Deserialize;
 
 use crate::{
     access_log::{self, Entry},
+    cgroup,
     cluster::{Side, remains},
     config::{Settings, TRUST_DOMAIN},
     http,
@@ -25,11 +26,18 @@ const ADMIN: u16 = 15000;
 const METRICS: u16 = 15020;
 const READINESS: u16 = 15021;
 
-/// What the agent has done with changes of its configuration so far.
+/// How far the agent has come with its configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reloads {
-    pub accepted: u64,
+    /// Grows with every change that is in force.
+    pub generation: u64,
+    /// Changes that were refused.
     pub rejected: u64,
+}
+
+#[derive(Deserialize)]
+struct Workloads {
+    generation: u64,
 }
 
 /// A pod as the agent lists it.
@@ -43,24 +51,33 @@ pub struct PodState {
     pub reason: Option<String>,
 }
 
-/// A running (or ended) agent. It is killed when dropped.
+/// A running (or ended) agent. One that was launched by this process is killed when dropped.
 pub struct Agent {
     side: Side,
     place: Place,
-    process: Process,
+    log: PathBuf,
+    /// Not there if the agent was met: another process has launched it.
+    process: Option<Process>,
     settings: Settings,
 }
 
 impl Agent {
-    /// Starts the agent of a node in its namespace and outside of its pods' cgroup.
+    /// Starts the agent of a node in its namespace, outside of its pods' cgroup and in one of its own.
     pub fn launch(side: Side, place: Place, config: &Path, settings: Settings) -> Result<Self> {
         remains::mount_bpf()?;
+        cgroup::create(&place.cgroup)?;
         let name = format!("agent {}", side.letter());
-        let log = config.with_file_name("agent.log");
-        let mut command = place.command(binary()?);
+        let log = log_of(config);
+        let mut command = place.command(settings.binary()?);
         command.args(["agent", "--config"]).arg(config);
-        let process = Process::start(name, &mut command, &log)?;
-        Ok(Self { side, place, process, settings })
+        let process = Some(Process::start(name, &mut command, &log)?);
+        Ok(Self { side, place, log, process, settings })
+    }
+
+    /// The agent that an earlier process has launched in this place.
+    #[must_use]
+    pub fn meet(side: Side, place: Place, config: &Path, settings: Settings) -> Self {
+        Self { side, place, log: log_of(config), process: None, settings }
     }
 
     #[must_use]
@@ -68,23 +85,40 @@ impl Agent {
         self.side
     }
 
+    /// Nothing if no agent runs.
     #[must_use]
-    pub fn pid(&self) -> u32 {
-        self.process.pid()
+    pub fn pid(&self) -> Option<u32> {
+        let processes = fs::read_to_string(self.place.cgroup.join("cgroup.procs")).unwrap_or_default();
+        processes.lines().next().and_then(|line| line.parse().ok())
     }
 
-    /// All that it has written.
+    /// All that it has written, its predecessors' words before.
     #[must_use]
     pub fn log(&self) -> String {
-        self.process.log()
+        fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    }
+
+    /// What it has said about the kernel that it found.
+    #[must_use]
+    pub fn announcement(&self) -> String {
+        let log = self.log();
+        let line = log.lines().rev().find(|line| line.contains("probed the kernel")).unwrap_or_default();
+        line.split_once("probed").map_or_else(String::new, |(_, rest)| format!("probed{rest}"))
+    }
+
+    /// Whether the program has been built anew since it was started.
+    #[must_use]
+    pub fn is_outdated(&self) -> bool {
+        let exe = self.pid().and_then(|pid| fs::read_link(format!("/proc/{pid}/exe")).ok());
+        exe.is_some_and(|exe| exe.to_string_lossy().ends_with(" (deleted)"))
     }
 
     /// Waits until every local pod is captured, tested and has its identity.
     pub fn wait_ready(&mut self) -> Result<()> {
-        let name = self.process.name().to_owned();
-        wait_for(format!("{name} to be ready"), seconds(60), || {
-            if let Some(status) = self.process.ended()? {
-                bail!("{name} ended ({status}) before it was ready:\n{}", self.log());
+        let node = self.side.letter();
+        wait_for(format!("agent {node} to be ready"), seconds(60), || {
+            if let Some(status) = self.ended()? {
+                bail!("agent {node} ended ({status}) before it was ready");
             }
             Ok(match self.get(READINESS, "/readyz") {
                 Ok(response) if response.status == 200 => Look::Done(()),
@@ -126,33 +160,34 @@ impl Agent {
         Ok(self.get(METRICS, "/metrics")?.body)
     }
 
-    /// How many changes of the configuration it has taken and refused.
+    /// How far it has come with its configuration.
     pub fn reloads(&self) -> Result<Reloads> {
-        let text = self.metrics()?;
-        let count =
-            |outcome: &str| sum(&text, "marline_config_reloads_total", &format!("outcome=\"{outcome}\"")) as u64;
-        Ok(Reloads { accepted: count("accepted"), rejected: count("rejected") })
+        let workloads = self.get(ADMIN, "/workloads")?;
+        let workloads: Workloads = serde_json::from_str(&workloads.body)
+            .with_context(|| format!("/workloads was answered with {workloads:?}"))?;
+        let rejected = sum(&self.metrics()?, "marline_config_reloads_total", "result=\"rejected\"") as u64;
+        Ok(Reloads { generation: workloads.generation, rejected })
     }
 
-    /// Waits until it has taken a change since `before`; that it refuses one is an error.
+    /// Waits until a change since `before` is in force; that one is refused is an error.
     pub fn wait_reloaded(&self, before: Reloads) -> Result<()> {
-        let name = self.process.name();
-        wait_for(format!("{name} to take the new configuration"), seconds(30), || {
+        let node = self.side.letter();
+        wait_for(format!("agent {node} to take the new configuration"), seconds(30), || {
             let now = self.reloads()?;
             if now.rejected > before.rejected {
-                bail!("{name} refused the new configuration");
+                bail!("agent {node} refused the new configuration");
             }
-            Ok(if now.accepted > before.accepted { Look::Done(()) } else { Look::NotYet(format!("{now:?}")) })
+            Ok(if now.generation > before.generation { Look::Done(()) } else { Look::NotYet(format!("{now:?}")) })
         })
     }
 
     /// Waits until it has refused a change since `before`; that it takes one is an error.
     pub fn wait_rejected(&self, before: Reloads) -> Result<()> {
-        let name = self.process.name();
-        wait_for(format!("{name} to refuse the new configuration"), seconds(30), || {
+        let node = self.side.letter();
+        wait_for(format!("agent {node} to refuse the new configuration"), seconds(30), || {
             let now = self.reloads()?;
-            if now.accepted > before.accepted {
-                bail!("{name} took a configuration that it had to refuse");
+            if now.generation > before.generation {
+                bail!("agent {node} took a configuration that it had to refuse");
             }
             Ok(if now.rejected > before.rejected { Look::Done(()) } else { Look::NotYet(format!("{now:?}")) })
         })
@@ -176,48 +211,65 @@ impl Agent {
             let entries = self.entries()?;
             let later = entries.get(skip..).unwrap_or_default();
             let found: Vec<Entry> = later.iter().filter(|entry| matches(entry)).cloned().collect();
-            Ok(if found.len() >= count { Look::Done(found) } else { Look::NotYet(format!("of {later:#?}")) })
+            Ok(if found.len() >= count {
+                Look::Done(found)
+            } else {
+                Look::NotYet(format!("{} of {} new ones", found.len(), later.len()))
+            })
         })
     }
 
     /// Open descriptors, by the kernel's count.
     pub fn descriptors(&self) -> Result<usize> {
-        let directory = format!("/proc/{}/fd", self.pid());
-        Ok(std::fs::read_dir(&directory).with_context(|| directory.clone())?.count())
+        let directory = format!("/proc/{}/fd", self.pid().context("no agent runs")?);
+        Ok(fs::read_dir(&directory).with_context(|| directory.clone())?.count())
     }
 
     /// Resident memory in KiB.
     pub fn resident(&self) -> Result<u64> {
-        let file = format!("/proc/{}/status", self.pid());
-        let text = std::fs::read_to_string(&file).with_context(|| file.clone())?;
+        let file = format!("/proc/{}/status", self.pid().context("no agent runs")?);
+        let text = fs::read_to_string(&file).with_context(|| file.clone())?;
         let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
         line.trim().trim_end_matches(" kB").parse().context("VmRSS is not a number")
     }
 
     /// SIGKILL: nothing is said, nothing is cleaned up.
     pub fn kill(&mut self) -> Result<()> {
-        self.process.kill()
+        match &mut self.process {
+            Some(process) => process.kill(),
+            None => cgroup::remove(&self.place.cgroup),
+        }
     }
 
     /// SIGTERM, and the status it ends with.
     pub fn stop(&mut self) -> Result<ExitStatus> {
-        self.process.stop()
+        self.process.as_mut().context("this agent was launched by another process")?.stop()
     }
 
     /// Waits until it ends by itself.
     pub fn wait_end(&mut self, limit: Duration) -> Result<ExitStatus> {
-        self.process.wait(limit)
+        self.process.as_mut().context("this agent was launched by another process")?.wait(limit)
     }
 
     /// Lets it outlive this value.
     pub fn detach(self) {
-        self.process.detach();
+        if let Some(process) = self.process {
+            process.detach();
+        }
+    }
+
+    /// What it ended with, in words, if it has ended.
+    fn ended(&mut self) -> Result<Option<String>> {
+        match &mut self.process {
+            Some(process) => Ok(process.ended()?.map(|status| status.to_string())),
+            None => Ok(self.pid().is_none().then(|| "some time ago".to_owned())),
+        }
     }
 
     /// What a reader of a failure wants to see.
     #[must_use]
     pub fn report(&self) -> String {
-        let access = std::fs::read_to_string(&self.settings.access_log).unwrap_or_default();
+        let access = fs::read_to_string(&self.settings.access_log).unwrap_or_default();
         let node = self.side.letter();
         format!(
             "--- log of agent {node}\n{}\n--- access log of agent {node}\n{}\n---\n",
@@ -242,18 +294,22 @@ pub fn binary() -> Result<PathBuf> {
 }
 
 /// Makes the authority that both nodes share, once.
-pub fn init_ca(directory: &Path) -> Result<()> {
-    if directory.join("ca-key.pem").exists() {
+pub fn init_ca(settings: &Settings) -> Result<()> {
+    if settings.ca.join("ca-key.pem").exists() {
         return Ok(());
     }
-    let mut command = Command::new(binary()?);
-    command.args(["ca", "init"]).arg(directory).args(["--trust-domain", TRUST_DOMAIN]);
+    let mut command = Command::new(settings.binary()?);
+    command.args(["ca", "init"]).arg(&settings.ca).args(["--trust-domain", TRUST_DOMAIN]);
     succeed(&mut command, seconds(20)).map(|_| ()).context("making the certificate authority")
 }
 
 /// What `marline check-config` says of a directory.
 pub fn check_config(directory: &Path) -> Result<std::process::Output> {
     output(Command::new(binary()?).arg("check-config").arg(directory), seconds(20))
+}
+
+fn log_of(config: &Path) -> PathBuf {
+    config.with_file_name("agent.log")
 }
 
 /// The sum of a metric's series that carry the label; `label` empty for all.

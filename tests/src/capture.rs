@@ -28,7 +28,7 @@ use nix::{
 
 use crate::{
     cluster::{Cluster, Side, network},
-    process::Place,
+    process::{Place, spawn, wait_child},
     wait::{Look, seconds, wait_for},
 };
 pub use stream::Stream;
@@ -109,7 +109,7 @@ impl LinkCapture {
         let arguments = ["-i", network::LINK, "-w", "-", "-U", "-s", "0", "-B", "65536", "-n", "-Z", "root"];
         let mut command: Command = place.command("tcpdump");
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log_file);
-        let mut tcpdump = command.spawn().context("starting tcpdump; way out: apt-get install tcpdump")?;
+        let mut tcpdump = spawn(&mut command).context("starting tcpdump; way out: apt-get install tcpdump")?;
         let frames = tcpdump.stdout.take().context("tcpdump has no output")?;
         let analysis = Arc::new(Mutex::new(Analysis::default()));
         for marker in markers {
@@ -192,7 +192,11 @@ impl LinkCapture {
         let Some(reader) = self.reader.take() else { return Ok(()) };
         let pid = i32::try_from(self.tcpdump.id()).context("a pid beyond 31 bits")?;
         kill(Pid::from_raw(pid), Signal::SIGINT).context("stopping tcpdump")?;
-        self.tcpdump.wait().context("waiting for tcpdump")?;
+        if let Err(error) = wait_child(&mut self.tcpdump, "tcpdump", seconds(10)) {
+            self.tcpdump.kill().context("killing tcpdump")?;
+            self.tcpdump.wait().context("waiting for tcpdump")?;
+            return Err(error);
+        }
         reader.join().map_err(|_| anyhow!("the reader of the capture panicked"))
     }
 }

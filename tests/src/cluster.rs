@@ -5,194 +5,29 @@
 //! name, so that clusters of different runs do not meet. The network is in `cluster/network.rs`, what outlives a process
 //! (and how it is removed) in `cluster/remains.rs`; the agent is in `agent.rs`.
 
+mod model;
 pub mod network;
 pub mod remains;
 
 use std::{
     collections::BTreeMap,
     fs,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
-    process::{self, Command, Output},
+    process,
     sync::atomic::{AtomicU32, Ordering},
-    time::Duration,
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-use serde::{Deserialize, Serialize};
+pub use model::{ClusterSpec, Family, Membership, Pod, PodSpec, Side};
 use tempfile::TempDir;
 
 use crate::{
     agent::Agent,
     cgroup::{self, Tree},
-    config::{self, Extra, Mode, NAMESPACE, Settings, TRUST_DOMAIN},
+    config::{self, Extra, Mode, Settings},
     netns,
-    process::{Place, Process},
+    process::Place,
 };
-
-/// One of the two nodes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Side {
-    A,
-    B,
-}
-
-impl Side {
-    pub const BOTH: [Self; 2] = [Self::A, Self::B];
-
-    #[must_use]
-    pub fn letter(self) -> &'static str {
-        match self {
-            Self::A => "a",
-            Self::B => "b",
-        }
-    }
-
-    #[must_use]
-    pub fn other(self) -> Self {
-        match self {
-            Self::A => Self::B,
-            Self::B => Self::A,
-        }
-    }
-
-    fn number(self) -> u8 {
-        match self {
-            Self::A => 1,
-            Self::B => 2,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Family {
-    V4,
-    V6,
-}
-
-impl Family {
-    pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
-
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::V4 => "ipv4",
-            Self::V6 => "ipv6",
-        }
-    }
-}
-
-/// What the agents are told about a pod.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Membership {
-    /// Enrolled by its node's agent.
-    Mesh,
-    /// Known to all and labelled `marline.io/mesh: disabled`: never enrolled.
-    Outside,
-    /// All believe that it is in the mesh, and no agent holds it: the place for impostors.
-    Impostor,
-    /// No agent has heard of it.
-    Unknown,
-}
-
-/// What to make a pod from.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct PodSpec {
-    pub name: String,
-    pub side: Side,
-    pub membership: Membership,
-}
-
-impl PodSpec {
-    pub fn new(name: &str, side: Side, membership: Membership) -> Self {
-        Self { name: name.to_owned(), side, membership }
-    }
-}
-
-/// A pod that is there.
-#[derive(Clone, Debug)]
-pub struct Pod {
-    pub name: String,
-    pub side: Side,
-    pub membership: Membership,
-    pub v4: Ipv4Addr,
-    pub v6: Ipv6Addr,
-    pub place: Place,
-    /// For the files of what runs in it.
-    pub directory: PathBuf,
-}
-
-impl Pod {
-    #[must_use]
-    pub fn address(&self, family: Family) -> IpAddr {
-        match family {
-            Family::V4 => self.v4.into(),
-            Family::V6 => self.v6.into(),
-        }
-    }
-
-    #[must_use]
-    pub fn socket(&self, family: Family, port: u16) -> SocketAddr {
-        SocketAddr::new(self.address(family), port)
-    }
-
-    /// The identity that this pod must be known by.
-    #[must_use]
-    pub fn identity(&self) -> String {
-        format!("spiffe://{TRUST_DOMAIN}/ns/{NAMESPACE}/sa/{}", self.name)
-    }
-
-    /// A command to run in this pod.
-    pub fn command(&self, program: impl AsRef<Path>) -> Command {
-        self.place.command(program)
-    }
-
-    /// Runs a program to its end, whatever that is.
-    pub fn output(&self, program: &str, arguments: &[&str], limit: Duration) -> Result<Output> {
-        crate::process::output(self.command(program).args(arguments), limit)
-            .with_context(|| format!("{program} in {}", self.name))
-    }
-
-    /// Runs a program that has to succeed and gives what it wrote to standard output.
-    pub fn succeed(&self, program: &str, arguments: &[&str], limit: Duration) -> Result<String> {
-        crate::process::succeed(self.command(program).args(arguments), limit)
-            .with_context(|| format!("{program} in {}", self.name))
-    }
-
-    /// Starts a program that runs until it is stopped, and waits until it listens on the port.
-    pub fn serve(&self, name: &str, command: &mut Command, port: u16) -> Result<Process> {
-        let log = self.directory.join(format!("{name}.log"));
-        let mut process = Process::start(format!("{name} in {}", self.name), command, &log)?;
-        process.listens(&self.place.netns, port)?;
-        Ok(process)
-    }
-}
-
-/// What to make a cluster from.
-#[derive(Clone, Debug)]
-pub struct ClusterSpec {
-    pub mode: Mode,
-    pub pods: Vec<PodSpec>,
-    /// More lines for `AgentConfig.spec` on both nodes.
-    pub extra: Extra,
-}
-
-impl ClusterSpec {
-    /// A client and a server in the mesh on each node, and a pod outside of it on node a.
-    #[must_use]
-    pub fn pairs(mode: Mode) -> Self {
-        let pods = vec![
-            PodSpec::new("client-a", Side::A, Membership::Mesh),
-            PodSpec::new("server-a", Side::A, Membership::Mesh),
-            PodSpec::new("outside", Side::A, Membership::Outside),
-            PodSpec::new("client-b", Side::B, Membership::Mesh),
-            PodSpec::new("server-b", Side::B, Membership::Mesh),
-        ];
-        Self { mode, pods, extra: Vec::new() }
-    }
-}
 
 /// A cluster that is there. All of it is removed when this is dropped, unless it was told to stay.
 pub struct Cluster {
@@ -203,6 +38,7 @@ pub struct Cluster {
     stays: bool,
     mode: Mode,
     extra: Extra,
+    program: Option<PathBuf>,
     pods: BTreeMap<String, Pod>,
     made: u8,
     agents: BTreeMap<Side, Agent>,
@@ -225,19 +61,22 @@ impl Cluster {
         Self::build(name.to_owned(), directory.to_owned(), None, spec)
     }
 
+    /// The cluster that an earlier process has made from the same pods with `create_lasting`, and left. It stays.
+    pub fn meet(name: &str, directory: &Path, spec: &ClusterSpec) -> Result<Self> {
+        let mut cluster = Self::empty(name.to_owned(), directory.to_owned(), None, spec)?;
+        cluster.stays = true;
+        for pod in &spec.pods {
+            cluster.add_pod(pod)?;
+        }
+        for side in Side::BOTH {
+            let (place, config) = (cluster.agent_place(side), cluster.config_directory(side));
+            cluster.agents.insert(side, Agent::meet(side, place, &config, cluster.settings(side)));
+        }
+        Ok(cluster)
+    }
+
     fn build(name: String, directory: PathBuf, temporary: Option<TempDir>, spec: &ClusterSpec) -> Result<Self> {
-        let mut cluster = Self {
-            tree: Tree::named(&name)?,
-            name,
-            directory,
-            temporary,
-            stays: false,
-            mode: spec.mode,
-            extra: spec.extra.clone(),
-            pods: BTreeMap::new(),
-            made: 0,
-            agents: BTreeMap::new(),
-        };
+        let mut cluster = Self::empty(name, directory, temporary, spec)?;
         cgroup::create(&cluster.tree.rest())?;
         for side in Side::BOTH {
             cgroup::create(&cluster.tree.node(side.letter()))?;
@@ -250,6 +89,22 @@ impl Cluster {
         }
         cluster.write_config()?;
         Ok(cluster)
+    }
+
+    fn empty(name: String, directory: PathBuf, temporary: Option<TempDir>, spec: &ClusterSpec) -> Result<Self> {
+        Ok(Self {
+            tree: Tree::named(&name)?,
+            name,
+            directory,
+            temporary,
+            stays: false,
+            mode: spec.mode,
+            extra: spec.extra.clone(),
+            program: spec.program.clone(),
+            pods: BTreeMap::new(),
+            made: 0,
+            agents: BTreeMap::new(),
+        })
     }
 
     #[must_use]
@@ -275,6 +130,11 @@ impl Cluster {
         Place { netns: netns::path(&network::node_name(&self.name, side)), cgroup: self.tree.rest() }
     }
 
+    fn agent_place(&self, side: Side) -> Place {
+        let node = self.node(side);
+        Place { cgroup: node.cgroup.join(format!("agent-{}", side.letter())), ..node }
+    }
+
     #[must_use]
     pub fn mode(&self) -> Mode {
         self.mode
@@ -290,29 +150,32 @@ impl Cluster {
 
     /// Makes a pod; the agents hear of it with the next `write_config`.
     pub fn create_pod(&mut self, spec: &PodSpec) -> Result<Pod> {
+        let (index, pod) = self.add_pod(spec)?;
+        cgroup::create(&pod.place.cgroup)?;
+        network::create_pod(&self.name, spec.side, &spec.name, index)?;
+        fs::create_dir_all(&pod.directory).with_context(|| format!("making {}", pod.directory.display()))?;
+        Ok(pod)
+    }
+
+    fn add_pod(&mut self, spec: &PodSpec) -> Result<(u8, Pod)> {
         if self.pods.contains_key(&spec.name) {
             bail!("there is a pod {} already", spec.name);
         }
         let index = self.made.checked_add(10).filter(|index| *index < 250).context("no address is left")?;
         let (v4, v6) = network::pod_addresses(spec.side, index);
         let cgroup = self.tree.pod(spec.side.letter(), &spec.name);
-        cgroup::create(&cgroup)?;
-        let netns_name = network::pod_name(&self.name, &spec.name);
-        network::create_pod(&self.name, spec.side, &spec.name, index)?;
-        let directory = self.directory.join(spec.side.letter()).join(&spec.name);
-        fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
         let pod = Pod {
             name: spec.name.clone(),
             side: spec.side,
             membership: spec.membership,
             v4,
             v6,
-            place: Place { netns: netns::path(&netns_name), cgroup },
-            directory,
+            place: Place { netns: netns::path(&network::pod_name(&self.name, &spec.name)), cgroup },
+            directory: self.directory.join(spec.side.letter()).join(&spec.name),
         };
         self.made += 1;
         self.pods.insert(pod.name.clone(), pod.clone());
-        Ok(pod)
+        Ok((index, pod))
     }
 
     /// Removes a pod with all that runs in it; the agents hear of it with the next `write_config`.
@@ -356,11 +219,12 @@ impl Cluster {
 
     /// Starts the agent of a node without waiting for anything.
     pub fn launch_agent(&mut self, side: Side) -> Result<&mut Agent> {
+        if let Some(mut predecessor) = self.agents.remove(&side) {
+            predecessor.kill()?;
+        }
         let settings = self.settings(side);
-        crate::agent::init_ca(&settings.ca)?;
-        let agent = Agent::launch(side, self.node(side), &self.config_directory(side), settings)?;
-        // A predecessor is gone by now or is killed here.
-        self.agents.remove(&side);
+        crate::agent::init_ca(&settings)?;
+        let agent = Agent::launch(side, self.agent_place(side), &self.config_directory(side), settings)?;
         Ok(self.agents.entry(side).or_insert(agent))
     }
 
@@ -393,9 +257,6 @@ impl Cluster {
     /// Leaves everything in place: namespaces, cgroups, agents and files.
     pub fn stay(mut self) {
         self.stays = true;
-        for (_, agent) in std::mem::take(&mut self.agents) {
-            agent.detach();
-        }
         if let Some(temporary) = self.temporary.take() {
             let _ = temporary.keep();
         }
@@ -408,6 +269,7 @@ impl Cluster {
             pins: remains::pins(&network::node_name(&self.name, side)),
             access_log: self.directory.join(side.letter()).join("access.log"),
             extra: self.extra.clone(),
+            program: self.program.clone(),
         }
     }
 }
@@ -415,6 +277,7 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         if self.stays {
+            std::mem::take(&mut self.agents).into_values().for_each(Agent::detach);
             return;
         }
         if std::thread::panicking() {

@@ -46,6 +46,14 @@ pub struct Settings {
     pub pins: PathBuf,
     pub access_log: PathBuf,
     pub extra: Extra,
+    /// The agent's program, if it is not the one that `agent::binary` finds.
+    pub program: Option<PathBuf>,
+}
+
+impl Settings {
+    pub fn binary(&self) -> Result<PathBuf> {
+        self.program.clone().map_or_else(crate::agent::binary, Ok)
+    }
 }
 
 /// Writes `agent.yaml`.

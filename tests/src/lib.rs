@@ -10,6 +10,7 @@ pub mod capture;
 pub mod cgroup;
 pub mod cluster;
 pub mod config;
+pub mod flow;
 pub mod http;
 pub mod netns;
 pub mod process;

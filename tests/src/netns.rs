@@ -1,6 +1,7 @@
 //! Network namespaces by name: made, entered, listed and removed. What is inside of them is `cluster`'s matter.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io,
     path::{Path, PathBuf},
@@ -101,6 +102,16 @@ pub fn listening(netns: &Path) -> Result<Vec<u16>> {
         ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/thread-self/net/{table}")).unwrap_or_default())
     })?;
     Ok(tables.iter().flat_map(|table| table.lines().skip(1).filter_map(listener)).collect())
+}
+
+/// The kernel's counts of TLS sockets in the namespace; none where it has no TLS.
+pub fn tls_stat(netns: &Path) -> Result<BTreeMap<String, u64>> {
+    let text = inside(netns, || fs::read_to_string("/proc/thread-self/net/tls_stat").unwrap_or_default())?;
+    let counts = text.lines().filter_map(|line| {
+        let mut fields = line.split_whitespace();
+        Some((fields.next()?.to_owned(), fields.next()?.parse().ok()?))
+    });
+    Ok(counts.collect())
 }
 
 /// The port of one line of /proc/net/tcp if its socket listens (state 0A).

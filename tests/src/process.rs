@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::signal::{SigSet, SigmaskHow, Signal, kill},
     unistd::Pid,
 };
 
@@ -52,7 +52,7 @@ impl Place {
 pub fn output(command: &mut Command, limit: Duration) -> Result<Output> {
     let what = describe(command);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().with_context(|| format!("starting {what}"))?;
+    let mut child = spawn(command).with_context(|| format!("starting {what}"))?;
     let (stdout, stderr) = (collect(child.stdout.take()), collect(child.stderr.take()));
     let waited = wait_child(&mut child, &what, limit);
     if waited.is_err() {
@@ -85,6 +85,15 @@ pub fn succeed(command: &mut Command, limit: Duration) -> Result<String> {
     Ok(stdout)
 }
 
+/// Starts a child that hears all signals: it would inherit a mask from whoever holds signals back here. For a moment this thread
+/// hears them, too: one that comes then ends this process as if it held none back.
+pub fn spawn(command: &mut Command) -> Result<Child> {
+    let held = SigSet::empty().thread_swap_mask(SigmaskHow::SIG_SETMASK).context("letting signals in")?;
+    let child = command.spawn();
+    held.thread_set_mask().context("holding signals back again")?;
+    Ok(child?)
+}
+
 /// A program that runs until it is stopped, with its output in a file. It is killed when dropped, unless detached.
 pub struct Process {
     name: String,
@@ -100,7 +109,7 @@ impl Process {
         let open = || File::options().create(true).append(true).open(log).with_context(|| log.display().to_string());
         // A group of its own: an interrupt typed at the terminal is for the one who started it.
         command.stdin(Stdio::null()).stdout(open()?).stderr(open()?).process_group(0);
-        let child = command.spawn().with_context(|| format!("starting {name}"))?;
+        let child = spawn(command).with_context(|| format!("starting {name}"))?;
         Ok(Self { name, child, log: log.to_owned(), detached: false })
     }
 
@@ -180,7 +189,7 @@ impl Drop for Process {
     }
 }
 
-fn wait_child(child: &mut Child, what: &str, limit: Duration) -> Result<ExitStatus> {
+pub(crate) fn wait_child(child: &mut Child, what: &str, limit: Duration) -> Result<ExitStatus> {
     wait_for(format!("{what} to end"), limit, || {
         Ok(child.try_wait()?.map_or_else(|| Look::NotYet("still running".into()), Look::Done))
     })

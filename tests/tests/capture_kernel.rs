@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #[path = "capture_kernel/bed.rs"]
 mod bed;
+#[path = "capture_kernel/closed.rs"]
+mod closed;
 #[path = "capture_kernel/helper.rs"]
 mod helper;
 
@@ -13,8 +15,8 @@ use std::{
     time::Duration,
 };
 
-use bed::{Agent, Bed, Event, ip};
-use marline::bpf::{BpfError, PodListeners};
+use bed::{Agent, Bed, Event};
+use marline::bpf::PodListeners;
 
 const ECONNREFUSED: Option<i32> = Some(libc::ECONNREFUSED);
 
@@ -94,6 +96,12 @@ fn ipv6_sockets_bound_to_the_pods_address_are_captured() {
 }
 
 #[test]
+fn v4_mapped_sockets_bound_to_the_pods_address_are_captured() {
+    let to = "[::ffff:10.77.2.2]:7007";
+    talks(&format!("connect to={to} bind=[::ffff:10.77.1.2]:0"), to.parse().unwrap(), A4);
+}
+
+#[test]
 fn a_pod_reaches_its_own_services_without_the_agent() {
     let bed = Bed::new();
     let (agent, _) = bed.ready_agent();
@@ -116,6 +124,7 @@ fn a_program_that_connects_to_the_agents_listener_itself_has_no_destination() {
     client.ask(&format!("connect to={listener}"));
     let Event::Outbound { destination, .. } = agent.event() else { panic!("it is an outbound listener") };
     assert_eq!(destination, None);
+    assert_eq!(agent.counter("outbound_refused_no_origin"), 1);
 }
 
 #[test]
@@ -161,19 +170,41 @@ fn a_socket_that_is_used_again_forgets_where_it_went_before() {
 }
 
 #[test]
+fn a_client_on_record_outlives_the_entry_of_the_ports_last_owner() {
+    let bed = Bed::new();
+    let agent = bed.agent();
+    let _listeners = idle_listeners(&bed, &agent);
+    let mut server = bed.a.helper();
+    server.ask("listen at=10.77.1.2:7035 as=service");
+    server.begin("accept on=service");
+    let leg = || socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    let leg = bed.a.netns.run(leg).unwrap();
+    leg.bind(&"10.77.1.2:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+    let source = leg.local_addr().unwrap().as_socket().unwrap();
+    let [former, latter]: [SocketAddr; 2] = ["10.77.2.2:1", "10.77.2.2:2"].map(|client| client.parse().unwrap());
+    let entry = agent.capture.announce_client(bed.a.netns.cookie(), source, former).unwrap();
+    let _current = agent.capture.announce_client(bed.a.netns.cookie(), source, latter).unwrap();
+    drop(entry);
+    leg.connect(&"10.77.1.2:7035".parse::<SocketAddr>().unwrap().into()).unwrap();
+    assert_eq!(server.finish().address("accepted"), latter);
+}
+
+#[test]
 fn a_destination_that_just_refused_refuses_from_connect_itself() {
     let bed = Bed::new();
     let (agent, _) = bed.ready_agent();
     let mut client = bed.a.helper();
-    assert_eq!(client.ask("connect to=10.77.1.1:7040").errno(), None, "the first try learns it by a reset");
-    assert_eq!(client.ask("receive on=it").errno(), Some(libc::ECONNRESET));
+    // The first try learns it by a reset, which may overtake the end of connect().
+    let first = client.ask("connect to=10.77.1.1:7040").errno();
+    let first = first.or_else(|| client.ask("receive on=it").errno());
+    assert_eq!(first, Some(libc::ECONNRESET));
     for to in ["10.77.1.1:7040", "[::ffff:10.77.1.1]:7040"] {
         assert_eq!(client.ask(&format!("connect to={to}")).errno(), ECONNREFUSED);
     }
     assert_eq!(agent.counter("outbound_refused_recently"), 2);
-    assert_eq!(client.ask("connect to=10.77.1.1:7041").errno(), None, "other ports are not meant");
+    assert_ne!(client.ask("connect to=10.77.1.1:7041").errno(), ECONNREFUSED, "other ports are not meant");
     std::thread::sleep(Duration::from_millis(1100));
-    assert_eq!(client.ask("connect to=10.77.1.1:7040").errno(), None, "a second later it is tried again");
+    assert_ne!(client.ask("connect to=10.77.1.1:7040").errno(), ECONNREFUSED, "a second later it is tried again");
 }
 
 #[test]
@@ -185,215 +216,6 @@ fn udp_passes_and_is_counted() {
     assert_eq!(client.ask("udp to=10.77.2.2:7050").word("data"), "ping");
     assert!(agent.counter("udp_passed") >= 2);
     agent.no_more_events();
-}
-
-#[test]
-fn a_pod_that_is_not_ready_is_refused_in_both_directions() {
-    let bed = Bed::new();
-    let agent = bed.agent();
-    let _served = agent.serve(&bed.a, &bed.a.addresses());
-    let mut pod = bed.a.helper();
-    pod.ask("listen at=[::]:7060 as=service");
-    for to in ["10.77.2.2:1", "[fd77:2::2]:1", "[::ffff:10.77.2.2]:1"] {
-        assert_eq!(pod.ask(&format!("connect to={to}")).errno(), ECONNREFUSED, "{to}");
-    }
-    assert_eq!(agent.counter("outbound_refused_not_ready"), 3);
-    for to in ["10.77.1.2:7060", "[fd77:1::2]:7060"] {
-        assert_eq!(from_node(&bed, to), Err(libc::ECONNREFUSED), "{to}");
-    }
-    assert_eq!(agent.counter("inbound_refused_not_ready"), 2);
-    agent.no_more_events();
-}
-
-#[test]
-fn a_pod_the_agent_cannot_speak_for_is_refused_in_both_directions() {
-    let bed = Bed::new();
-    let agent = bed.agent();
-    agent.capture.refuse(&bed.a.netns).unwrap();
-    let mut pod = bed.a.helper();
-    pod.ask("listen at=[::]:7070 as=service");
-    assert_eq!(pod.ask("connect to=10.77.2.2:1").errno(), ECONNREFUSED);
-    assert_eq!(from_node(&bed, "10.77.1.2:7070"), Err(libc::ECONNREFUSED));
-}
-
-#[test]
-fn an_unknown_address_of_an_enrolled_pod_is_refused() {
-    let bed = Bed::new();
-    let (agent, _) = bed.ready_agent();
-    let mut pod = bed.a.helper();
-    pod.ask("listen at=0.0.0.0:7080 as=service");
-    let name = bed.a.netns.path().file_name().unwrap().to_str().unwrap().to_owned();
-    ip(&format!("-n {name} addr add 10.77.1.9/24 dev eth0"));
-    assert_eq!(from_node(&bed, "10.77.1.9:7080"), Err(libc::ECONNREFUSED));
-    assert_eq!(agent.counter("inbound_refused_address"), 1);
-    agent.no_more_events();
-}
-
-#[test]
-fn a_pod_outside_the_mesh_is_left_alone() {
-    let bed = Bed::new();
-    let agent = bed.agent();
-    let (mut client, mut server) = (bed.a.helper(), bed.b.helper());
-    server.ask("listen at=10.77.2.2:7090 as=service");
-    server.begin("accept on=service");
-    assert_eq!(client.ask("connect to=10.77.2.2:7090").errno(), None);
-    let accepted = server.finish();
-    assert_eq!(accepted.address("accepted").ip(), A4);
-    agent.no_more_events();
-}
-
-#[test]
-fn a_withdrawn_pod_is_left_alone_again() {
-    let bed = Bed::new();
-    let (agent, _) = bed.ready_agent();
-    for pod in [&bed.a, &bed.b] {
-        agent.capture.withdraw(pod.netns.cookie()).unwrap();
-    }
-    assert_eq!(agent.capture.pods().unwrap(), []);
-    let (mut client, mut server) = (bed.a.helper(), bed.b.helper());
-    server.ask("listen at=10.77.2.2:7091 as=service");
-    server.begin("accept on=service");
-    assert_eq!(client.ask("connect to=10.77.2.2:7091").errno(), None);
-    assert_eq!(server.finish().address("accepted").ip(), A4);
-    agent.no_more_events();
-}
-
-#[test]
-fn a_dead_agent_leaves_its_pods_refused_and_its_successor_opens_them() {
-    let bed = Bed::new();
-    let (agent, _) = bed.ready_agent();
-    let (mut client, mut server) = (bed.a.helper(), bed.b.helper());
-    server.ask("listen at=[::]:7100 as=service");
-    agent.die();
-    for to in ["10.77.2.2:7100", "[fd77:2::2]:7100", "[::ffff:10.77.2.2]:7100"] {
-        assert_eq!(client.ask(&format!("connect to={to}")).errno(), ECONNREFUSED, "{to}");
-    }
-    for to in ["10.77.2.2:7100", "[fd77:2::2]:7100"] {
-        assert_eq!(from_node(&bed, to), Err(libc::ECONNREFUSED), "{to}");
-    }
-
-    let agent = bed.agent();
-    let mut adopted = agent.capture.pods().unwrap();
-    adopted.sort();
-    let mut both = [bed.a.netns.cookie(), bed.b.netns.cookie()];
-    both.sort();
-    assert_eq!(adopted, both, "the successor knows whom it has to serve");
-    assert_eq!(client.ask("connect to=10.77.2.2:7100").errno(), ECONNREFUSED, "but nobody is served yet");
-    agent.open(&bed.a);
-    agent.open(&bed.b);
-    server.begin("accept on=service as=session");
-    assert_eq!(client.ask("connect to=10.77.2.2:7100").errno(), None);
-    assert_eq!(server.finish().errno(), None);
-    client.ask("send on=it data=ahoy");
-    assert_eq!(server.ask("receive on=session").word("data"), "ahoy");
-}
-
-#[test]
-fn two_agents_cannot_share_pins() {
-    let bed = Bed::new();
-    let _agent = bed.agent();
-    assert!(matches!(bed.try_agent().err(), Some(BpfError::PinsInUse { .. })));
-}
-
-#[test]
-fn two_agents_on_one_host_do_not_disturb_each_other() {
-    let (one, other) = (Bed::new(), Bed::new());
-    let (agent, _) = one.ready_agent();
-    let (neighbour, _) = other.ready_agent();
-    let mut client = one.a.helper();
-    let mut neighbours = other.a.helper();
-    client.ask("connect to=10.77.2.2:7110");
-    assert!(matches!(agent.event(), Event::Outbound { .. }));
-    neighbour.no_more_events();
-    agent.die();
-    assert_eq!(client.ask("connect to=10.77.2.2:7111").errno(), ECONNREFUSED);
-    assert_eq!(neighbours.ask("connect to=10.77.2.2:7111").errno(), None);
-    assert!(matches!(neighbour.event(), Event::Outbound { .. }));
-}
-
-#[test]
-fn sockets_bound_to_a_device_are_refused() {
-    let bed = Bed::new();
-    let (agent, _) = bed.ready_agent();
-    let mut client = bed.a.helper();
-    assert_eq!(client.ask("connect to=10.77.2.2:7120 device=eth0").errno(), ECONNREFUSED);
-    assert_eq!(agent.counter("outbound_refused_device"), 1);
-}
-
-#[test]
-fn link_local_destinations_are_refused() {
-    let bed = Bed::new();
-    let (agent, _) = bed.ready_agent();
-    let mut client = bed.a.helper();
-    assert_eq!(client.ask("connect to=[fe80::1%2]:7130").errno(), ECONNREFUSED);
-    assert_eq!(agent.counter("outbound_refused_link_local"), 1);
-}
-
-#[test]
-fn mptcp_is_refused_so_that_programs_fall_back() {
-    let bed = Bed::new();
-    let mut client = bed.a.helper();
-    let before = client.ask("open to=10.77.2.2:7140 mptcp=1 as=early");
-    if before.errno().is_some() {
-        eprintln!("skipped: this kernel has no MPTCP ({before:?})");
-        return;
-    }
-    let (agent, _) = bed.ready_agent();
-    let refused = client.ask("open to=10.77.2.2:7140 mptcp=1");
-    assert_eq!(refused.errno(), Some(libc::EPROTONOSUPPORT));
-    assert_eq!(agent.counter("mptcp_refused"), 1);
-    // A socket from before the enrolment: whatever it does, it must not get past the agent.
-    let mut server = bed.b.helper();
-    server.ask("listen at=10.77.2.2:7140 as=service");
-    client.ask("connect-on on=early to=10.77.2.2:7140");
-    assert!(matches!(agent.event(), Event::Outbound { destination: Some(to), .. } if to.port() == 7140));
-}
-
-#[test]
-fn connections_from_before_enrolment_are_cut() {
-    let bed = Bed::new();
-    let (mut client, mut server) = (bed.a.helper(), bed.b.helper());
-    server.ask("listen at=10.77.2.2:7150 as=service");
-    server.begin("accept on=service as=session");
-    assert_eq!(client.ask("connect to=10.77.2.2:7150").errno(), None);
-    server.finish();
-    client.ask("send on=it data=before");
-    assert_eq!(server.ask("receive on=session").word("data"), "before");
-
-    let agent = bed.agent();
-    agent.open(&bed.a);
-    client.ask("send on=it data=after");
-    assert_eq!(server.ask("receive on=session").errno(), Some(libc::EAGAIN), "nothing more arrives");
-    assert!(agent.counter("egress_dropped") >= 1);
-}
-
-#[test]
-fn two_pods_cannot_have_one_address() {
-    let bed = Bed::new();
-    let (agent, _) = bed.ready_agent();
-    let listeners = bed.b.netns.run(|| TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
-    let stolen = agent.capture.enrol(&PodListeners {
-        netns: &bed.b.netns,
-        outbound4: None,
-        outbound6: None,
-        inbound4: Some(listeners.as_fd()),
-        inbound6: None,
-        addresses: &[A4],
-    });
-    assert!(matches!(stolen, Err(BpfError::AddressTaken { .. })), "{stolen:?}");
-}
-
-#[test]
-fn the_self_test_fails_where_the_hooks_are_not_effective() {
-    let bed = Bed::new();
-    let agent = bed.agent();
-    let served = agent.serve(&bed.a, &bed.a.addresses());
-    // Someone takes the hook away: the pod's connects go wherever they like.
-    let pin = bed.settings.pin_path.join("links/connect4");
-    std::fs::remove_file(pin).unwrap();
-    let error = agent.prove(&bed.a).unwrap_err();
-    assert!(error.to_string().contains("outbound capture is not effective"), "{error}");
-    drop(served);
 }
 
 /// Opens pod a, but nobody takes connections, nor their entries, from its listeners: outbound 4, 6, inbound 4, 6.

@@ -27,7 +27,7 @@ fn without_an_agent_every_program_is_heard_on_the_link_in_the_clear() -> Result<
         let nginx = Nginx::start(&server, MARKER)?;
         nginx.add_file("file", 3_000_000)?;
         let (redis, iperf, ssh) =
-            (Redis::start(&server, MARKER)?, Iperf::start(&server, MARKER)?, Ssh::start(&server, MARKER)?);
+            (Redis::start(&server, MARKER)?, Iperf::new(&server, MARKER), Ssh::start(&server, MARKER)?);
         for family in Family::BOTH {
             let address = server.address(family);
             let mut capture = LinkCapture::start(cluster, &[MARKER, "never-sent"])?;

@@ -6,7 +6,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     io::ErrorKind,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
 };
 
 use anyhow::{Context, Result};
@@ -98,8 +98,7 @@ pub(crate) struct Artifact {
 
 /// Runs cargo with its own diagnostics on the terminal, and returns the executables it made.
 pub(crate) fn artifacts(step: &Step, cargo: &mut Command) -> Result<Vec<Artifact>> {
-    cargo.arg("--message-format=json-render-diagnostics").stderr(Stdio::inherit());
-    let text = step.output(cargo)?;
+    let text = step.read(cargo.arg("--message-format=json-render-diagnostics"))?;
     Ok(text.lines().filter_map(artifact).collect())
 }
 

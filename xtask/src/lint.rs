@@ -41,19 +41,25 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 .run(workspace::cargo().current_dir(&dir).args(["fmt", "--all"]))?;
         }
     }
-    quick()?;
-    let step =
-        Step::begin("clippy, warnings are errors").way_out("mend the code; `cargo clippy --fix` can do some of it");
-    step.run(workspace::cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-    deny(args.deny)
+    all([format(), rules(), clippy(), deny(args.deny)])
 }
 
-/// The checks that take seconds. All of them run, so that one look tells everything.
+/// The checks that take seconds.
 pub(crate) fn quick() -> Result<()> {
     rustup_components()?;
-    let faults: Vec<String> =
-        [format(), rules()].into_iter().filter_map(Result::err).map(|error| error.to_string()).collect();
+    all([format(), rules()])
+}
+
+/// One error out of many: one look tells everything.
+fn all<const N: usize>(results: [Result<()>; N]) -> Result<()> {
+    let faults: Vec<String> = results.into_iter().filter_map(Result::err).map(|error| error.to_string()).collect();
     if faults.is_empty() { Ok(()) } else { bail!("{}", faults.join("\n")) }
+}
+
+fn clippy() -> Result<()> {
+    let step =
+        Step::begin("clippy, warnings are errors").way_out("mend the code; `cargo clippy --fix` can do some of it");
+    step.run(workspace::cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
 }
 
 fn format() -> Result<()> {
@@ -146,15 +152,10 @@ fn deny(install: bool) -> Result<()> {
     for manifest in crates_to_format() {
         let step = Step::begin(format!("checking licences, sources and bans of {}", manifest.display()))
             .way_out("see deny.toml");
-        let config = workspace::root().join("deny.toml");
         let deny = |checks: &[&str]| {
             let mut cargo = workspace::cargo();
-            cargo
-                .args(["deny", "--manifest-path"])
-                .arg(manifest.join("Cargo.toml"))
-                .args(["check", "--config"])
-                .arg(&config)
-                .args(checks);
+            // In the root, where deny.toml is found.
+            cargo.args(["deny", "--manifest-path"]).arg(manifest.join("Cargo.toml")).arg("check").args(checks);
             cargo
         };
         step.run(&mut deny(&["bans", "licenses", "sources"]))?;

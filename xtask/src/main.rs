@@ -1,8 +1,11 @@
 //! `cargo xtask`: the commands of Marline's developers. This file is the command line; each command has a file of its own.
 //!
-//! Exit codes: 0 all is well; 1 something did not pass, or a step failed; 2 the command line is wrong. `vm` hands on its command's code.
+//! Exit codes: 0 all is well; 1 something did not pass, or a step failed; 2 the command line is wrong; 128+N
+//! signal N ended it. `vm` hands on its command's code.
 
 mod build;
+mod cluster;
+mod demo;
 mod deps;
 mod lint;
 mod load;
@@ -16,6 +19,8 @@ mod workspace;
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
+
+use signals::Interrupted;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -40,6 +45,16 @@ enum Cmd {
     Test(test::Args),
     /// Check format, clippy, the rules of the house, and the licences of dependencies
     Lint(lint::Args),
+    /// Watch real programs talk through the mesh without knowing it
+    Demo(demo::Args),
+    /// Make a two-node mesh on this box, or bring the one that is there up to date
+    Up(cluster::UpArgs),
+    /// Run a command in a pod of the mesh
+    Exec(cluster::ExecArgs),
+    /// Show the mesh's pods and what their agents say of them
+    Status,
+    /// Remove the mesh, or what is left of one
+    Down,
     /// Build the agent and run it on this host
     Load(load::Args),
     /// Run a command inside a stock Debian kernel that has kernel TLS
@@ -63,6 +78,11 @@ fn main() -> ExitCode {
         Cmd::BuildEbpf => (build::ebpf().map(|()| 0), 1),
         Cmd::Test(args) => (test::run(&args), 1),
         Cmd::TestGuest { plan } => (test::guest(&plan), 1),
+        Cmd::Demo(args) => (demo::run(&args), 1),
+        Cmd::Up(args) => (cluster::up(&args).map(|()| 0), 1),
+        Cmd::Exec(args) => (cluster::exec(&args), cluster::EXIT_NO_EXEC),
+        Cmd::Status => (cluster::status().map(|()| 0), 1),
+        Cmd::Down => (cluster::down().map(|()| 0), 1),
         Cmd::Load(args) => (load::run(&args).map(|()| 0), 1),
         Cmd::Lint(args) => (lint::run(&args).map(|()| 0), 1),
         Cmd::Vm(args) => (vm::run(&args), vm::EXIT_NO_VM),
@@ -72,7 +92,7 @@ fn main() -> ExitCode {
     };
     let code = result.unwrap_or_else(|error| {
         step::report(&error);
-        failed
+        error.downcast_ref::<Interrupted>().map_or(failed, |interrupted| 128 + interrupted.0 as i32)
     });
     ExitCode::from(u8::try_from(code).unwrap_or(1))
 }

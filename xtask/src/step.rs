@@ -54,6 +54,17 @@ impl Step {
         }
     }
 
+    /// Runs the command, shows its standard error as it comes, and returns its standard output, which is for programs to read.
+    pub(crate) fn read(&self, command: &mut Command) -> Result<String> {
+        command.stdin(Stdio::null()).stderr(Stdio::inherit());
+        let output = command.output().map_err(|error| self.failure(Some(command), error.to_string()))?;
+        if output.status.success() {
+            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        } else {
+            Err(self.failure(Some(command), output.status.to_string()))
+        }
+    }
+
     /// An error of this step that did not come from a command.
     pub(crate) fn fail(&self, cause: impl fmt::Display) -> anyhow::Error {
         self.failure(None, cause.to_string())

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::unistd::Uid;
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +27,7 @@ use crate::{
     build,
     deps::{self, need},
     lint,
+    signals::Interrupted,
     step::{self, Step},
     vm::{self, Kernel, Vm},
     workspace,
@@ -40,7 +41,7 @@ const VM_ALL: Duration = Duration::from_secs(30 * 60);
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Without a choice, all of these run:
-  --unit    tests inside the crates
+  --unit    tests of the single crates
   --native  scenarios (tests/tests) on this machine's kernel; root, in network namespaces, one after the other
   --vm      the same scenarios in Debian's kernels 6.12 and 6.1, one boot each
 Files named native_* run only natively, files named vm_* only in the VM. Before them come the checks of the format and of the
@@ -49,10 +50,10 @@ rules of the house; a part that was chosen runs without them. What tests need (n
 A test that cannot run on a kernel prints `SKIPPED: name: reason`, which is counted and shown. The last line on standard output is
 `N passed, N failed, N skipped`. The exit code is 0 only if nothing failed and something ran.
 
-  cargo xtask test --native --filter half_close
+  cargo xtask test --native --suite transfer_matrix --filter half_close
   cargo xtask test --vm 6.1")]
 pub(crate) struct Args {
-    /// Run the tests inside the crates
+    /// Run the tests of the single crates
     #[arg(long)]
     unit: bool,
     /// Run the scenarios on this kernel
@@ -64,6 +65,9 @@ pub(crate) struct Args {
     /// Only tests whose name contains this
     #[arg(long, value_name = "NAME")]
     filter: Option<String>,
+    /// Only suites whose name contains this: a file of tests/tests, or as `agent/lib` with --unit
+    #[arg(long, value_name = "NAME")]
+    suite: Option<String>,
     /// Show the tests instead of running them
     #[arg(long)]
     list: bool,
@@ -90,7 +94,8 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
         lint::quick()?;
     }
     let agent = build::agent(false)?;
-    let suites = build_suites()?;
+    let mut suites = build_suites()?;
+    suites.retain(|suite| args.suite.as_ref().is_none_or(|name| suite.name.contains(name.as_str())));
     if args.list {
         return list(&suites, args).map(|()| 0);
     }
@@ -110,7 +115,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
         env: vec![
             ("MARLINE_TEST_ENV".to_owned(), place.to_owned()),
             ("MARLINE_BIN".to_owned(), agent.display().to_string()),
-            // Kept by libtest, but a person who reads a log wants it anyway.
+            // Whoever reads the log of a failure that does not come back will want it.
             ("RUST_BACKTRACE".to_owned(), env::var("RUST_BACKTRACE").unwrap_or_else(|_| "1".to_owned())),
         ],
     };
@@ -133,7 +138,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     print!("{}", summary::text(&reports));
     let (passed, failed, _) = summary::totals(&reports);
     if passed == 0 && failed == 0 {
-        step::note("nothing ran: no test of that name?");
+        step::note("nothing ran: is there a test of that name in the chosen parts? See --list");
     }
     Ok(i32::from(failed > 0 || passed == 0))
 }
@@ -224,15 +229,13 @@ fn in_vm(kernel: Kernel, suites: &[Suite], settings: Settings, args: &Args) -> R
     vm.cwd = workspace::root();
     let code = match vm.run(&command) {
         Ok(code) => code,
+        Err(error) if error.is::<Interrupted>() => return Err(error),
         // The other kernel's tests are still worth running.
         Err(error) => {
             step::report(&error);
             vm::EXIT_NO_VM
         }
     };
-    if code == 128 + 2 || code == 128 + 15 {
-        bail!("interrupted");
-    }
     let text = fs::read_to_string(&plan.results).unwrap_or_default();
     Ok(merge(&plan, serde_json::from_str(&text).unwrap_or_default(), code))
 }

@@ -50,7 +50,7 @@ impl Toolchain {
             None => {
                 deps::install("compile the eBPF program", &["rustc-web", "cargo-web", "rust-web-src"])?;
                 let step = Step::quiet("looking for Debian's rustc-web")
-                    .way_out("rustup toolchain install nightly --component rust-src");
+                    .way_out("apt-get install --reinstall rustc-web cargo-web rust-web-src; a rustup nightly with rust-src serves as well, unless its LLVM is newer than bpf-linker's");
                 Self::compiler(Kind::Debian)
                     .ok_or_else(|| step.fail(format!("{DEBIAN_RUSTC} is not it, or is too old")))?
             }

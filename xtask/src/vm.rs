@@ -22,6 +22,7 @@ use self::{
 pub(crate) use self::{kernel::Kernel, machine::Sink};
 use crate::{
     deps::{self, need},
+    signals::Interrupted,
     step::{self, Step},
     workspace,
 };
@@ -141,7 +142,7 @@ impl Vm {
                 ));
                 Ok(EXIT_TIMEOUT)
             }
-            Outcome::Interrupted(signal) => Ok(128 + signal as i32),
+            Outcome::Interrupted(signal) => Err(Interrupted(signal).into()),
             // As if SIGPIPE had killed us.
             Outcome::NobodyListens => Ok(141),
             Outcome::Died(said) => {
@@ -240,8 +241,8 @@ impl Vm {
             Box::new(io::sink()),
             Box::new(io::sink()),
         )?;
-        if let Outcome::Interrupted(_) = outcome {
-            anyhow::bail!("interrupted");
+        if let Outcome::Interrupted(signal) = outcome {
+            return Err(Interrupted(signal).into());
         }
         let works = outcome == Outcome::Exit(0);
         fs::write(&file, answer(works)).with_context(|| format!("cannot write {}", file.display()))?;

@@ -246,3 +246,14 @@ impl fmt::Display for Family {
 fn random_port() -> u16 {
     rand::random_range(49152..=65535)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_self_test_can_be_spawned() {
+        fn spawnable<F: Future + Send>(_: impl Fn(&'static SelfTest, &'static ProbedPod<'static>) -> F) {}
+        spawnable(|test, pod| test.run(pod));
+    }
+}

@@ -96,7 +96,10 @@ impl Drop for Account {
         self.connections.close(&self.live);
         let facts = self.live.facts();
         let (verdict, reason, close) = match &self.end {
-            End::Abandoned => ("allowed", Some("abandoned"), "the agent or the pod was stopped".to_owned()),
+            End::Abandoned => {
+                let verdict = if facts.mode.is_some() { "allowed" } else { "refused" };
+                (verdict, Some("abandoned"), "its task was ended".to_owned())
+            }
             End::Refused { reason, text } => ("refused", Some(*reason), text.clone()),
             End::Closed => ("allowed", None, "closed".to_owned()),
             End::Failed { reason, text } => ("allowed", Some(*reason), text.clone()),

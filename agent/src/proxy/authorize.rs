@@ -28,7 +28,7 @@ impl Permit {
 pub enum Denied {
     #[error("denied by policy: {0}")]
     Policy(DenyReason),
-    #[error("mTLS is required (STRICT) and the client speaks plaintext")]
+    #[error("mTLS is required of this client (STRICT, or its workload is in the mesh) and it speaks plaintext")]
     PlaintextUnderStrict,
 }
 

@@ -9,7 +9,10 @@ use std::{
 
 use rustls::server::Acceptor;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::{
+    io::Interest,
+    net::{TcpListener, TcpSocket, TcpStream},
+};
 
 use crate::{
     bpf::PodListeners,
@@ -102,34 +105,30 @@ pub fn settle(leg: &TcpStream) -> io::Result<()> {
 /// Looks at a client's first bytes without taking them: true if it speaks the mesh's TLS, which its ALPN tells from an
 /// application's own TLS (as Istio's PERMISSIVE inbound listener does).
 pub async fn speaks_mesh_tls(client: &TcpStream, limit: Duration) -> io::Result<bool> {
-    let deadline = tokio::time::Instant::now() + limit;
     let mut bytes = vec![0; MAX_RECORD];
-    let mut seen = 0;
     match tokio::time::timeout(SILENCE, client.readable()).await {
         Ok(ready) => ready?,
         Err(_) => return Ok(false),
     }
-    loop {
-        match socket::peek(client, &mut bytes) {
-            Ok(0) => return Ok(false),
-            Ok(length) if length > seen => {
-                seen = length;
-                match judge(&bytes[..length]) {
-                    Some(verdict) => return Ok(verdict),
-                    None if length == bytes.len() => return Ok(false),
-                    None => {}
-                }
+    let look = async {
+        loop {
+            let ready = client.ready(Interest::READABLE).await?;
+            let seen = client.try_io(Interest::READABLE, || match socket::peek(client, &mut bytes)? {
+                0 => Ok(false),
+                length => match judge(&bytes[..length]) {
+                    Some(verdict) => Ok(verdict),
+                    None if length == bytes.len() || ready.is_read_closed() => Ok(false),
+                    // What was looked at stays; the next segment makes the next event.
+                    None => Err(io::ErrorKind::WouldBlock.into()),
+                },
+            });
+            match seen {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                seen => return seen,
             }
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
         }
-        if tokio::time::Instant::now() >= deadline {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        // What is peeked at stays readable, so there is no event to wait for.
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+    };
+    tokio::time::timeout(limit, look).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// `None` while a ClientHello has not come whole.
@@ -165,6 +164,9 @@ fn listener(address: IpAddr) -> io::Result<Socket> {
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
+    // Accepted connections inherit it. They hold the application's port, and a server that restarts must be able to bind it
+    // while some of them linger.
+    socket.set_reuse_address(true)?;
     socket.bind(&SocketAddr::new(address, 0).into())?;
     socket.listen(BACKLOG)?;
     Ok(socket)

@@ -1,7 +1,7 @@
 //! One connection to a local pod: the outbound way read from the other end. Who the source is, is known only when its
 //! certificate was checked, so the final Permit comes after the handshake.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use tokio::net::TcpStream;
 
@@ -14,7 +14,7 @@ use super::{
     handshake::{self, HandshakeError},
     identify::{self, ClientAddr},
     offload::{self, Records},
-    pod::Pod,
+    pod::{Pod, Turn},
     pump,
     refusal::Refusal,
 };
@@ -29,7 +29,7 @@ const UNAVAILABLE: u8 = 80;
 /// `access_denied`: the certificate is fine and policy says no.
 const ACCESS_DENIED: u8 = 49;
 
-pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, client: ClientAddr) {
+pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, client: ClientAddr, turn: Turn) {
     let local = match wire.local_addr() {
         // A program in the pod that connects to the agent's listener by itself comes to loopback.
         Ok(local) if local.ip().is_loopback() => return drop(capture::guard(&wire, ctx.settings.dead_peer)),
@@ -46,6 +46,7 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
         Err(refusal) => account.refused(refusal.reason(), &refusal),
         Ok(opened) => {
             let Opened { app, wire, records, permit, entry } = opened;
+            drop(turn);
             carry(&ctx, account, app, wire, records, permit).await;
             drop(entry);
         }
@@ -84,10 +85,12 @@ async fn open(
         let svid = ctx.svid(&pod.workload.id)?;
         let sni = Sni::default();
         let config = config::server_config_noting(&svid, ctx.identities.roots(), &snapshot.trust_domain, sni.clone())?;
+        let since = Instant::now();
         let secured = match handshake::accept(&mut wire, config, ctx.settings.handshake).await {
-            // What speaks no TLS at all is for policy to judge, which has the better words.
-            Err(HandshakeError::NotTls(_)) => None,
-            result => Some(ctx.handshaken(account, Direction::Inbound, result)?),
+            // What speaks no TLS at all is for policy to refuse, which has the better words. A client whose hello was seen is past that:
+            // bytes were taken from its stream.
+            Err(HandshakeError::NotTls(_)) if matches!(rule, Inbound::Mtls) => None,
+            result => Some(ctx.handshaken(account, Direction::Inbound, since, result)?),
         };
         account.live.learn(|facts| facts.sni = sni.get().map(str::to_owned));
         secured

@@ -3,6 +3,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Instant,
 };
 
 use tokio::net::TcpStream;
@@ -16,13 +17,13 @@ use super::{
     handshake,
     identify::{self, ClientAddr, OrigDst},
     offload::{self, Records},
-    pod::Pod,
+    pod::{Pod, Turn},
     pump::PumpError,
     refusal::Refusal,
 };
 use crate::tls::{config, records::RecordError};
 
-pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, app: TcpStream, client: ClientAddr) {
+pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, app: TcpStream, client: ClientAddr, turn: Turn) {
     let origin = match origin(&ctx, &pod, client) {
         Ok(origin) if ctx.selftest.claim_outbound(pod.netns.cookie(), origin.0) => return,
         origin => origin,
@@ -32,6 +33,7 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, app: TcpStream, clie
     match open(&ctx, &pod, &app, client, origin, &account).await {
         Err(refusal) => account.refused(refusal.reason(), &refusal),
         Ok((wire, records, permit, destination)) => {
+            drop(turn);
             let ended = carry(&ctx, account, app, wire, records, permit).await;
             if let Err(PumpError::Record(RecordError::Alert(_))) = ended.result
                 && ended.received == 0
@@ -82,8 +84,9 @@ async fn open(
             let config = config::client_config(&svid, ctx.identities.roots(), &expect)?;
             let host = workload.as_ref().map_or("unknown", |workload| workload.host.as_str());
             let name = config::server_name(destination.0.port(), host);
+            let since = Instant::now();
             let handshake = handshake::connect(&mut wire, config, name, ctx.settings.handshake).await;
-            let secured = ctx.handshaken(account, Direction::Outbound, handshake)?;
+            let secured = ctx.handshaken(account, Direction::Outbound, since, handshake)?;
             (offload::offload(&wire, secured, ctx.settings.records, &ctx.kernel)?, permit)
         }
     };

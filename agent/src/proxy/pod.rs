@@ -2,19 +2,23 @@
 //! self-tested, and only then opened; whatever fails leaves it closed and is tried again.
 
 use std::{
+    collections::hash_map::Entry,
     io,
-    sync::{Arc, Mutex, PoisonError},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
 use serde::Serialize;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::watch,
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
     task::JoinSet,
 };
 
-use super::{Context, account::with_causes, capture::Listeners, identify::ClientAddr, inbound, outbound};
+use super::{
+    Context, account::with_causes, capture::Listeners, connections::lock, identify::ClientAddr, inbound, outbound,
+};
 use crate::{
     bpf::{
         BpfError,
@@ -22,7 +26,7 @@ use crate::{
     },
     policy::Workload,
     state::LocalPod,
-    sys::netns::Netns,
+    sys::netns::{Netns, NetnsCookie},
 };
 
 const RETRY: [Duration; 4] =
@@ -30,10 +34,23 @@ const RETRY: [Duration; 4] =
 /// How often to see whether the pod's path still leads to the same namespace.
 const LOOK: Duration = Duration::from_secs(2);
 
+/// How many connections of one pod may be on their way to be established. Those beyond wait in the listeners' queues, so that a pod
+/// or its peers cannot take what the node's other pods need.
+const PENDING: usize = 1024;
+/// After an accept that failed.
+const BREATH: Duration = Duration::from_millis(200);
+
 /// A pod that is served.
 pub struct Pod {
     pub workload: Arc<Workload>,
     pub netns: Netns,
+    pending: Arc<Semaphore>,
+}
+
+impl Pod {
+    fn new(workload: Arc<Workload>, netns: Netns) -> Self {
+        Self { workload, netns, pending: Arc::new(Semaphore::new(PENDING)) }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +63,8 @@ pub enum EnrolError {
     Bpf(#[from] BpfError),
     #[error(transparent)]
     SelfTest(#[from] SelfTestError),
+    #[error("it is the same network namespace as {}, which another workload has; give each pod its own", .0.display())]
+    SameNetns(PathBuf),
     #[error("there is no certificate for {0} yet")]
     NoSvid(crate::identity::SpiffeId),
 }
@@ -86,21 +105,31 @@ impl Status {
     }
 
     pub fn get(&self) -> PodStatus {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.0).clone()
     }
 
     fn set(&self, state: PodState, reason: Option<String>) {
-        let mut status = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut status = lock(&self.0);
         (status.state, status.reason) = (state, reason);
     }
 }
 
-/// Serves the pod until `stop`, whatever happens to its namespace meanwhile; then lets go of it.
-pub async fn run(ctx: Arc<Context>, local: Arc<LocalPod>, status: Status, mut stop: watch::Receiver<bool>) {
-    let mut tries = 0;
+/// What is to become of a pod that is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    Serve,
+    /// Close it: it is served anew, as another workload or with other addresses.
+    Close,
+    /// Let go of it: it is not in the mesh any more.
+    Leave,
+}
+
+/// Serves the pod until it is ordered otherwise, whatever happens to its namespace meanwhile.
+pub(super) async fn run(ctx: Arc<Context>, local: Arc<LocalPod>, status: Status, mut order: watch::Receiver<Order>) {
+    let (mut tries, mut held) = (0, None);
     loop {
-        let pause = match serve(&ctx, &local, &status, &mut stop).await {
-            Ok(Left::Stopped) => return,
+        let pause = match serve(&ctx, &local, &status, &mut order, &mut held).await {
+            Ok(Left::Ordered) => break,
             Ok(Left::Replaced) => {
                 tries = 0;
                 Duration::ZERO
@@ -109,25 +138,27 @@ pub async fn run(ctx: Arc<Context>, local: Arc<LocalPod>, status: Status, mut st
                 let text = with_causes(&error);
                 tracing::warn!(pod = %local.netns.display(), identity = %local.workload.id, "pod is refused: {text}");
                 status.set(PodState::Refused, Some(text));
-                ctx.pods_changed.send_modify(|count| *count += 1);
                 RETRY[tries.min(RETRY.len() - 1)]
             }
         };
+        ctx.pods_changed.send_modify(|count| *count += 1);
         tries += 1;
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
-            _ = stop.wait_for(|stop| *stop) => {
-                withdraw(&ctx, &local);
-                return;
-            }
+            _ = order.wait_for(|order| *order != Order::Serve) => break,
         }
+    }
+    if *order.borrow() == Order::Leave
+        && let Some(cookie) = held
+    {
+        leave(&ctx, &local, cookie);
     }
 }
 
 enum Left {
-    /// The pod is no longer wanted.
-    Stopped,
-    /// The path leads to another namespace now.
+    /// Ordered to end; the pod is closed.
+    Ordered,
+    /// The path leads to another namespace now; the old one stays closed, for its processes may live.
     Replaced,
 }
 
@@ -135,16 +166,20 @@ async fn serve(
     ctx: &Arc<Context>,
     local: &Arc<LocalPod>,
     status: &Status,
-    stop: &mut watch::Receiver<bool>,
+    order: &mut watch::Receiver<Order>,
+    held: &mut Option<NetnsCookie>,
 ) -> Result<Left, EnrolError> {
     let netns = open(local)?;
+    let _served = Served::claim(ctx, netns.cookie(), &local.netns)?;
+    *held = Some(netns.cookie());
+    let addresses = &local.workload.addresses;
     ctx.capture.refuse(&netns)?;
+    ctx.capture.cover(&netns, addresses, |owner| lock(&ctx.served).contains_key(&owner))?;
     if ctx.svid(&local.workload.id).is_err() {
         return Err(EnrolError::NoSvid(local.workload.id.clone()));
     }
-    let pod = Arc::new(Pod { workload: local.workload.clone(), netns });
+    let pod = Arc::new(Pod::new(local.workload.clone(), netns));
     let listeners = Listeners::open(&pod.netns).map_err(EnrolError::Listen)?;
-    let addresses = &pod.workload.addresses;
     let captured = listeners.for_capture(&pod.netns, addresses).map_err(EnrolError::Listen)?;
     let enrolment = ctx.capture.enrol(&captured)?;
 
@@ -154,35 +189,74 @@ async fn serve(
     families.extend(listeners.outbound6.is_some().then_some(Family::V6));
     let Listeners { outbound4, outbound6, inbound4, inbound6 } = listeners;
     for listener in [Some(outbound4), outbound6].into_iter().flatten() {
-        loops.spawn(accept(ctx.clone(), pod.clone(), listener, |ctx, pod, stream, client| {
-            tokio::spawn(outbound::serve(ctx, pod, stream, client));
+        loops.spawn(accept(ctx.clone(), pod.clone(), listener, |ctx, pod, stream, client, turn| {
+            tokio::spawn(outbound::serve(ctx, pod, stream, client, turn));
         }));
     }
     for listener in [Some(inbound4), inbound6].into_iter().flatten() {
-        loops.spawn(accept(ctx.clone(), pod.clone(), listener, |ctx, pod, stream, client| {
-            tokio::spawn(inbound::serve(ctx, pod, stream, client));
+        loops.spawn(accept(ctx.clone(), pod.clone(), listener, |ctx, pod, stream, client, turn| {
+            tokio::spawn(inbound::serve(ctx, pod, stream, client, turn));
         }));
     }
-    ctx.selftest.run(&ProbedPod { netns: &pod.netns, outbound: &families, addresses }).await?;
+    let probed = ProbedPod { netns: &pod.netns, outbound: &families, addresses };
+    tokio::select! {
+        tested = ctx.selftest.run(&probed) => tested?,
+        _ = order.wait_for(|order| *order != Order::Serve) => return Ok(Left::Ordered),
+    }
     enrolment.ready()?;
     status.set(PodState::Ready, None);
     ctx.pods_changed.send_modify(|count| *count += 1);
     tracing::info!(pod = %local.netns.display(), identity = %local.workload.id, "pod is captured");
-    loop {
+    let left = loop {
         tokio::select! {
-            _ = stop.wait_for(|stop| *stop) => {
-                ctx.capture.withdraw(pod.netns.cookie())?;
-                tracing::info!(pod = %local.netns.display(), "pod has left the mesh");
-                return Ok(Left::Stopped);
-            }
+            _ = order.wait_for(|order| *order != Order::Serve) => break Left::Ordered,
+            // An accept loop never ends; if one panicked the pod is served anew.
+            _ = loops.join_next() => break Left::Replaced,
             () = tokio::time::sleep(LOOK) => {
                 if open(local).is_ok_and(|now| now.cookie() != pod.netns.cookie()) {
                     tracing::info!(pod = %local.netns.display(), "the pod's namespace was replaced");
-                    ctx.capture.withdraw(pod.netns.cookie())?;
-                    return Ok(Left::Replaced);
+                    break Left::Replaced;
                 }
             }
         }
+    };
+    status.set(PodState::Refused, Some("being enrolled anew".into()));
+    enrolment.hold()?;
+    Ok(left)
+}
+
+/// Opens a pod that has left the mesh, unless its namespace is another wanted pod's, by another path.
+fn leave(ctx: &Context, local: &LocalPod, cookie: NetnsCookie) {
+    let others = ctx.state.load().local.iter().any(|other| open(other).is_ok_and(|netns| netns.cookie() == cookie));
+    if others || lock(&ctx.served).contains_key(&cookie) {
+        return;
+    }
+    match ctx.capture.withdraw(cookie) {
+        Ok(()) => tracing::info!(pod = %local.netns.display(), "pod has left the mesh"),
+        Err(error) => {
+            tracing::error!(pod = %local.netns.display(), "the pod could not be let go: {}", with_causes(&error));
+        }
+    }
+}
+
+/// That this pod and no other is served for a namespace, as long as it lives.
+struct Served<'a>(&'a Context, NetnsCookie);
+
+impl<'a> Served<'a> {
+    fn claim(ctx: &'a Context, cookie: NetnsCookie, path: &Path) -> Result<Self, EnrolError> {
+        match lock(&ctx.served).entry(cookie) {
+            Entry::Occupied(other) => Err(EnrolError::SameNetns(other.get().clone())),
+            Entry::Vacant(free) => {
+                free.insert(path.to_path_buf());
+                Ok(Self(ctx, cookie))
+            }
+        }
+    }
+}
+
+impl Drop for Served<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.served).remove(&self.1);
     }
 }
 
@@ -190,28 +264,24 @@ fn open(local: &LocalPod) -> Result<Netns, EnrolError> {
     Netns::open(&local.netns).map_err(|source| EnrolError::Netns { path: local.netns.display().to_string(), source })
 }
 
-/// A pod that is removed while it could not be served.
-fn withdraw(ctx: &Context, local: &LocalPod) {
-    if let Ok(netns) = open(local)
-        && let Err(error) = ctx.capture.withdraw(netns.cookie())
-    {
-        tracing::error!(%error, pod = %local.netns.display(), "the pod could not be let go");
-    }
-}
+/// A place among the connections of a pod that are not established yet.
+pub(super) type Turn = OwnedSemaphorePermit;
 
 async fn accept(
     ctx: Arc<Context>,
     pod: Arc<Pod>,
     listener: TcpListener,
-    serve: fn(Arc<Context>, Arc<Pod>, TcpStream, ClientAddr),
+    serve: fn(Arc<Context>, Arc<Pod>, TcpStream, ClientAddr, Turn),
 ) {
     loop {
+        // Closed never: the semaphore is the pod's, which this loop holds.
+        let Ok(turn) = pod.pending.clone().acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((stream, client)) => serve(ctx.clone(), pod.clone(), stream, ClientAddr(client)),
+            Ok((stream, client)) => serve(ctx.clone(), pod.clone(), stream, ClientAddr(client), turn),
             Err(error) => {
                 // Out of descriptors or memory: what waits in the queue waits a little longer.
                 tracing::error!(%error, pod = %pod.netns.path().display(), "no connection can be accepted");
-                tokio::time::sleep(Duration::from_millis(20)).await;
+                tokio::time::sleep(BREATH).await;
             }
         }
     }

@@ -11,6 +11,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::watch,
+    time::error::Elapsed,
 };
 
 use super::{
@@ -29,6 +30,8 @@ const BYTES: usize = 256 << 10;
 /// stay as they are: TCP itself crawls where they are smaller than a segment.
 const SEND_BUFFER: usize = 4096;
 const LIMIT: Duration = Duration::from_secs(10);
+/// A transfer that makes no progress for so long has stalled for good.
+const STALL: Duration = Duration::from_millis(1500);
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -91,18 +94,27 @@ async fn transfer(
     };
     let read = async {
         let mut received = Vec::with_capacity(BYTES);
-        sink.read_to_end(&mut received).await?;
+        while tokio::time::timeout(STALL, sink.read_buf(&mut received)).await?? > 0 {}
         sink.shutdown().await?;
-        Ok::<_, io::Error>(received)
+        Ok::<_, Failure>(received)
     };
-    let all = async { tokio::join!(write, run(&app, &wire, near), run(&peer_app, &peer, far), read) };
-    let Ok((written, near, far, received)) = tokio::time::timeout(LIMIT, all).await else {
-        return Err(format!("a transfer with small buffers stalled for {LIMIT:?}").into());
+    let pumps = async {
+        let (written, near, far) = tokio::join!(write, run(&app, &wire, near), run(&peer_app, &peer, far));
+        written?;
+        near?;
+        far?;
+        Ok::<_, Failure>(())
     };
-    written?;
-    near?;
-    far?;
-    if received? == sent { Ok(()) } else { Err("the bytes that came out are not those that went in".into()) }
+    tokio::pin!(pumps);
+    let received = tokio::select! {
+        biased;
+        received = read => received.map_err(|error| -> Failure {
+            if error.is::<Elapsed>() { "a transfer with small send buffers stalls".into() } else { error }
+        })?,
+        result = &mut pumps => return Err(result.err().unwrap_or_else(|| "the transfer ended before its reader".into())),
+    };
+    tokio::time::timeout(LIMIT, pumps).await??;
+    if received == sent { Ok(()) } else { Err("the bytes that came out are not those that went in".into()) }
 }
 
 async fn run(app: &TcpStream, wire: &TcpStream, records: Records) -> Result<(), pump::PumpError> {

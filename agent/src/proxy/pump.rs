@@ -1,6 +1,6 @@
 //! Moves the bytes of one connection between the application's leg and the wire's, so that the application sees exactly the TCP
 //! connection it believes to have: half-close either way, RST as RST, back pressure, no limit of size or time. The directions
-//! are `outward` (application to wire) and `inward`; ending the sockets after a failure is the caller's, with `abort`.
+//! are `outward` (application to wire) and `inward`. After a failure the caller closes the legs, which then are reset: `capture::guard`.
 
 use std::{
     io,
@@ -23,6 +23,9 @@ mod buffer;
 mod inward;
 mod outward;
 
+/// The reason that `watchdog` gives: no rule has changed, the peer has gone.
+pub const DEAD_PEER: &str = "the peer's host does not answer any more";
+
 /// Bytes moved so far, as the application counts them.
 #[derive(Debug, Default)]
 pub struct Moved {
@@ -37,6 +40,8 @@ pub enum PumpError {
     Application(#[source] io::Error),
     #[error("the peer reset the connection")]
     Wire(#[source] io::Error),
+    #[error("the peer's host does not answer any more")]
+    PeerDead(#[source] io::Error),
     #[error("the peer's stream ended without close_notify: it may have been cut")]
     Truncated,
     #[error(transparent)]
@@ -59,6 +64,7 @@ impl PumpError {
         match self {
             Self::Application(_) => "application_reset",
             Self::Wire(_) => "peer_reset",
+            Self::PeerDead(_) => "peer_dead",
             Self::Truncated => "truncated",
             Self::Record(RecordError::Alert(_)) => "peer_alert",
             Self::Record(_) => "bad_record",
@@ -71,7 +77,7 @@ impl PumpError {
     }
 }
 
-/// Runs until both directions have ended in order, or one has failed. On an error both legs must be aborted.
+/// Runs until both directions have ended in order, or one has failed. On an error both legs must be reset.
 pub async fn run(
     app: &TcpStream,
     wire: &TcpStream,
@@ -90,8 +96,13 @@ pub async fn run(
             result = &mut inward, if !received_all => { result?; received_all = true; }
             // A side that has closed its half is no longer read: its reset shows only as an error event.
             error = reset(app), if sent_all => return Err(PumpError::Application(error)),
-            error = reset(wire), if received_all => return Err(PumpError::Wire(error)),
-            reason = revocation(revoked) => return Err(PumpError::Revoked(reason)),
+            error = reset(wire), if received_all => return Err(wire_lost(error)),
+            reason = revocation(revoked) => {
+                return Err(match reason {
+                    DEAD_PEER => PumpError::PeerDead(io::ErrorKind::TimedOut.into()),
+                    reason => PumpError::Revoked(reason),
+                });
+            }
         }
     }
     Ok(())
@@ -112,15 +123,6 @@ pub async fn refuse(wire: TcpStream, records: Records, alert: u8) {
     match said.and_then(|()| super::capture::settle(&wire)).and_then(|()| shut(&wire)) {
         Ok(()) => {}
         Err(error) => tracing::debug!(%error, "the peer could not be told why it is refused"),
-    }
-}
-
-/// Passes a failure on to both ends as what TCP has for it.
-pub fn abort(app: &TcpStream, wire: &TcpStream) {
-    for leg in [app, wire] {
-        if let Err(error) = socket::abort_on_close(leg) {
-            tracing::debug!(%error, "the socket takes no linger time");
-        }
     }
 }
 
@@ -166,13 +168,26 @@ fn split(records: Records) -> (Out, In) {
     }
 }
 
+/// What to wait for before reading. Kernel TLS reports a record that it cannot open as an error alone, without the socket
+/// becoming readable (net/tls/tls_sw.c, tls_err_abort).
+const READ: Interest = Interest::READABLE.add(Interest::ERROR);
+
+/// Reads if there is something to be read, or an error to be heard. tokio's `try_io` knows only one interest at a time.
+fn try_read<T>(from: &TcpStream, mut read: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    match from.try_io(Interest::READABLE, &mut read) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => from.try_io(Interest::ERROR, read),
+        result => result,
+    }
+}
+
 /// Whether a burst of reading ended because nothing was left for now, or for good.
 enum Burst {
     Drained,
     Ended,
 }
 
-/// Lets the other direction and other connections have the thread after so many bytes.
+/// Lets the other direction and other connections have the thread after so much work: bytes, and for each read as much as a page of
+/// them, so that a peer that sends records with nothing in them does not keep it.
 struct Budget(usize);
 
 impl Budget {
@@ -183,7 +198,7 @@ impl Budget {
     }
 
     async fn spend(&mut self, bytes: usize) {
-        self.0 = self.0.saturating_sub(bytes);
+        self.0 = self.0.saturating_sub(bytes.max(4096));
         if self.0 == 0 {
             self.0 = Self::BYTES;
             tokio::task::yield_now().await;
@@ -215,6 +230,14 @@ async fn send_all_vectored(to: &TcpStream, mut pieces: &mut [io::IoSlice<'_>]) -
         }
     }
     Ok(())
+}
+
+/// Keepalive and retransmission give up with ETIMEDOUT; all else is the peer's reset.
+fn wire_lost(error: io::Error) -> PumpError {
+    match error.raw_os_error() {
+        Some(libc::ETIMEDOUT | libc::EHOSTUNREACH) => PumpError::PeerDead(error),
+        _ => PumpError::Wire(error),
+    }
 }
 
 /// Ends the half of a TCP connection that this side writes.

@@ -4,7 +4,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::{Context, connections::Live};
+use super::{Context, connections::Live, pump::DEAD_PEER};
 use crate::sys::socket::{self, TcpInfo};
 
 /// Unanswered window probes in a row before silence means death: probes are up to two minutes apart (tcp_timer.c).
@@ -17,7 +17,7 @@ pub async fn run(ctx: Arc<Context>) {
         tick.tick().await;
         for live in ctx.connections.all() {
             if dead(&live, limit) {
-                live.revoke("the peer's host does not answer any more");
+                live.revoke(DEAD_PEER);
             }
         }
     }

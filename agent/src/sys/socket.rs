@@ -114,7 +114,6 @@ pub struct TcpInfo {
     pub probes: u8,
     pub unacked: u32,
     pub since_last_ack: Duration,
-    pub rtt: Duration,
 }
 
 pub fn tcp_info(socket: impl AsFd) -> io::Result<TcpInfo> {
@@ -139,7 +138,6 @@ pub fn tcp_info(socket: impl AsFd) -> io::Result<TcpInfo> {
         probes: info.tcpi_probes,
         unacked: info.tcpi_unacked,
         since_last_ack: Duration::from_millis(u64::from(info.tcpi_last_ack_recv)),
-        rtt: Duration::from_micros(u64::from(info.tcpi_rtt)),
     })
 }
 

@@ -29,13 +29,6 @@ pub enum KtlsError {
     Keys { direction: Direction, source: io::Error },
 }
 
-impl KtlsError {
-    /// True where the kernel refuses new keys on a socket that has some: before 6.14 a session cannot be rekeyed.
-    pub fn is_no_rekey(&self) -> bool {
-        matches!(self, Self::Keys { source, .. } if source.raw_os_error() == Some(libc::EBUSY))
-    }
-}
-
 /// Attaches the `tls` upper-layer protocol. Until keys are set the socket goes on as plain TCP.
 pub fn attach(socket: impl AsFd) -> Result<(), KtlsError> {
     set(socket, libc::SOL_TCP, libc::TCP_ULP, b"tls").map_err(KtlsError::NotThere)

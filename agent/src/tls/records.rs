@@ -32,8 +32,14 @@ pub const CLOSE_NOTIFY: [u8; 2] = [1, 0];
 const KEY_UPDATE: u8 = 24;
 const NEW_SESSION_TICKET: u8 = 4;
 
-/// AES-GCM may seal 2^24.5 full records with one key (RFC 8446 section 5.5); keys are changed well before.
-pub const AES_GCM_RECORDS: u64 = 1 << 24;
+/// How many 16-byte blocks AES-GCM may seal with one key. RFC 8446 section 5.5 allows 2^24.5 full records of 2^10 blocks; short
+/// records cost less, so blocks are counted.
+pub const AES_GCM_BLOCKS: u64 = 1 << 34;
+
+/// The blocks that a record takes: its content, and two for the type and the tag.
+pub fn blocks(bytes: usize) -> u64 {
+    bytes.div_ceil(16) as u64 + 2
+}
 
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
@@ -154,11 +160,11 @@ impl Session {
         self.update_wanted.load(Ordering::Relaxed) && self.update_wanted.swap(false, Ordering::Relaxed)
     }
 
-    /// How many records one key may seal.
-    pub fn record_limit(&self) -> u64 {
+    /// How many blocks one key may seal.
+    pub fn block_limit(&self) -> u64 {
         match self.suite.suite() {
             rustls::CipherSuite::TLS13_CHACHA20_POLY1305_SHA256 => u64::MAX,
-            _ => AES_GCM_RECORDS,
+            _ => AES_GCM_BLOCKS,
         }
     }
 
@@ -171,6 +177,7 @@ impl Session {
 pub struct Sealer {
     cipher: Box<dyn MessageEncrypter>,
     sequence: u64,
+    sealed: u64,
 }
 
 impl Sealer {
@@ -180,7 +187,7 @@ impl Sealer {
     ) -> Result<Self, RecordError> {
         let (key, iv) = key_and_iv(secrets)?;
         let suite = suite.tls13().ok_or_else(not_tls13)?;
-        Ok(Self { cipher: suite.aead_alg.encrypter(key, iv), sequence })
+        Ok(Self { cipher: suite.aead_alg.encrypter(key, iv), sequence, sealed: 0 })
     }
 
     /// One whole record, header included. `payload` is at most `MAX_PLAINTEXT` long.
@@ -192,11 +199,13 @@ impl Sealer {
         };
         let record = self.cipher.encrypt(message, self.sequence).map_err(RecordError::Crypto)?;
         self.sequence += 1;
+        self.sealed += blocks(payload.len());
         Ok(record.encode())
     }
 
+    /// Blocks that this key has sealed.
     pub fn sealed(&self) -> u64 {
-        self.sequence
+        self.sealed
     }
 }
 

@@ -10,29 +10,33 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::{Seen, write_marked};
-use crate::{cluster::Pod, process::Process, wait::seconds};
+use crate::{cluster::Pod, wait::seconds};
 
 const PORT: u16 = 5201;
 
 pub struct Iperf {
-    pub process: Process,
+    server: Pod,
     marker: String,
 }
 
 impl Iperf {
-    pub fn start(pod: &Pod, marker: &str) -> Result<Self> {
-        let mut command = pod.command("iperf3");
-        command.args(["-s", "-p", &PORT.to_string()]);
-        Ok(Self { process: pod.serve("iperf3", &mut command, PORT)?, marker: marker.to_owned() })
-    }
-
     #[must_use]
-    pub fn port(&self) -> u16 {
-        PORT
+    pub fn new(server: &Pod, marker: &str) -> Self {
+        Self { server: server.clone(), marker: marker.to_owned() }
     }
 
-    /// Sends so many bytes of marked text and compares the counts of both ends.
+    /// Sends so many bytes of marked text and compares the counts of both ends. The server is started for this one test:
+    /// between two tests it closes its listener for a moment.
     pub fn send(&self, client: &Pod, address: IpAddr, size: u64) -> Result<Seen> {
+        let mut command = self.server.command("iperf3");
+        command.args(["-s", "-1", "-p", &PORT.to_string()]);
+        let mut server = self.server.serve("iperf3", &mut command, PORT)?;
+        let seen = self.measure(client, address, size)?;
+        server.wait(seconds(20))?;
+        Ok(seen)
+    }
+
+    fn measure(&self, client: &Pod, address: IpAddr, size: u64) -> Result<Seen> {
         let file = client.directory.join("iperf3.sent");
         write_marked(&file, &self.marker, size)?;
         let (host, port, path) = (address.to_string(), PORT.to_string(), file.to_string_lossy());

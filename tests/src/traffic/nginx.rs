@@ -16,12 +16,12 @@ use crate::{
     wait::seconds,
 };
 
-const PORT: u16 = 80;
 /// The requests of `keep_alive`.
 const REQUESTS: usize = 5;
 
 pub struct Nginx {
     pub process: Process,
+    port: u16,
     root: PathBuf,
     marker: String,
 }
@@ -29,21 +29,28 @@ pub struct Nginx {
 impl Nginx {
     /// Starts nginx on port 80 of both families, with a small page that holds the marker.
     pub fn start(pod: &Pod, marker: &str) -> Result<Self> {
-        let base = pod.directory.join("nginx");
+        Self::start_on(pod, 80, marker)
+    }
+
+    /// The same on another port: several may run in one pod.
+    pub fn start_on(pod: &Pod, port: u16, marker: &str) -> Result<Self> {
+        let name = format!("nginx-{port}");
+        let base = pod.directory.join(&name);
         let root = base.join("www");
         fs::create_dir_all(&root).with_context(|| format!("making {}", root.display()))?;
         let config = base.join("nginx.conf");
-        fs::write(&config, configuration(&base, &root)).with_context(|| format!("writing {}", config.display()))?;
+        let text = configuration(&base, &root, port);
+        fs::write(&config, text).with_context(|| format!("writing {}", config.display()))?;
         fs::write(root.join("index.html"), page(marker)).context("writing a page")?;
         let mut command = pod.command("nginx");
         command.arg("-e").arg("stderr").arg("-p").arg(&base).arg("-c").arg(&config);
-        let process = pod.serve("nginx", &mut command, PORT)?;
-        Ok(Self { process, root, marker: marker.to_owned() })
+        let process = pod.serve(&name, &mut command, port)?;
+        Ok(Self { process, port, root, marker: marker.to_owned() })
     }
 
     #[must_use]
     pub fn port(&self) -> u16 {
-        PORT
+        self.port
     }
 
     /// Adds a file to serve, marked all over.
@@ -53,7 +60,7 @@ impl Nginx {
 
     /// Several requests over one connection, each answered with the page.
     pub fn keep_alive(&self, client: &Pod, address: IpAddr) -> Result<Seen> {
-        let url = format!("http://{}/", in_url(address));
+        let url = format!("http://{}:{}/", in_url(address), self.port);
         let header = format!("X-Marker: {}", self.marker);
         let mut arguments = vec!["-sS", "--fail", "-H", &header, "-w", "%{stderr}%{num_connects}\n"];
         arguments.extend(std::iter::repeat_n(url.as_str(), REQUESTS));
@@ -63,19 +70,27 @@ impl Nginx {
         let connects: u32 = errors.lines().filter_map(|line| line.trim().parse::<u32>().ok()).sum();
         ensure!(connects == 1, "{REQUESTS} requests took {connects} connections: {}", errors.trim());
         let exact = output.stdout == page(&self.marker).repeat(REQUESTS).as_bytes();
-        Ok(Seen { port: PORT, exact, note: format!("{REQUESTS} requests, one connection") })
+        Ok(Seen { port: self.port, exact, note: format!("{REQUESTS} requests, one connection") })
+    }
+
+    /// One request for the page.
+    pub fn page(&self, client: &Pod, address: IpAddr) -> Result<Seen> {
+        let url = format!("http://{}:{}/", in_url(address), self.port);
+        let header = format!("X-Marker: {}", self.marker);
+        let received = client.succeed("curl", &["-sS", "--fail", "-H", &header, &url], seconds(60))?;
+        Ok(Seen { port: self.port, exact: received == page(&self.marker), note: "one request".into() })
     }
 
     /// One file, its checksum compared with that of the file on disk.
     pub fn fetch(&self, client: &Pod, address: IpAddr, name: &str) -> Result<Seen> {
-        let url = format!("http://{}/{name}", in_url(address));
+        let url = format!("http://{}:{}/{name}", in_url(address), self.port);
         let file = self.root.join(name);
         let size = fs::metadata(&file).with_context(|| format!("{}", file.display()))?.len();
         let script = r#"set -o pipefail; curl -sS --fail "$0" | sha256sum"#;
         let received = client.succeed("bash", &["-c", script, &url], seconds(300))?;
         let sent = sha256(&file)?;
         let exact = first_word(&received) == first_word(&sent);
-        Ok(Seen { port: PORT, exact, note: format!("{size} bytes, sha256 {:.12}", first_word(&received)) })
+        Ok(Seen { port: self.port, exact, note: format!("{size} bytes, sha256 {:.12}", first_word(&received)) })
     }
 }
 
@@ -91,14 +106,14 @@ fn page(marker: &str) -> String {
     format!("<!doctype html><title>mesh</title><p>{marker}</p>\n").repeat(20)
 }
 
-fn configuration(base: &Path, root: &Path) -> String {
+fn configuration(base: &Path, root: &Path, port: u16) -> String {
     let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
         .map(|kind| format!("  {kind}_temp_path {}/{kind};\n", base.display()))
         .concat();
     format!(
         "user root;\ndaemon off;\nworker_processes 1;\npid {base}/nginx.pid;\nerror_log stderr;\n\
          events {{ worker_connections 8192; }}\nhttp {{\n{temporary}  access_log off;\n  sendfile on;\n  \
-         keepalive_requests 100000;\n  server {{\n    listen {PORT} backlog=4096;\n    listen [::]:{PORT} backlog=4096;\n    \
+         keepalive_requests 100000;\n  server {{\n    listen {port} backlog=4096;\n    listen [::]:{port} backlog=4096;\n    \
          root {root};\n  }}\n}}\n",
         base = base.display(),
         root = root.display(),

@@ -1,6 +1,7 @@
 //! Two pods on one node, in network namespaces of their own, and an agent with the least proxy that can serve them.
 //!
-//! Every bed has its own names, cgroup and pins, so tests do not meet.
+//! Every bed has its own names, cgroup and pins. The tests take turns all the same: a program that one of them is just starting
+//! holds copies of every descriptor for a moment, and so would keep a listener alive that another has closed.
 use std::{
     fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener},
@@ -8,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, Ordering},
         mpsc,
     },
@@ -38,6 +39,8 @@ pub(crate) struct Bed {
     pub(crate) a: Pod,
     pub(crate) b: Pod,
     pub(crate) settings: CaptureSettings,
+    /// Held until the bed is gone.
+    turn: Option<MutexGuard<'static, ()>>,
 }
 
 pub(crate) struct Pod {
@@ -72,6 +75,19 @@ pub(crate) struct Served {
 
 impl Bed {
     pub(crate) fn new() -> Self {
+        static TURN: Mutex<()> = Mutex::new(());
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bed = Self::build();
+        bed.turn = Some(turn);
+        bed
+    }
+
+    /// A second bed for the same test.
+    pub(crate) fn another(&self) -> Self {
+        Self::build()
+    }
+
+    fn build() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("mk{}x{number}", std::process::id());
@@ -88,7 +104,7 @@ impl Bed {
         .expect("the node can be entered");
         let a = Pod::new(&name, 'a', 1, &cgroup);
         let b = Pod::new(&name, 'b', 2, &cgroup);
-        Self { name, node, a, b, settings }
+        Self { name, node, a, b, settings, turn: None }
     }
 
     pub(crate) fn agent(&self) -> Agent {

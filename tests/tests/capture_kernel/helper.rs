@@ -10,7 +10,7 @@ use std::{
     os::fd::AsFd,
     path::Path,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use marline::{bpf::probe, sys::netns::Netns};
@@ -155,6 +155,15 @@ fn carry_out(verb: &str, arguments: &HashMap<&str, &str>, sockets: &mut HashMap<
         "open" => {
             sockets.insert(name, open(address("to"), arguments)?);
             Ok("done=1".into())
+        }
+        "hammer" => {
+            let millis = Duration::from_millis(arguments["millis"].parse().expect("a number"));
+            let (start, mut tried, mut connected) = (Instant::now(), 0, 0);
+            while start.elapsed() < millis {
+                tried += 1;
+                connected += i32::from(open(address("to"), arguments)?.connect(&address("to").into()).is_ok());
+            }
+            Ok(format!("tried={tried} connected={connected}"))
         }
         "listen" => {
             let socket = open(address("at"), arguments)?;

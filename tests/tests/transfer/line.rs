@@ -147,7 +147,9 @@ pub(crate) fn spawn(app: TcpStream, wire: TcpStream, records: Records) -> JoinHa
         let (_keep, mut revoked) = watch::channel(None);
         let result = pump::run(&app, &wire, records, &Moved::default(), &mut revoked).await;
         if result.is_err() {
-            pump::abort(&app, &wire);
+            for leg in [&app, &wire] {
+                SockRef::from(leg).set_linger(Some(Duration::ZERO)).expect("linger");
+            }
         }
         result
     })

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use nix::{
     sys::signal::{Signal, killpg},
     unistd::Pid,
@@ -20,7 +20,7 @@ use super::{
     suite::{Kind, Suite},
     tally::Tally,
 };
-use crate::signals::Signals;
+use crate::signals::{Interrupted, Signals};
 
 /// What a suite did, and how long it took.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -58,7 +58,7 @@ fn run_into(suite: &Suite, settings: &Settings, show: impl Write + Send + 'stati
     }
     // A group of its own: when time is up, what the tests started ends with them.
     command.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0);
-    let mut child = command.spawn().with_context(|| format!("cannot start {}", suite.binary.display()))?;
+    let mut child = signals.spawn(&mut command).with_context(|| format!("cannot start {}", suite.binary.display()))?;
     let lines = lines(child.stdout.take().context("the test has no standard output")?, show);
     let mut tally = Tally::default();
     let end = started + settings.timeout;
@@ -75,7 +75,7 @@ fn run_into(suite: &Suite, settings: &Settings, show: impl Write + Send + 'stati
         }
         if let Some(signal) = signals.pending() {
             finish(&mut child);
-            bail!("interrupted by {signal}");
+            return Err(Interrupted(signal).into());
         }
         // A child that it left behind may keep the pipe open.
         if let Some(status) = child.try_wait().context("cannot wait for the test")?

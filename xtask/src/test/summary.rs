@@ -69,17 +69,16 @@ fn table(text: &mut String, reports: &[&Report]) {
 fn again(report: &Report, test: &str) -> String {
     let place = match report.kernel.strip_prefix("VM ") {
         Some(kernel) => format!("--vm {kernel}"),
-        None if report.suite.contains("(unit") => "--unit".to_owned(),
+        // Suites of crates are named CRATE/WHAT.
+        None if report.suite.contains('/') => "--unit".to_owned(),
         None => "--native".to_owned(),
     };
     // In brackets stands what happened to the suite as a whole, and where.
     let test = test
         .strip_prefix('(')
         .map_or(Some(test), |words| words.strip_suffix(')')?.split_once(" during ").map(|(_, test)| test));
-    match test {
-        Some(test) => format!("cargo xtask test {place} --filter {test}"),
-        None => format!("cargo xtask test {place}"),
-    }
+    let filter = test.map_or_else(String::new, |test| format!(" --filter {test}"));
+    format!("cargo xtask test {place} --suite {}{filter}", report.suite)
 }
 
 #[cfg(test)]
@@ -99,15 +98,18 @@ mod tests {
         let text = text(&[skipped, report("VM 6.12", 2, &["half_close"])]);
         assert_eq!(text.lines().last(), Some("5 passed, 1 failed, 1 skipped"));
         assert!(text.contains("skipped: matrix / ktls (6.18.0): no kernel TLS"), "{text}");
-        assert!(text.contains("again: cargo xtask test --vm 6.12 --filter half_close"), "{text}");
+        assert!(text.contains("again: cargo xtask test --vm 6.12 --suite matrix --filter half_close"), "{text}");
     }
 
     #[test]
     fn a_hanging_test_is_run_again_by_its_name() {
         assert_eq!(
             again(&report("6.18.0", 0, &[]), "(stopped after 600 s during slow::one)"),
-            "cargo xtask test --native --filter slow::one"
+            "cargo xtask test --native --suite matrix --filter slow::one"
         );
-        assert_eq!(again(&report("VM 6.1", 0, &[]), "(the VM did not come back)"), "cargo xtask test --vm 6.1");
+        assert_eq!(
+            again(&report("VM 6.1", 0, &[]), "(the VM did not come back)"),
+            "cargo xtask test --vm 6.1 --suite matrix"
+        );
     }
 }

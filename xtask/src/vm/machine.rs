@@ -60,7 +60,7 @@ pub(crate) type Sink = Box<dyn Write + Send>;
 
 impl Machine<'_> {
     pub(crate) fn run(&self, out: Sink, err: Sink) -> Result<Outcome> {
-        // Before the first thread, so that all of them leave these signals to us. Children start with a clean mask.
+        // Before the first thread, so that all of them leave these signals to us.
         let signals = Signals::take()?;
         let dir = RunDir::create()?;
         let (events, inbox) = mpsc::channel();
@@ -69,7 +69,7 @@ impl Machine<'_> {
             relay(&dir.0, guest::PORT_ERR, err, events.clone())?,
         ];
         exit_code(&dir.0, events)?;
-        let _shares = self.share(&dir.0)?;
+        let _shares = self.share(&dir.0, &signals)?;
         fs::write(dir.0.join("initramfs"), self.initramfs).context("cannot write the initramfs")?;
         let log = dir.0.join("qemu.log");
         let mut command = self.qemu(&dir.0)?;
@@ -79,7 +79,7 @@ impl Machine<'_> {
             .stdout(file.try_clone().context("cannot share QEMU's log")?)
             .stderr(file)
             .process_group(0);
-        let child = command.spawn().with_context(|| format!("cannot start {}", describe(&command)))?;
+        let child = signals.spawn(&mut command).with_context(|| format!("cannot start {}", describe(&command)))?;
         let mut qemu = Guarded(child);
         let outcome = self.watch(&mut qemu, &inbox, &signals)?;
         drop(qemu);
@@ -119,7 +119,7 @@ impl Machine<'_> {
         }
     }
 
-    fn share(&self, dir: &Path) -> Result<Vec<Guarded>> {
+    fn share(&self, dir: &Path, signals: &Signals) -> Result<Vec<Guarded>> {
         let mut keep: Vec<&Path> = self.spec.keep.iter().map(PathBuf::as_path).collect();
         keep.sort_unstable();
         let mut daemons = Vec::new();
@@ -130,11 +130,11 @@ impl Machine<'_> {
         for path in keep {
             root.arg("--keep").arg(path);
         }
-        daemons.push(daemon(dir, root)?);
+        daemons.push(daemon(dir, root, signals)?);
         for (tag, path) in &self.spec.shares {
             let mut share = share_command(dir, tag)?;
             share.arg("--folder").arg(path);
-            daemons.push(daemon(dir, share)?);
+            daemons.push(daemon(dir, share, signals)?);
         }
         let tags = self.spec.shares.iter().map(|(tag, _)| tag.as_str()).chain([initramfs::ROOT_TAG]);
         for tag in tags {
@@ -285,7 +285,7 @@ fn this_program(subcommand: &str) -> Result<Command> {
     Ok(command)
 }
 
-fn daemon(dir: &Path, mut command: Command) -> Result<Guarded> {
+fn daemon(dir: &Path, mut command: Command, signals: &Signals) -> Result<Guarded> {
     // It complains whenever QEMU goes first, which here is always.
     let log = File::options()
         .create(true)
@@ -293,7 +293,7 @@ fn daemon(dir: &Path, mut command: Command) -> Result<Guarded> {
         .open(dir.join(DAEMON_LOG))
         .context("cannot create virtiofsd's log")?;
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).process_group(0);
-    Ok(Guarded(command.spawn().with_context(|| format!("cannot start {}", describe(&command)))?))
+    Ok(Guarded(signals.spawn(&mut command).with_context(|| format!("cannot start {}", describe(&command)))?))
 }
 
 fn wait_for_socket(dir: &Path, tag: &str, daemons: &mut [Guarded]) -> Result<()> {

@@ -5,9 +5,9 @@ use std::io;
 use tokio::{io::Interest, net::TcpStream};
 
 use super::{
-    Budget, Burst, In, Moved, PumpError, PumpKind, add,
+    Budget, Burst, In, Moved, PumpError, PumpKind, READ, add,
     buffer::{Buffer, RECORDS},
-    send_all, send_all_vectored, shut,
+    send_all, send_all_vectored, shut, try_read, wire_lost,
 };
 use crate::{
     sys::{
@@ -22,7 +22,7 @@ use crate::{
 
 pub(super) async fn run(wire: &TcpStream, app: &TcpStream, mut into: In, moved: &Moved) -> Result<(), PumpError> {
     loop {
-        wire.readable().await.map_err(PumpError::Wire)?;
+        wire.ready(READ).await.map_err(wire_lost)?;
         let burst = match &mut into {
             In::Plain(PumpKind::Copy) => plain(wire, app, moved).await?,
             In::Plain(PumpKind::Splice) => splice(wire, app, None, moved).await?,
@@ -39,12 +39,12 @@ pub(super) async fn run(wire: &TcpStream, app: &TcpStream, mut into: In, moved: 
 async fn plain(wire: &TcpStream, app: &TcpStream, moved: &Moved) -> Result<Burst, PumpError> {
     let (mut buffer, mut budget) = (Buffer::take(), Budget::new());
     loop {
-        let read = match wire.try_io(Interest::READABLE, || socket::recv(wire, &mut buffer)) {
+        let read = match try_read(wire, || socket::recv(wire, &mut buffer)) {
             Ok(0) => return Ok(Burst::Ended),
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Burst::Drained),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(PumpError::Wire(error)),
+            Err(error) => return Err(wire_lost(error)),
         };
         send_all(app, &buffer[..read]).await.map_err(PumpError::Application)?;
         add(&moved.received, read);
@@ -70,16 +70,22 @@ async fn splice(
 ) -> Result<Burst, PumpError> {
     let (mut pipe, mut budget) = (Pipe::take().map_err(PumpError::Pipe)?, Budget::new());
     loop {
-        let read = match (wire.try_io(Interest::READABLE, || pipe.fill(wire)), session) {
+        let read = match (try_read(wire, || pipe.fill(wire)), session) {
             (Ok(0), None) => return Ok(Burst::Ended),
             // The end of the stream or an empty record; EINVAL where a control record is next. Reading it tells.
             (Ok(0), Some(session)) => match record(wire, app, session, &mut Buffer::take(), moved).await? {
-                Step::Data(_) => continue,
+                Step::Data(read) => {
+                    budget.spend(read).await;
+                    continue;
+                }
                 Step::Burst(burst) => return Ok(burst),
             },
             (Err(error), Some(session)) if error.raw_os_error() == Some(libc::EINVAL) => {
                 match record(wire, app, session, &mut Buffer::take(), moved).await? {
-                    Step::Data(_) => continue,
+                    Step::Data(read) => {
+                        budget.spend(read).await;
+                        continue;
+                    }
                     Step::Burst(burst) => return Ok(burst),
                 }
             }
@@ -90,6 +96,7 @@ async fn splice(
         };
         while !pipe.is_empty() {
             match app.try_io(Interest::WRITABLE, || pipe.drain(app)) {
+                Ok(0) => return Err(PumpError::Application(io::ErrorKind::WriteZero.into())),
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     app.writable().await.map_err(PumpError::Application)?;
@@ -116,7 +123,7 @@ async fn record(
     buffer: &mut Buffer,
     moved: &Moved,
 ) -> Result<Step, PumpError> {
-    match wire.try_io(Interest::READABLE, || socket::recv_record(wire, buffer)) {
+    match try_read(wire, || socket::recv_record(wire, buffer)) {
         Ok(Received { len: 0, content_type: None }) => Err(PumpError::Truncated),
         Ok(Received { len, content_type: Some(APPLICATION_DATA) }) => {
             send_all(app, &buffer[..len]).await.map_err(PumpError::Application)?;
@@ -156,16 +163,16 @@ async fn userspace(
     let (mut buffer, mut budget) = (Buffer::take(), Budget::new());
     let mut filled = 0;
     loop {
-        match wire.try_io(Interest::READABLE, || socket::recv(wire, &mut buffer[filled..])) {
+        match try_read(wire, || socket::recv(wire, &mut buffer[filled..])) {
             Ok(0) => return Err(PumpError::Truncated),
             Ok(read) => filled += read,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && filled == 0 => return Ok(Burst::Drained),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                wire.readable().await.map_err(PumpError::Wire)?;
+                wire.ready(READ).await.map_err(wire_lost)?;
                 continue;
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(PumpError::Wire(error)),
+            Err(error) => return Err(wire_lost(error)),
         }
         let opened = open_all(&mut buffer[..filled], opener, session)?;
         let mut pieces: Vec<_> =
@@ -179,7 +186,7 @@ async fn userspace(
         }
         buffer.copy_within(opened.consumed..filled, 0);
         filled -= opened.consumed;
-        budget.spend(bytes).await;
+        budget.spend(opened.consumed.max(bytes)).await;
     }
 }
 
@@ -237,6 +244,6 @@ fn open_all(buffer: &mut [u8], opener: &mut Opener, session: &Session) -> Result
 fn wire_error(error: io::Error) -> PumpError {
     match error.raw_os_error() {
         Some(libc::EBADMSG | libc::EMSGSIZE | libc::EINVAL) => PumpError::Unreadable(error),
-        _ => PumpError::Wire(error),
+        _ => wire_lost(error),
     }
 }
