@@ -13,10 +13,7 @@ use std::{
 use serde::{Serialize, Serializer};
 use tracing_appender::non_blocking::{NonBlocking, WorkerGuard};
 
-use crate::proxy::{
-    connections::{Direction, Endpoint, Mode, TlsFacts},
-    offload::PumpKind,
-};
+use crate::words::{Direction, Endpoint, Mode, PumpKind, TlsFacts};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Format {

@@ -1,6 +1,8 @@
 //! The composition root: the only file that knows every room. Reads the configuration, starts the rooms in order, and stops
 //! them when told to. Pods stay closed, not open, when it ends.
 
+mod view;
+
 use std::{io, path::PathBuf, sync::Arc};
 
 use tokio::{
@@ -22,10 +24,11 @@ use crate::{
     metrics::Metrics,
     proxy::{
         Parts, Proxy, Settings,
-        offload::{Capabilities, PumpKind, RecordsChoice},
+        offload::{Capabilities, RecordsChoice},
         probe,
     },
     state::State,
+    words::PumpKind,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -117,7 +120,8 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
     });
 
     let (stop, stopped) = watch::channel(false);
-    let mut servers = admin::serve(&agent, &proxy, &metrics).await?;
+    let shown: Arc<dyn admin::View> = Arc::new(view::Gathered { proxy: proxy.clone(), metrics: metrics.clone() });
+    let mut servers = admin::serve(&agent, &shown).await?;
     servers.spawn({
         let stopped = stopped.clone();
         async move {

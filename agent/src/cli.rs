@@ -17,7 +17,7 @@ use crate::{
     },
     config,
     identity::{TrustDomain, ca::Ca},
-    proxy::{account::with_causes, offload::PumpKind},
+    words::{PumpKind, with_causes},
 };
 
 const WRONG_CONFIGURATION: u8 = 2;

@@ -13,3 +13,4 @@ pub mod proxy;
 pub mod state;
 pub mod sys;
 pub mod tls;
+pub mod words;

@@ -14,7 +14,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::proxy::connections::{Direction, Mode};
+use crate::words::{Direction, Mode};
 
 type Labels<const N: usize> = [(&'static str, &'static str); N];
 

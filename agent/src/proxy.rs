@@ -18,6 +18,7 @@ use crate::{
     metrics::Metrics,
     state::{LocalPod, State},
     sys::netns::{Netns, NetnsCookie},
+    words::{Direction, Mode, TlsFacts, with_causes},
 };
 
 pub mod account;
@@ -37,9 +38,9 @@ mod watchdog;
 
 pub use pod::{PodState, PodStatus};
 
-use account::{Account, with_causes};
+use account::Account;
 use authorize::Permit;
-use connections::{Connections, Direction, Mode, TlsFacts, lock};
+use connections::{Connections, lock};
 use handshake::{HandshakeError, Secured};
 use offload::{Capabilities, Records, RecordsChoice};
 use pump::PumpError;

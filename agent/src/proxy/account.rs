@@ -4,13 +4,14 @@
 use std::sync::{Arc, atomic::Ordering};
 
 use super::{
-    connections::{Connections, Direction, Live, Mode},
+    connections::{Connections, Live},
     offload::Records,
     pump::PumpError,
 };
 use crate::{
     access_log::{AccessLog, Record},
     metrics::Metrics,
+    words::{Direction, Endpoint, Mode, with_causes},
 };
 
 pub struct Account {
@@ -129,24 +130,10 @@ impl Drop for Account {
     }
 }
 
-fn describe(end: &super::connections::Endpoint) -> String {
+fn describe(end: &Endpoint) -> String {
     let address = end.address.map_or_else(|| "unknown address".to_owned(), |address| address.to_string());
     match &end.identity {
         Some(identity) => format!("{address} ({identity})"),
         None => address,
     }
-}
-
-/// An error with all that caused it, on one line.
-pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.ends_with(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    text
 }

@@ -5,11 +5,12 @@ use std::net::SocketAddr;
 
 use tokio::sync::watch;
 
-use super::connections::{Direction, Facts, Live, Mode};
+use super::connections::{Facts, Live};
 use crate::{
     identity::SpiffeId,
     policy::{self, Attempt, DenyReason, Inbound, MtlsMode, Outbound, Peer, Verdict, Workload},
     state::Snapshot,
+    words::{Direction, Mode},
 };
 
 /// Leave to move a connection's bytes in one mode.
@@ -182,7 +183,8 @@ mod tests {
             Authentication, Authorization, AuthorizationPolicy, Header, PeerAuthentication, Policies, PolicyName,
             authorization::{Action, Condition, Rule, Test},
         },
-        proxy::connections::{Connections, Endpoint},
+        proxy::connections::Connections,
+        words::Endpoint,
     };
 
     fn workload(account: &str, address: SocketAddr) -> Arc<Workload> {

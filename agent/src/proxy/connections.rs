@@ -3,7 +3,6 @@
 
 use std::{
     collections::HashMap,
-    net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -15,48 +14,11 @@ use serde::Serialize;
 use tokio::{net::TcpStream, sync::watch};
 
 use super::pump::Moved;
-use crate::{identity::SpiffeId, policy::Workload};
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Direction {
-    Outbound,
-    Inbound,
-}
-
-impl Direction {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Outbound => "outbound",
-            Self::Inbound => "inbound",
-        }
-    }
-}
-
-/// What the wire leg of a connection carries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    Mtls,
-    Plaintext,
-}
-
-/// One end, as far as it is known.
-#[derive(Debug, Clone, Default, Serialize)]
-pub struct Endpoint {
-    pub address: Option<SocketAddr>,
-    pub workload: Option<String>,
-    pub namespace: Option<String>,
-    /// The SPIFFE ID: of a peer under mTLS the one that its certificate proved.
-    pub identity: Option<String>,
-}
-
-#[derive(Debug, Clone, Serialize)]
-pub struct TlsFacts {
-    pub cipher: String,
-    pub group: Option<String>,
-    pub alpn: Option<String>,
-}
+use crate::{
+    identity::SpiffeId,
+    policy::Workload,
+    words::{Direction, Endpoint, Mode, PumpKind, TlsFacts},
+};
 
 /// What is learned on the way through the stages.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -65,7 +27,7 @@ pub struct Facts {
     pub destination: Endpoint,
     pub mode: Option<Mode>,
     pub records: Option<&'static str>,
-    pub pump: Option<super::offload::PumpKind>,
+    pub pump: Option<PumpKind>,
     pub tls: Option<TlsFacts>,
     /// The policies that decided, if any had a say.
     pub policy: Option<String>,

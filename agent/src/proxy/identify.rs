@@ -3,8 +3,7 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
-use super::connections::Endpoint;
-use crate::{policy::Workload, state::Snapshot};
+use crate::{policy::Workload, state::Snapshot, words::Endpoint};
 
 /// Where the application wanted to go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

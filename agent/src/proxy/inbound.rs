@@ -10,7 +10,6 @@ use super::{
     account::Account,
     authorize::{self, Arrival, Permit},
     capture, carry,
-    connections::Direction,
     handshake::{self, HandshakeError},
     identify::{self, ClientAddr},
     offload::{self, Records},
@@ -22,6 +21,7 @@ use crate::{
     bpf::ClientEntry,
     policy::Inbound,
     tls::config::{self, Sni},
+    words::Direction,
 };
 
 /// `internal_error`: the application behind this agent does not take the connection (RFC 8446 section 6.2).

@@ -4,22 +4,14 @@
 use std::{os::fd::AsFd, sync::Arc};
 
 use rustls::SupportedCipherSuite;
-use serde::Serialize;
 
 use crate::tls::{
     ktls::{self, Direction, KtlsError},
     records::{Opener, RecordError, Sealer, Session},
 };
+use crate::words::PumpKind;
 
 use super::handshake::Secured;
-
-/// How bytes go between two sockets of which the kernel keeps the records (or none are).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum PumpKind {
-    Splice,
-    Copy,
-}
 
 /// Which records the operator allows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -12,16 +12,17 @@ use super::{
     Context,
     account::Account,
     authorize::{self, Permit, Way},
-    capture, carry,
-    connections::Direction,
-    handshake,
+    capture, carry, handshake,
     identify::{self, ClientAddr, OrigDst},
     offload::{self, Records},
     pod::{Pod, Turn},
     pump::PumpError,
     refusal::Refusal,
 };
-use crate::tls::{config, records::RecordError};
+use crate::{
+    tls::{config, records::RecordError},
+    words::Direction,
+};
 
 pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, app: TcpStream, client: ClientAddr, turn: Turn) {
     let origin = match origin(&ctx, &pod, client) {

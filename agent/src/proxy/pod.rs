@@ -16,9 +16,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{
-    Context, account::with_causes, capture::Listeners, connections::lock, identify::ClientAddr, inbound, outbound,
-};
+use super::{Context, capture::Listeners, connections::lock, identify::ClientAddr, inbound, outbound};
 use crate::{
     bpf::{
         BpfError,
@@ -27,6 +25,7 @@ use crate::{
     policy::Workload,
     state::LocalPod,
     sys::netns::{Netns, NetnsCookie},
+    words::with_causes,
 };
 
 const RETRY: [Duration; 4] =

@@ -15,14 +15,14 @@ use tokio::{
 };
 
 use super::{
-    account::with_causes,
     handshake,
-    offload::{self, Capabilities, PumpKind, Records, RecordsChoice},
+    offload::{self, Capabilities, Records, RecordsChoice},
     pump::{self, Moved},
 };
 use crate::{
     identity::Svid,
     tls::{config, ktls, verifier::ExpectServer},
+    words::{PumpKind, with_causes},
 };
 
 const BYTES: usize = 256 << 10;

@@ -16,9 +16,10 @@ use crate::{
         ktls::KtlsError,
         records::{ALERT, Opener, RecordError, Sealer, Session},
     },
+    words::PumpKind,
 };
 
-use super::offload::{PumpKind, Records};
+use super::offload::Records;
 
 mod buffer;
 mod inward;

@@ -7,11 +7,12 @@ use marline::{
     identity::{SpiffeId, Svid, TrustDomain, ca::Ca},
     proxy::{
         handshake::{self, Secured},
-        offload::{self, Capabilities, PumpKind, Records, RecordsChoice},
+        offload::{self, Capabilities, Records, RecordsChoice},
         probe,
         pump::{self, Moved, PumpError},
     },
     tls::config,
+    words::PumpKind,
 };
 use rustls::RootCertStore;
 use socket2::SockRef;

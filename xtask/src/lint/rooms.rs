@@ -14,22 +14,24 @@ pub(crate) struct Finding {
 }
 
 /// The agent's rooms and those that each may use. Dependencies point one way; nobody but `app` uses `proxy`.
-const ROOMS: [(&str, &[&str]); 14] = [
+const ROOMS: [(&str, &[&str]); 15] = [
+    ("words", &[]),
     ("sys", &[]),
     ("identity", &[]),
     ("policy", &["identity"]),
     ("state", &["policy", "identity"]),
     ("config", &["state", "policy", "identity"]),
-    ("metrics", &["state", "policy", "identity", "sys"]),
-    ("access_log", &["state", "policy", "identity", "metrics", "sys"]),
+    ("metrics", &["words", "state", "policy", "identity", "sys"]),
+    ("access_log", &["words", "state", "policy", "identity", "metrics", "sys"]),
     ("tls", &["sys", "identity"]),
     ("control", &["config", "state", "policy", "identity", "metrics"]),
     ("bpf", &["state", "policy", "identity", "sys", "metrics"]),
-    ("admin", &["state", "policy", "identity", "metrics", "access_log", "config", "sys"]),
-    ("proxy", &["state", "policy", "identity", "sys", "tls", "bpf", "metrics", "access_log"]),
+    ("admin", &["words", "state", "policy", "identity", "metrics", "access_log", "config", "sys"]),
+    ("proxy", &["words", "state", "policy", "identity", "sys", "tls", "bpf", "metrics", "access_log"]),
     (
         "app",
         &[
+            "words",
             "access_log",
             "admin",
             "bpf",
@@ -44,7 +46,7 @@ const ROOMS: [(&str, &[&str]); 14] = [
             "tls",
         ],
     ),
-    ("cli", &["app", "bpf", "config", "control", "identity", "policy", "state", "sys"]),
+    ("cli", &["words", "app", "bpf", "config", "control", "identity", "policy", "state", "sys"]),
 ];
 
 /// What a pure room must not touch: decisions are made from what they are given.

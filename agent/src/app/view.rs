@@ -1,0 +1,80 @@
+//! What `admin` shows, gathered from the rooms that know it.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use serde_json::{Value, json};
+
+use crate::{
+    admin::View,
+    metrics::{Metrics, Others},
+    proxy::{PodState, Proxy},
+    words::with_causes,
+};
+
+pub(super) struct Gathered {
+    pub(super) proxy: Proxy,
+    pub(super) metrics: Arc<Metrics>,
+}
+
+impl View for Gathered {
+    fn ready(&self) -> Result<(), String> {
+        self.proxy.ready()
+    }
+
+    fn metrics(&self) -> String {
+        let ctx = self.proxy.context();
+        let capture_events = ctx.capture.counters().unwrap_or_else(|error| {
+            tracing::error!("the kernel program's counters cannot be read: {}", with_causes(&error));
+            Vec::new()
+        });
+        let pods = self.proxy.pods();
+        for (label, state) in [("ready", PodState::Ready), ("refused", PodState::Refused)] {
+            let count = pods.iter().filter(|pod| pod.state == state).count();
+            self.metrics.pods.get_or_create(&[("state", label)]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        self.metrics.render(&Others {
+            capture_events: &capture_events,
+            map_entries: &ctx.capture.occupancy(),
+            log_lines_dropped: ctx.log.dropped(),
+        })
+    }
+
+    fn pods(&self) -> Value {
+        json!(self.proxy.pods())
+    }
+
+    fn connections(&self) -> Value {
+        let live = self.proxy.context().connections.all();
+        live.iter()
+            .map(|live| {
+                json!({
+                    "id": live.id,
+                    "direction": live.direction,
+                    "age_ms": u64::try_from(live.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+                    "bytes_sent": live.moved.sent.load(Ordering::Relaxed),
+                    "bytes_received": live.moved.received.load(Ordering::Relaxed),
+                    "facts": live.facts(),
+                })
+            })
+            .collect()
+    }
+
+    fn workloads(&self) -> Value {
+        let snapshot = self.proxy.context().state.load();
+        let workload = |workload: &Arc<crate::policy::Workload>| {
+            json!({
+                "namespace": workload.namespace, "name": workload.name, "identity": workload.id.to_string(),
+                "addresses": workload.addresses, "in_mesh": workload.in_mesh,
+            })
+        };
+        json!({
+            "generation": snapshot.generation,
+            "mode": snapshot.policies.authentication.mesh_mode(),
+            "workloads": snapshot.workloads().iter().map(workload).collect::<Vec<_>>(),
+        })
+    }
+
+    fn certs(&self) -> Value {
+        json!(self.proxy.context().identities.list())
+    }
+}
