@@ -8,7 +8,7 @@ use tokio::{net::TcpListener, task::JoinSet};
 
 use crate::{
     config::AgentConfig,
-    metrics::Metrics,
+    metrics::{Metrics, Others},
     proxy::{PodState, PodStatus, Proxy, account::with_causes},
 };
 
@@ -76,7 +76,12 @@ async fn render(State(shown): State<Shown>) -> impl IntoResponse {
         shown.metrics.pods.get_or_create(&[("state", label)]).set(i64::try_from(count).unwrap_or(i64::MAX));
     }
     let content_type = [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
-    (content_type, shown.metrics.render(&capture, ctx.log.dropped()))
+    let others = Others {
+        capture_events: &capture,
+        map_entries: &ctx.capture.occupancy(),
+        log_lines_dropped: ctx.log.dropped(),
+    };
+    (content_type, shown.metrics.render(&others))
 }
 
 async fn pods(State(shown): State<Shown>) -> Json<Vec<PodStatus>> {

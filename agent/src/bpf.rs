@@ -272,6 +272,21 @@ impl Capture {
         Counter::ALL.iter().map(sum).chain([Ok(own)]).collect()
     }
 
+    /// How many entries the maps hold now, by the map's name. Goes through all of them.
+    pub fn occupancy(&self) -> [(&'static str, u64); 5] {
+        fn count<K>(keys: impl Iterator<Item = Result<K, MapError>>) -> u64 {
+            keys.filter(Result::is_ok).count() as u64
+        }
+        let maps = self.maps();
+        [
+            ("pods", count(maps.pods.keys())),
+            ("addresses", count(maps.addresses.keys())),
+            ("origins", count(maps.origins.keys())),
+            ("clients", count(maps.clients.keys())),
+            ("refused", count(maps.refused.keys())),
+        ]
+    }
+
     /// Lets one destination pass while the pod is closed, in either direction.
     fn allow_probe(&self, netns: NetnsCookie, destination: SocketAddr) -> Result<ProbePass, BpfError> {
         let key = PodEndpoint::new(netns, destination.into());

@@ -1,5 +1,7 @@
-//! What people type: `marline agent`, `marline check-config`, `marline ca`. Exit codes: 0 done, 1 failed, 2 the command line or the
+//! What people type: `marline agent`, `marline check-config`, `marline policy`, `marline ca`. Exit codes: 0 done, 1 failed, 2 the command line or the
 //! configuration is wrong.
+
+mod policy;
 
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
@@ -52,6 +54,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Ask the policies of a directory, without an agent
+    Policy {
+        #[command(subcommand)]
+        command: policy::PolicyCommand,
+    },
     /// The embedded certificate authority
     Ca {
         #[command(subcommand)]
@@ -95,6 +102,7 @@ pub fn run() -> ExitCode {
     match cli.command {
         Command::Agent { config } => agent(config),
         Command::CheckConfig { dir, json } => check_config(&dir, json),
+        Command::Policy { command } => policy::run(&command),
         Command::Ca { command: CaCommand::Init { dir, trust_domain } } => {
             let made = TrustDomain::parse(&trust_domain)
                 .map_err(|error| with_causes(&error))

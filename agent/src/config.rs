@@ -10,6 +10,7 @@ mod fields;
 mod finding;
 mod policies;
 mod resources;
+mod unsupported;
 
 use std::{
     collections::HashMap,
@@ -31,6 +32,7 @@ use crate::{
 use document::{Node, Pair, Value};
 use finding::{Origin, Report, about_file};
 use resources::WorkloadEntry;
+use unsupported::unsupported;
 
 /// A hundred thousand workloads are 20 MB.
 const LARGEST_FILE: u64 = 256 << 20;
@@ -43,10 +45,32 @@ pub struct Loaded {
     pub warnings: Vec<Finding>,
 }
 
+/// Sound policies, and the workloads that they are for.
+#[derive(Debug)]
+pub struct LoadedPolicies {
+    pub snapshot: Snapshot,
+    pub warnings: Vec<Finding>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Need {
+    Agent,
+    Policies,
+}
+
 /// Reads every `*.yaml`, `*.yml` and `*.json` of `dir`. Hidden files are left out: in a mounted ConfigMap they are the
 /// versions behind the visible ones.
 pub fn load(dir: &Path) -> Result<Loaded, ConfigErrors> {
     read(dir, None)
+}
+
+/// Reads the directory for its policies: an AgentConfig may be missing, and all else must be sound.
+pub fn load_policies(dir: &Path) -> Result<LoadedPolicies, ConfigErrors> {
+    let (_, snapshot, report) = read_all(dir, None, Need::Policies);
+    match report.errors.is_empty() {
+        true => Ok(LoadedPolicies { snapshot, warnings: report.into_warnings() }),
+        false => Err(report.into_errors()),
+    }
 }
 
 /// Reads the directory again, for an agent that runs: identities stay in the trust domain that it runs with, as a new
@@ -81,6 +105,16 @@ pub(crate) fn read_file(file: &Path) -> io::Result<Vec<u8>> {
 }
 
 fn read(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Loaded, ConfigErrors> {
+    match read_all(dir, trust_domain, Need::Agent) {
+        (Some(agent), snapshot, report) if report.errors.is_empty() => {
+            Ok(Loaded { agent, snapshot, warnings: report.into_warnings() })
+        }
+        (_, _, report) => Err(report.into_errors()),
+    }
+}
+
+/// The snapshot is good for nothing if the report holds errors.
+fn read_all(dir: &Path, trust_domain: Option<&TrustDomain>, need: Need) -> (Option<AgentConfig>, Snapshot, Report) {
     let mut report = Report::default();
     let mut documents = Documents::default();
     match configuration_files(dir) {
@@ -96,7 +130,7 @@ fn read(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Loaded, Config
             for file in files {
                 documents.read_file(dir, &file, &mut report);
             }
-            documents.check_agents(dir, &mut report);
+            documents.check_agents(dir, need, &mut report);
         }
     }
     let agent = std::mem::take(&mut documents.agents).into_iter().next().and_then(|(_, agent)| agent);
@@ -104,10 +138,7 @@ fn read(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Loaded, Config
     let trust_domain = trust_domain.or(agent.as_ref().map(|agent| &agent.trust_domain)).cloned().unwrap_or_default();
     let policies = documents.policies(&trust_domain, &mut report);
     let snapshot = assemble::snapshot(&trust_domain, policies, &documents.workloads, &mut report);
-    match agent {
-        Some(agent) if report.errors.is_empty() => Ok(Loaded { agent, snapshot, warnings: report.into_warnings() }),
-        _ => Err(report.into_errors()),
-    }
+    (agent, snapshot, report)
 }
 
 fn is_configuration(path: &Path) -> bool {
@@ -144,11 +175,7 @@ impl Documents {
             }
             Ok(Ok(text)) => text,
         };
-        let (nodes, syntax) = document::parse(&text);
-        for node in &nodes {
-            self.read_document(dir, file, node, report);
-        }
-        if let Some(error) = syntax {
+        if let Some(error) = document::parse(&text, |node| self.read_document(dir, file, &node, report)) {
             let hint = "correct it; what follows in this file was not read";
             report.errors.push(about_file(file, error.line, format!("is not valid YAML: {}", error.message), hint));
         }
@@ -230,8 +257,11 @@ impl Documents {
         Policies { authentication, authorization }
     }
 
-    fn check_agents(&self, dir: &Path, report: &mut Report) {
+    fn check_agents(&self, dir: &Path, need: Need, report: &mut Report) {
         let Some(((first, _), others)) = self.agents.split_first() else {
+            if need == Need::Policies {
+                return;
+            }
             let hint = "add one: apiVersion marline.io/v1alpha1, spec.ca.path, spec.capture.cgroup";
             report.errors.push(about_file(dir, None, "holds no resource of kind AgentConfig".to_owned(), hint));
             return;
@@ -265,27 +295,4 @@ fn resource_name(kind: &str, document: &[Pair]) -> String {
         (_, "") => format!("{kind} {}/{name}", resources::DEFAULT_NAMESPACE),
         (_, namespace) => format!("{kind} {namespace}/{name}"),
     }
-}
-
-/// What to say about a resource that is not acted on. None is passed over: what it protects would not be protected.
-fn unsupported(kind: &str, group: &str, version: &str) -> (String, String) {
-    let known = [
-        ("AgentConfig", "marline.io", "marline.io/v1alpha1"),
-        ("WorkloadEntry", "networking.istio.io", "networking.istio.io/v1"),
-        ("PeerAuthentication", "security.istio.io", "security.istio.io/v1"),
-        ("AuthorizationPolicy", "security.istio.io", "security.istio.io/v1"),
-    ];
-    if let Some((_, right, example)) = known.iter().find(|(known, _, _)| *known == kind) {
-        let what = match *right == group {
-            true => format!("version {version} of this kind is not known"),
-            false => format!("this kind is not one of the group {group:?}"),
-        };
-        return (what, format!("write apiVersion: {example}"));
-    }
-    if group == "istio.io" || group.ends_with(".istio.io") {
-        let message = "Marline does not act on this kind yet, and to pass over it could protect less than it asks for";
-        return (message.to_owned(), "move it out of the directory".to_owned());
-    }
-    let hint = "known are AgentConfig, WorkloadEntry, PeerAuthentication and AuthorizationPolicy: correct kind and apiVersion, or move it out of the directory";
-    ("this kind of resource is not known".to_owned(), hint.to_owned())
 }

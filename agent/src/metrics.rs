@@ -23,6 +23,13 @@ struct Build {
     version: &'static str,
 }
 
+/// What is counted elsewhere and asked for when the metrics are read.
+pub struct Others<'a> {
+    pub capture_events: &'a [(&'static str, u64)],
+    pub map_entries: &'a [(&'static str, u64)],
+    pub log_lines_dropped: u64,
+}
+
 pub struct Metrics {
     registry: Registry,
     opened: Family<Labels<1>, Counter>,
@@ -125,8 +132,8 @@ impl Metrics {
         self.reloads.get_or_create(&[("result", if accepted { "accepted" } else { "rejected" })]).inc();
     }
 
-    /// The whole exposition. `capture` are the kernel program's counters.
-    pub fn render(&self, capture: &[(&'static str, u64)], log_lines_dropped: u64) -> String {
+    /// The whole exposition, with what others count.
+    pub fn render(&self, others: &Others<'_>) -> String {
         let mut text = String::new();
         if let Err(error) = encode(&mut text, &self.registry) {
             tracing::error!(%error, "metrics could not be encoded");
@@ -135,12 +142,19 @@ impl Metrics {
         let mut events = String::from(
             "# HELP marline_capture_events What the kernel program did, by event.\n# TYPE marline_capture_events counter\n",
         );
-        for (event, count) in capture {
+        for (event, count) in others.capture_events {
             events.push_str(&format!("marline_capture_events_total{{event=\"{event}\"}} {count}\n"));
         }
         events.push_str("# HELP marline_access_log_dropped Access log lines that nobody took in time.\n");
         events.push_str("# TYPE marline_access_log_dropped counter\n");
-        events.push_str(&format!("marline_access_log_dropped_total {log_lines_dropped}\n"));
+        events.push_str(&format!("marline_access_log_dropped_total {}\n", others.log_lines_dropped));
+        events.push_str(
+            "# HELP marline_capture_map_entries Entries in the maps that the kernel program and the agent share.\n",
+        );
+        events.push_str("# TYPE marline_capture_map_entries gauge\n");
+        for (map, entries) in others.map_entries {
+            events.push_str(&format!("marline_capture_map_entries{{map=\"{map}\"}} {entries}\n"));
+        }
         match text.rfind("# EOF") {
             Some(end) => text.insert_str(end, &events),
             None => text.push_str(&events),

@@ -4,6 +4,7 @@
 pub mod authentication;
 pub mod authorization;
 pub mod evaluate;
+pub mod explain;
 pub mod matching;
 pub mod model;
 pub mod select;
@@ -25,6 +26,17 @@ pub use select::{Header, PolicyName, ROOT_NAMESPACE};
 pub struct Policies {
     pub authentication: Authentication,
     pub authorization: Authorization,
+}
+
+impl Policies {
+    /// How many policies there are that can have an effect.
+    pub fn len(&self) -> usize {
+        self.authentication.len() + self.authorization.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
 }
 
 /// What an outbound connection must be.

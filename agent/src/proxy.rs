@@ -280,6 +280,8 @@ impl Context {
 struct Ended {
     result: Result<(), PumpError>,
     received: u64,
+    /// Dropped by whoever has heard of the end: the application learns of it by that, and may act on it at once.
+    _app: TcpStream,
 }
 
 /// The last stages, which both ways share: pump, then account.
@@ -312,5 +314,5 @@ async fn carry(
     }
     let received = account.live.moved.received.load(Ordering::Relaxed);
     account.finished(&result);
-    Ended { result, received }
+    Ended { result, received, _app: app }
 }

@@ -228,7 +228,7 @@ fn every_fault_is_named_with_file_line_field_and_reason() {
         ("apiVersion: v1\nkind: Secret\nmetadata: {name: s}".into(), vec![(1, "", "not known")]),
         (
             "# moved\napiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: s}".into(),
-            vec![(2, "", "could protect less")],
+            vec![(2, "", "tokens would go unchecked")],
         ),
         (
             "apiVersion: networking.istio.io/v2\nkind: WorkloadEntry\nmetadata: {name: s}".into(),
@@ -306,6 +306,14 @@ fn every_fault_is_named_with_file_line_field_and_reason() {
             ]
             .concat(),
             vec![(9, "metadata.namespace", "the same network namespace"), (9, "labels", "the same network namespace")],
+        ),
+        (
+            [
+                entry("a", "10.0.0.1", &netns("/n"), "  labels: {app: a}\n"),
+                entry("b", "fd00::1", &netns("/n"), "  labels: {app: b}\n"),
+            ]
+            .concat(),
+            vec![(10, "labels", "the same network namespace /n")],
         ),
         (
             pa("namespace: shop", "{portLevelMtls: {80: {mode: DISABLE}}}"),

@@ -10,7 +10,7 @@ use std::{
 use marline::{
     identity::{Ca, SpiffeId, Svid, TrustDomain},
     tls::{
-        config::{client_config, peer_id, provider, server_config, server_name},
+        config::{Sni, client_config, peer_id, provider, server_config, server_config_noting, server_name},
         verifier::{PeerFailure, Reason, explain},
     },
 };
@@ -176,6 +176,18 @@ fn two_workloads_of_the_mesh_agree_on_tls13_post_quantum_and_know_each_other() {
     assert_eq!(peer_id(server.peer_certificates().unwrap()).unwrap(), mesh.id("client"));
     assert!(Connection::from(client).dangerous_extract_secrets().is_ok(), "the kernel needs the secrets");
     assert!(Connection::from(server).dangerous_extract_secrets().is_ok());
+}
+
+#[test]
+fn the_server_notes_the_name_that_its_client_asks_for() {
+    let mesh = Mesh::new();
+    let sni = Sni::default();
+    let server = mesh.svid("web");
+    let config = server_config_noting(&server, mesh.ca.roots(), &mesh.trust_domain, sni.clone()).unwrap();
+    assert_eq!(sni.get(), None);
+    let outcome = handshake(&mesh.client(&mesh.svid("client"), "web"), &config);
+    assert!(outcome.server.is_ok() && outcome.client.is_ok());
+    assert_eq!(sni.get(), Some("outbound_.80_._.web.shop.svc.cluster.local"));
 }
 
 #[test]

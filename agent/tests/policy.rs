@@ -4,6 +4,8 @@
 
 #[path = "policy/bed.rs"]
 mod bed;
+#[path = "policy/commands.rs"]
+mod commands;
 #[path = "policy/modes.rs"]
 mod modes;
 #[path = "policy/nine_pairs.rs"]

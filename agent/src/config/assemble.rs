@@ -96,7 +96,8 @@ fn agree(netns: &std::path::Path, entries: &[&WorkloadEntry], report: &mut Repor
         let differences = [
             ("metadata.namespace", first.namespace != other.namespace),
             ("spec.serviceAccount", first.service_account != other.service_account),
-            ("labels", first.in_mesh != other.in_mesh),
+            // Policies select by them, too.
+            ("labels", first.in_mesh != other.in_mesh || first.labels != other.labels),
         ];
         for (field, _) in differences.iter().filter(|(_, differs)| *differs) {
             let message = format!(

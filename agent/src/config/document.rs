@@ -61,8 +61,9 @@ impl Value {
     }
 }
 
-/// The documents of a file, up to the first that cannot be read, and why it cannot. Empty documents are left out.
-pub(super) fn parse(text: &str) -> (Vec<Node>, Option<SyntaxError>) {
+/// Gives the documents of a file one by one, up to the first that cannot be read, and says why it cannot. Empty documents are
+/// left out. One at a time, because the tree of a large file takes many times its size.
+pub(super) fn parse(text: &str, mut each: impl FnMut(Node)) -> Option<SyntaxError> {
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! {
             max_depth: DEPTH,
@@ -75,19 +76,18 @@ pub(super) fn parse(text: &str) -> (Vec<Node>, Option<SyntaxError>) {
         // YAML 1.2: `no` and `y` are texts, and may be names.
         strict_booleans: true,
     };
-    let mut documents = Vec::new();
     let mut bytes = text.as_bytes();
     for document in serde_saphyr::read_with_options::<_, Node>(&mut bytes, options) {
         match document {
-            Ok(node) => documents.push(node),
+            Ok(node) => each(node),
             Err(error) => {
                 let line = error.location().map(|location| location.line()).filter(|line| *line > 0);
                 // The rest of the file would be read with a parser that lost its way: one honest error is better.
-                return (documents, Some(SyntaxError { line, message: plain(&error.to_string()) }));
+                return Some(SyntaxError { line, message: plain(&error.to_string()) });
             }
         }
     }
-    (documents, None)
+    None
 }
 
 impl<'de> Deserialize<'de> for Node {
@@ -180,6 +180,12 @@ fn plain(message: &str) -> String {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    fn parse(text: &str) -> (Vec<Node>, Option<SyntaxError>) {
+        let mut documents = Vec::new();
+        let error = super::parse(text, |node| documents.push(node));
+        (documents, error)
+    }
 
     fn only(text: &str) -> Node {
         let (mut documents, error) = parse(text);

@@ -1,7 +1,10 @@
 //! PeerAuthentication, read as it was written, and what it has in common with AuthorizationPolicy. What Istio's own validation refuses is an error here too
 //! (istio/istio pkg/config/validation/validation.go); which of several counts is `policy`'s to say.
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, UNIX_EPOCH},
+};
 
 use super::{
     document::Pair,
@@ -61,19 +64,19 @@ pub(super) fn peer_authentication(
 pub(super) fn header(
     kind: &'static str,
     metadata: Metadata,
-    created: Option<SystemTime>,
+    created: Option<Duration>,
     selector: BTreeMap<String, String>,
 ) -> Header {
     Header { name: PolicyName { kind, namespace: metadata.namespace, name: metadata.name }, created, selector }
 }
 
 /// Checks what policies have in their metadata, and gives the time of their making.
-pub(super) fn made(top: &Fields<'_>, metadata: &Metadata, report: &mut Report) -> Option<SystemTime> {
+pub(super) fn made(top: &Fields<'_>, metadata: &Metadata, report: &mut Report) -> Option<Duration> {
     for key in metadata.annotations.keys().chain(metadata.labels.keys()).filter(|key| key.starts_with(OUR_PREFIX)) {
         top.error(report, "metadata", format!("{key} means nothing on this kind of resource"), "remove it");
     }
     let text = metadata.created.as_ref()?;
-    let created = humantime::parse_rfc3339_weak(text).ok();
+    let created = humantime::parse_rfc3339_weak(text).ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
     if created.is_none() {
         let hint = "write it as Kubernetes does, 2024-01-31T12:00:00Z, or remove it";
         let message = format!("{text:?} is not a time, and of two equal policies the older counts");

@@ -90,6 +90,10 @@ impl Authentication {
         compiled
     }
 
+    pub(super) fn len(&self) -> usize {
+        usize::from(self.mesh.is_some()) + self.namespaces.len() + self.workloads.len()
+    }
+
     /// The mode of a workload's port.
     pub fn mode(&self, workload: &Workload, port: u16) -> MtlsMode {
         let own = self.of_workload(workload);

@@ -1,14 +1,20 @@
 //! AuthorizationPolicy as it was written, and the question that is put to it. `policy::evaluate` gives the answer.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
+
+use serde::Serialize;
 
 use super::{
     matching::{IpBlock, Pattern},
-    select::{Header, Selective},
+    select::Header,
 };
 use crate::identity::SpiffeId;
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
 pub enum Action {
     Allow,
     Deny,
@@ -78,8 +84,12 @@ pub enum Peer<'a> {
     },
 }
 
-impl Selective for AuthorizationPolicy {
-    fn header(&self) -> &Header {
-        &self.header
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Allow => "ALLOW",
+            Self::Deny => "DENY",
+            Self::Audit => "AUDIT",
+        })
     }
 }

@@ -5,6 +5,8 @@
 
 use std::{collections::HashSet, fmt};
 
+use serde::Serialize;
+
 use super::{
     Workload,
     authorization::{Action, Attempt, AuthorizationPolicy, Condition, Peer, Rule, Test},
@@ -119,6 +121,10 @@ impl Authorization {
         Self { index: Index::new(policies.into_iter().map(compile).collect()) }
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.index.len()
+    }
+
     pub fn decide(&self, destination: &Workload, attempt: &Attempt<'_>) -> Decision<'_> {
         let applying = self.index.applying(destination);
         if applying.is_empty() {
@@ -136,17 +142,39 @@ impl Authorization {
         Decision { verdict: verdict(&applying, false, &question), audited_by, rehearsed }
     }
 
-    /// The policies that apply to a workload, in the order in which they are asked.
-    pub fn applying(&self, destination: &Workload) -> Vec<(&PolicyName, Action, bool)> {
+    /// The policies that apply to a workload, in the order in which they are asked, each with the first of its rules that
+    /// matches.
+    pub fn asked(&self, destination: &Workload, attempt: &Attempt<'_>) -> Vec<Asked<'_>> {
         let order = |action: Action| match action {
             Action::Audit => 0,
             Action::Deny => 1,
             Action::Allow => 2,
         };
-        let mut applying: Vec<_> = self.index.applying(destination);
+        let question = Question::new(attempt);
+        let mut applying = self.index.applying(destination);
         applying.sort_by_key(|policy| (policy.dry_run, order(policy.action)));
-        applying.into_iter().map(|policy| (&policy.header.name, policy.action, policy.dry_run)).collect()
+        let first =
+            |rules: &[CompiledRule]| rules.iter().find(|rule| question.matches(rule) == Some(true)).map(|rule| rule.at);
+        applying
+            .into_iter()
+            .map(|policy| Asked {
+                policy: &policy.header.name,
+                action: policy.action,
+                dry_run: policy.dry_run,
+                matches: first(&policy.rules),
+            })
+            .collect()
     }
+}
+
+/// One policy and what it says of a connection.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Asked<'a> {
+    pub policy: &'a PolicyName,
+    pub action: Action,
+    pub dry_run: bool,
+    /// The rule, counted from 0.
+    pub matches: Option<usize>,
 }
 
 fn verdict<'a>(applying: &[&'a Compiled], dry_run: bool, question: &Question<'_>) -> Verdict<'a> {

@@ -5,7 +5,7 @@ use std::{
     cmp::Ordering,
     collections::{BTreeMap, HashMap},
     fmt,
-    time::SystemTime,
+    time::Duration,
 };
 
 use serde::{Serialize, Serializer};
@@ -39,8 +39,8 @@ impl Serialize for PolicyName {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Header {
     pub name: PolicyName,
-    /// Istio takes a resource without a time for the oldest of all.
-    pub created: Option<SystemTime>,
+    /// Since the Unix epoch. Istio takes a resource without a time for the oldest of all.
+    pub created: Option<Duration>,
     /// The labels that a workload must have; none are for all workloads.
     pub selector: BTreeMap<String, String>,
 }
@@ -121,6 +121,10 @@ impl<T: Selective> Index<T> {
         found.into_iter().filter_map(|at| self.items.get(at)).collect()
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.items.len()
+    }
+
     fn collect(&self, namespace: &str, labels: &BTreeMap<String, String>, found: &mut Vec<usize>) {
         let Some(scope) = self.namespaces.get(namespace) else { return };
         found.extend(&scope.everywhere);
@@ -129,7 +133,11 @@ impl<T: Selective> Index<T> {
         }
         for (key, value) in labels {
             let candidates = scope.labelled.get(key).and_then(|values| values.get(value));
-            let chosen = |at: &usize| self.items.get(*at).is_some_and(|item| item.header().selects(labels));
+            // A selector of one label is the label that it was found by.
+            let chosen = |at: &usize| {
+                let header = self.items.get(*at).map(T::header);
+                header.is_some_and(|header| header.selector.len() == 1 || header.selects(labels))
+            };
             found.extend(candidates.into_iter().flatten().filter(|at| chosen(at)));
         }
     }

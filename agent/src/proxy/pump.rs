@@ -5,9 +5,10 @@
 use std::{
     io,
     sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
 };
 
-use tokio::{io::Interest, net::TcpStream, sync::watch};
+use tokio::{io::Interest, net::TcpStream, sync::watch, time::timeout};
 
 use crate::{
     sys::socket,
@@ -25,6 +26,9 @@ mod outward;
 
 /// The reason that `watchdog` gives: no rule has changed, the peer has gone.
 pub const DEAD_PEER: &str = "the peer's host does not answer any more";
+
+/// How long an application may take to read what came before a reset.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Bytes moved so far, as the application counts them.
 #[derive(Debug, Default)]
@@ -92,7 +96,12 @@ pub async fn run(
     let (mut sent_all, mut received_all) = (false, false);
     while !(sent_all && received_all) {
         tokio::select! {
-            result = &mut outward, if !sent_all => { result?; sent_all = true; }
+            result = &mut outward, if !sent_all => {
+                if let Err(error) = result {
+                    return Err(if received_all { error } else { last_words(error, inward).await });
+                }
+                sent_all = true;
+            }
             result = &mut inward, if !received_all => { result?; received_all = true; }
             // A side that has closed its half is no longer read: its reset shows only as an error event.
             error = reset(app), if sent_all => return Err(PumpError::Application(error)),
@@ -106,6 +115,18 @@ pub async fn run(
         }
     }
     Ok(())
+}
+
+/// A peer that refuses says why and closes, and what it had not read makes that close a reset, which sending hears of first. What
+/// had come before is still there to be read: it is the application's, and its last record may be the reason.
+async fn last_words(error: PumpError, inward: impl Future<Output = Result<(), PumpError>>) -> PumpError {
+    if !matches!(error, PumpError::Wire(_)) {
+        return error;
+    }
+    match timeout(LAST_WORDS, inward).await {
+        Ok(Err(said @ PumpError::Record(_))) => said,
+        _ => error,
+    }
 }
 
 /// Ends a wire leg whose connection goes no further: with an alert where there are records, and not as the end of a stream.

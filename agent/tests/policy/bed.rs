@@ -11,6 +11,7 @@ use marline::{
     identity::SpiffeId,
     policy::{Attempt, MtlsMode, Peer, Verdict, Workload},
 };
+use tempfile::TempDir;
 
 const AGENT: &str =
     "apiVersion: marline.io/v1alpha1\nkind: AgentConfig\nspec:\n  ca: {path: ca}\n  capture: {cgroup: /c}\n";
@@ -125,13 +126,18 @@ pub fn load_files(policies: &[&str]) -> Result<Loaded, ConfigErrors> {
 }
 
 pub fn load_as(trust_domain: &str, policies: &[&str]) -> Result<Loaded, ConfigErrors> {
+    config::load(directory(trust_domain, policies).path())
+}
+
+/// A configuration of the agent, the cast, and the policies.
+pub fn directory(trust_domain: &str, policies: &[&str]) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("agent.yaml"), format!("{AGENT}  trustDomain: {trust_domain}\n")).unwrap();
     fs::write(dir.path().join("cast.yaml"), cast()).unwrap();
     for (n, text) in policies.iter().enumerate() {
         fs::write(dir.path().join(format!("policy-{n:03}.yaml")), text).unwrap();
     }
-    config::load(dir.path())
+    dir
 }
 
 fn cast() -> String {

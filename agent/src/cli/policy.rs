@@ -1,0 +1,137 @@
+//! `marline policy check` and `marline policy explain`: what the policies of a directory are worth, and what they decide. No
+//! agent need run; the directory need not hold an AgentConfig.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use clap::{Args, Subcommand};
+
+use super::WRONG_CONFIGURATION;
+use crate::{
+    config::{self, LoadedPolicies},
+    policy::{
+        Workload,
+        explain::{Caller, explain},
+    },
+    state::Snapshot,
+};
+
+#[derive(Subcommand)]
+pub(super) enum PolicyCommand {
+    /// Read a directory of policies and list everything that is wrong with it: exit 0 if nothing is, 1 if there are warnings, 2 if
+    /// an agent would refuse it
+    Check {
+        dir: PathBuf,
+        /// Print the findings as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say what becomes of a connection, and which policies decide it: exit 0 if it is allowed, 1 if it is refused, 2 if the question
+    /// or the configuration is wrong
+    Explain(ExplainArgs),
+}
+
+#[derive(Args)]
+pub(super) struct ExplainArgs {
+    /// The directory with the policies and the WorkloadEntries
+    #[arg(long)]
+    config: PathBuf,
+    /// Who calls: NAMESPACE/NAME, NAME, or an IP address
+    #[arg(long)]
+    source: String,
+    /// Who is called: NAMESPACE/NAME:PORT, NAME:PORT, or IP:PORT
+    #[arg(long)]
+    destination: String,
+    /// Ask for a source that speaks plaintext although it is in the mesh
+    #[arg(long)]
+    plaintext: bool,
+    /// Print the answer as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(command: &PolicyCommand) -> ExitCode {
+    match command {
+        PolicyCommand::Check { dir, json } => check(dir, *json),
+        PolicyCommand::Explain(args) => match answer(args) {
+            Ok(code) => code,
+            Err(text) => {
+                eprintln!("{text}");
+                ExitCode::from(WRONG_CONFIGURATION)
+            }
+        },
+    }
+}
+
+fn check(dir: &Path, json: bool) -> ExitCode {
+    let (text, findings, code) = match config::load_policies(dir) {
+        Ok(LoadedPolicies { snapshot, warnings }) => {
+            let mut lines: Vec<_> = warnings.iter().map(|warning| format!("warning: {warning}")).collect();
+            let (number, workloads) = (snapshot.policies.len(), snapshot.workloads().len());
+            let code = if lines.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+            lines.push(format!(
+                "{}: good, {number} policies, {workloads} workloads, {} warnings",
+                dir.display(),
+                warnings.len()
+            ));
+            (lines.join("\n"), serde_json::json!({ "errors": [], "warnings": warnings }), code)
+        }
+        Err(errors) => {
+            let warnings = errors.warnings.iter().map(|warning| format!("\nwarning: {warning}")).collect::<String>();
+            (format!("{errors}{warnings}"), serde_json::json!(errors), ExitCode::from(WRONG_CONFIGURATION))
+        }
+    };
+    if json {
+        println!("{findings}");
+    } else {
+        println!("{text}");
+    }
+    code
+}
+
+fn answer(args: &ExplainArgs) -> Result<ExitCode, String> {
+    let snapshot = config::load_policies(&args.config).map_err(|errors| errors.to_string())?.snapshot;
+    let (address, workload) = find(&snapshot, &args.source, "--source")?;
+    let (name, port) = args
+        .destination
+        .rsplit_once(':')
+        .and_then(|(name, port)| Some((name.trim_matches(['[', ']']), port.parse::<u16>().ok()?)))
+        .ok_or_else(|| format!("--destination {:?}: write WORKLOAD:PORT", args.destination))?;
+    let (local, destination) = find(&snapshot, name, "--destination")?;
+    let destination = destination.ok_or_else(|| format!("--destination {name}: no workload has this address"))?;
+    let caller = Caller { address, workload, plaintext: args.plaintext };
+    let local = SocketAddr::new(local, port);
+    let explanation = explain(&snapshot.policies, caller, destination, local);
+    if args.json {
+        println!("{}", serde_json::json!(explanation));
+    } else {
+        let source = workload.map_or_else(|| "nobody known".to_owned(), describe);
+        println!("from {source} at {address}\nto   {} at {local}\n{explanation}", describe(destination));
+    }
+    Ok(if explanation.allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A workload by its name or one of its addresses; an address may be nobody's.
+fn find<'a>(snapshot: &'a Snapshot, text: &str, option: &str) -> Result<(IpAddr, Option<&'a Workload>), String> {
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return Ok((address.to_canonical(), snapshot.workload(address).map(|workload| &**workload)));
+    }
+    let named = |workload: &&'a Workload| workload.name == text || workload.to_string() == text;
+    let mut found = snapshot.workloads().iter().map(|workload| &**workload).filter(named);
+    match (found.next(), found.next()) {
+        (Some(workload), None) => match workload.addresses.first() {
+            Some(address) => Ok((*address, Some(workload))),
+            None => Err(format!("{option} {text}: this workload has no address")),
+        },
+        (Some(_), Some(_)) => Err(format!("{option} {text}: there are several; write NAMESPACE/NAME, or an address")),
+        (None, _) => Err(format!("{option} {text}: no WorkloadEntry has this name")),
+    }
+}
+
+fn describe(workload: &Workload) -> String {
+    let identity = if workload.in_mesh { workload.id.to_string() } else { "not in the mesh".to_owned() };
+    format!("{workload} ({identity})")
+}
