@@ -2,7 +2,7 @@
 //! application, and leaves exactly one line in the agent's log that names the reason and both ends. Each table begins with a
 //! peer that is right, which is let in: so it is the one respect that decides.
 
-#[path = "mesh_wrong_peers/certificates.rs"]
+#[path = "native_wrong_peers/certificates.rs"]
 mod certificates;
 
 use std::fs;
