@@ -98,6 +98,14 @@ impl Agent {
         fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     }
 
+    /// Waits until something of what it has written after the first `skip` bytes satisfies: the log comes a moment after the deed.
+    pub fn wait_log(&self, what: &str, skip: usize, satisfies: impl Fn(&str) -> bool) -> Result<String> {
+        wait_for(format!("agent {} to log {what}", self.side.letter()), seconds(20), || {
+            let said = self.log().get(skip..).unwrap_or_default().to_owned();
+            Ok(if satisfies(&said) { Look::Done(said) } else { Look::NotYet(said) })
+        })
+    }
+
     /// What it has said about the kernel that it found.
     #[must_use]
     pub fn announcement(&self) -> String {

@@ -180,8 +180,7 @@ fn a_change_that_is_wrong_is_refused_by_name_and_the_last_good_one_stays() -> Re
             let (before, said) = (agent.reloads()?, agent.log().len());
             fs::write(&wrong, text)?;
             agent.wait_rejected(before)?;
-            let said = agent.log()[said..].to_owned();
-            ensure!(said.contains("wrong.yaml") && said.contains(field), "{field} is not named: {said}");
+            agent.wait_log(field, said, |said| said.contains("wrong.yaml") && said.contains(field))?;
             works(cluster)?;
         }
         fs::remove_file(&wrong)?;

@@ -180,9 +180,6 @@ impl<'a> Attempt<'a> {
         let (outbound, inbound) = self.before.entries(cluster, port)?;
         let entries: Vec<&Entry> = outbound.iter().chain(&inbound).collect();
         let [entry] = entries.as_slice() else { anyhow::bail!("{}: {entries:#?}", case.name) };
-        let log = cluster.agent(self.judge)?.log();
-        let lines: Vec<&str> =
-            log[self.said..].lines().filter(|line| line.contains("WARN") || line.contains("ERROR")).collect();
         let Some(reason) = case.reason else {
             ensure!(entry.verdict == Verdict::Allowed, "{}: {entry:#?}", case.name);
             return Ok(());
@@ -190,6 +187,12 @@ impl<'a> Attempt<'a> {
         ensure!(entry.verdict == Verdict::Refused, "{}: {entry:#?}", case.name);
         ensure!(entry.reason.as_deref() == Some(reason), "{}: not {reason}: {entry:#?}", case.name);
         ensure!(entry.bytes_sent == 0 && entry.bytes_received == 0, "{}: {entry:#?}", case.name);
+        let agent = cluster.agent(self.judge)?;
+        let alarm = |line: &&str| line.contains("WARN") || line.contains("ERROR");
+        let log = agent
+            .wait_log("the refusal", self.said, |said| said.ends_with('\n') && said.lines().any(|line| alarm(&line)))?;
+        // One that came late would be found in the next case's part.
+        let lines: Vec<&str> = log.lines().filter(alarm).collect();
         let [line] = lines.as_slice() else { anyhow::bail!("{}: not one line: {lines:#?}", case.name) };
         let named = line.contains(&format!("reason=\"{reason}\"")) && self.ends.iter().all(|end| line.contains(end));
         let version = case.version == "-tls1_3" || line.contains("TLS 1.3");
