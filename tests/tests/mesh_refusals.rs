@@ -75,9 +75,12 @@ fn many_threads_at_once_all_get_their_own_bytes() -> Result<()> {
     on_mesh(&strict(), |cluster| {
         let (client, server) = (cluster.pod("client-a")?, cluster.pod("server-b")?);
         let _echo = echo(&server)?;
+        // In the VM every instruction is emulated, handshakes above all.
+        let in_vm = std::env::var("MARLINE_TEST_ENV").is_ok_and(|place| place == "vm");
+        let count = if in_vm { "60" } else { "300" };
         for family in Family::BOTH {
-            let said = talk(&client, &["many", &server.socket(family, PORT).to_string(), "300", "50"])?;
-            ensure!(said == "300 echoes", "over {}: {said}", family.as_str());
+            let said = talk(&client, &["many", &server.socket(family, PORT).to_string(), count, "50"])?;
+            ensure!(said == format!("{count} echoes"), "over {}: {said}", family.as_str());
         }
         Ok(())
     })

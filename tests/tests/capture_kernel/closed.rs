@@ -151,12 +151,14 @@ fn a_pod_on_hold_is_closed_and_opens_again() {
     let agent = bed.agent();
     let served = agent.serve(&bed.a, &bed.a.addresses());
     let mut client = bed.a.helper();
+    // Nothing listens there: the agent takes the connection and resets it, which on a slow machine connect() itself may hear.
+    let taken = |errno: Option<i32>| matches!(errno, None | Some(libc::ECONNRESET));
     served.enrolment.ready().unwrap();
-    assert_eq!(client.ask("connect to=10.77.2.2:7107").errno(), None);
+    assert!(taken(client.ask("connect to=10.77.2.2:7107").errno()));
     served.enrolment.hold().unwrap();
     assert_eq!(client.ask("connect to=10.77.2.2:7108").errno(), ECONNREFUSED);
     served.enrolment.ready().unwrap();
-    assert_eq!(client.ask("connect to=10.77.2.2:7109").errno(), None);
+    assert!(taken(client.ask("connect to=10.77.2.2:7109").errno()));
 }
 
 #[test]
@@ -188,7 +190,8 @@ fn two_agents_on_one_host_do_not_disturb_each_other() {
     neighbour.no_more_events();
     agent.die();
     assert_eq!(client.ask("connect to=10.77.2.2:7111").errno(), ECONNREFUSED);
-    assert_eq!(neighbours.ask("connect to=10.77.2.2:7111").errno(), None);
+    // Taken, and reset because nothing listens there: a slow machine's connect() itself may hear of it.
+    assert!(matches!(neighbours.ask("connect to=10.77.2.2:7111").errno(), None | Some(libc::ECONNRESET)));
     assert!(matches!(neighbour.event(), Event::Outbound { .. }));
 }
 
