@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::{
-    sys::signal::{SigSet, SigmaskHow, Signal, kill},
+    sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg},
     unistd::Pid,
 };
 
@@ -134,9 +134,12 @@ impl Process {
         self.detached = true;
     }
 
+    fn id(&self) -> Result<Pid> {
+        Ok(Pid::from_raw(i32::try_from(self.pid()).context("a pid beyond 31 bits")?))
+    }
+
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        let pid = i32::try_from(self.pid()).context("a pid beyond 31 bits")?;
-        kill(Pid::from_raw(pid), signal).with_context(|| format!("sending {signal} to {}", self.name))
+        kill(self.id()?, signal).with_context(|| format!("sending {signal} to {}", self.name))
     }
 
     /// Its status if it has ended.
@@ -149,10 +152,11 @@ impl Process {
         wait_child(&mut self.child, &self.name, limit).with_context(|| format!("log of {}:\n{}", self.name, self.log()))
     }
 
-    /// SIGKILL, and wait for it.
+    /// SIGKILL to it and to the workers that it has started, and wait for it.
     pub fn kill(&mut self) -> Result<()> {
         if self.ended()?.is_none() {
-            self.child.kill().with_context(|| format!("killing {}", self.name))?;
+            // It leads a group of its own.
+            killpg(self.id()?, Signal::SIGKILL).with_context(|| format!("killing {}", self.name))?;
             self.child.wait().with_context(|| format!("waiting for {}", self.name))?;
         }
         Ok(())

@@ -140,9 +140,12 @@ pub(crate) fn exec(args: &ExecArgs) -> Result<i32> {
 
 pub(crate) fn status() -> Result<()> {
     require_root()?;
-    let cluster = met()?;
-    print!("{}", overview(&cluster));
+    show(&met()?);
     Ok(())
+}
+
+pub(crate) fn show(cluster: &Cluster) {
+    print!("{}", overview(cluster));
 }
 
 /// Removes the mesh, and whatever is left of one.
@@ -156,6 +159,24 @@ pub(crate) fn down() -> Result<()> {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(step.fail(format!("{DIRECTORY}: {error}"))),
         _ => Ok(()),
     }
+}
+
+/// Starts the servers that a person finds in the mesh.
+pub(crate) fn fill(cluster: &Cluster) -> Result<()> {
+    for server in ["server-a", "server-b"] {
+        let pod = cluster.pod(server)?;
+        let greeting = format!("this page comes from {server}");
+        for process in [Nginx::start(&pod, &greeting)?.process, Redis::start(&pod, &greeting)?.process] {
+            process.detach();
+        }
+    }
+    Ok(())
+}
+
+/// Nobody's mesh is to be removed by surprise.
+pub(crate) fn require_none() -> Result<()> {
+    ensure!(found()?.is_none(), "a mesh is up already; way out: cargo xtask down");
+    Ok(())
 }
 
 /// Lets later commands find this cluster, which must be of this name and in this directory.
@@ -209,13 +230,7 @@ fn fresh(spec: &ClusterSpec) -> Result<Cluster> {
     let _ = fs::remove_dir_all(directory);
     let mut cluster =
         Cluster::create_lasting(NAME, directory, spec).map_err(|error| step.fail(format!("{error:#}")))?;
-    for server in ["server-a", "server-b"] {
-        let pod = cluster.pod(server)?;
-        let greeting = format!("this page comes from {server}");
-        for process in [Nginx::start(&pod, &greeting)?.process, Redis::start(&pod, &greeting)?.process] {
-            process.detach();
-        }
-    }
+    fill(&cluster)?;
     save(&cluster, &spec.pods)?;
     let step = Step::begin("starting the agents").way_out("the agents' logs above tell why");
     cluster.start_agents().map_err(|error| step.fail(format!("{error:#}\n{}", cluster.report())))?;

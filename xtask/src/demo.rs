@@ -128,6 +128,7 @@ fn on_this_kernel(args: &Args, kernel: &kernel::Kernel) -> Result<i32> {
     let signals = Signals::take()?;
     let step = Step::begin("making two nodes with their pods").way_out("cargo xtask down, then try again");
     let cluster = if args.keep {
+        cluster::require_none()?;
         Cluster::create_lasting(cluster::NAME, Path::new(cluster::DIRECTORY), &spec)
     } else {
         Cluster::create(&spec)
@@ -143,7 +144,9 @@ fn on_this_kernel(args: &Args, kernel: &kernel::Kernel) -> Result<i32> {
     }
     print!("{}", report.text());
     if args.keep {
+        cluster::fill(&cluster)?;
         cluster::save(&cluster, &spec.pods)?;
+        cluster::show(&cluster);
         step::say(&format!("the mesh stays up in mode {}; cargo xtask down removes it", cluster.mode().as_str()));
         cluster.stay();
     } else if !report.faults.is_empty() {
