@@ -489,7 +489,7 @@ fn idle_connections_hold_no_pipe() {
 #[test]
 fn one_gibibyte_arrives_exactly() {
     if std::env::var_os("MARLINE_LONG").is_none() {
-        println!("SKIPPED: one gibibyte: set MARLINE_LONG=1 to run it");
+        println!("SKIPPED: one_gibibyte_arrives_exactly: set MARLINE_LONG=1 to run it");
         return;
     }
     run(async {

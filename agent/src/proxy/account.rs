@@ -61,14 +61,7 @@ impl Account {
     /// Nothing of the application's was let through. Writes a warning that names the reason and both ends.
     pub fn refused(mut self, reason: &'static str, error: &(dyn std::error::Error + 'static)) {
         let text = with_causes(error);
-        let facts = self.live.facts();
-        tracing::warn!(
-            direction = self.live.direction.as_str(),
-            source = %describe(&facts.source),
-            destination = %describe(&facts.destination),
-            reason,
-            "connection refused: {text}"
-        );
+        self.warn("refused", reason, &text);
         self.end = End::Refused { reason, text };
     }
 
@@ -80,15 +73,19 @@ impl Account {
         if let End::Failed { reason, text } = &self.end
             && !matches!(*reason, "application_reset" | "peer_reset")
         {
-            let facts = self.live.facts();
-            tracing::warn!(
-                direction = self.live.direction.as_str(),
-                source = %describe(&facts.source),
-                destination = %describe(&facts.destination),
-                reason,
-                "connection cut: {text}"
-            );
+            self.warn("cut", reason, text);
         }
+    }
+
+    fn warn(&self, what: &str, reason: &str, text: &str) {
+        let facts = self.live.facts();
+        tracing::warn!(
+            direction = self.live.direction.as_str(),
+            source = %describe(&facts.source),
+            destination = %describe(&facts.destination),
+            reason,
+            "connection {what}: {text}"
+        );
     }
 }
 

@@ -31,8 +31,6 @@ const ACCESS_DENIED: u8 = 49;
 
 pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, client: ClientAddr, turn: Turn) {
     let local = match wire.local_addr() {
-        // A program in the pod that connects to the agent's listener by itself comes to loopback.
-        Ok(local) if local.ip().is_loopback() => return drop(capture::guard(&wire, ctx.settings.dead_peer)),
         Ok(local) if ctx.selftest.claim_inbound(pod.netns.cookie(), client.0, local) => return,
         Ok(local) => local,
         Err(error) => return tracing::debug!(%error, "an accepted connection was gone at once"),
@@ -71,6 +69,10 @@ async fn open(
     account: &Account,
 ) -> Result<Opened, Refusal> {
     capture::guard(&wire, ctx.settings.dead_peer).map_err(Refusal::Client)?;
+    // Only a program in the pod that connects to the agent's listener by itself comes to loopback.
+    if local.ip().is_loopback() {
+        return Err(Refusal::NotCaptured);
+    }
     let snapshot = ctx.state.load();
     let (workload, endpoint) = identify::endpoint(&snapshot, client.0);
     account.live.learn(|facts| facts.source = endpoint);

@@ -33,8 +33,8 @@ const RETRY: [Duration; 4] =
 /// How often to see whether the pod's path still leads to the same namespace.
 const LOOK: Duration = Duration::from_secs(2);
 
-/// How many connections of one pod may be on their way to be established. Those beyond wait in the listeners' queues, so that a pod
-/// or its peers cannot take what the node's other pods need.
+/// How many connections of one pod may be on their way to be established, in each direction. Those beyond wait in the listeners'
+/// queues, so that a pod cannot take what the node's other pods need, nor its peers what it needs to call out.
 const PENDING: usize = 1024;
 /// After an accept that failed.
 const BREATH: Duration = Duration::from_millis(200);
@@ -43,13 +43,6 @@ const BREATH: Duration = Duration::from_millis(200);
 pub struct Pod {
     pub workload: Arc<Workload>,
     pub netns: Netns,
-    pending: Arc<Semaphore>,
-}
-
-impl Pod {
-    fn new(workload: Arc<Workload>, netns: Netns) -> Self {
-        Self { workload, netns, pending: Arc::new(Semaphore::new(PENDING)) }
-    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -177,7 +170,7 @@ async fn serve(
     if ctx.svid(&local.workload.id).is_err() {
         return Err(EnrolError::NoSvid(local.workload.id.clone()));
     }
-    let pod = Arc::new(Pod::new(local.workload.clone(), netns));
+    let pod = Arc::new(Pod { workload: local.workload.clone(), netns });
     let listeners = Listeners::open(&pod.netns).map_err(EnrolError::Listen)?;
     let captured = listeners.for_capture(&pod.netns, addresses).map_err(EnrolError::Listen)?;
     let enrolment = ctx.capture.enrol(&captured)?;
@@ -187,13 +180,14 @@ async fn serve(
     let mut families = vec![Family::V4];
     families.extend(listeners.outbound6.is_some().then_some(Family::V6));
     let Listeners { outbound4, outbound6, inbound4, inbound6 } = listeners;
+    let (turns_out, turns_in) = (Arc::new(Semaphore::new(PENDING)), Arc::new(Semaphore::new(PENDING)));
     for listener in [Some(outbound4), outbound6].into_iter().flatten() {
-        loops.spawn(accept(ctx.clone(), pod.clone(), listener, |ctx, pod, stream, client, turn| {
+        loops.spawn(accept(ctx.clone(), pod.clone(), listener, turns_out.clone(), |ctx, pod, stream, client, turn| {
             tokio::spawn(outbound::serve(ctx, pod, stream, client, turn));
         }));
     }
     for listener in [Some(inbound4), inbound6].into_iter().flatten() {
-        loops.spawn(accept(ctx.clone(), pod.clone(), listener, |ctx, pod, stream, client, turn| {
+        loops.spawn(accept(ctx.clone(), pod.clone(), listener, turns_in.clone(), |ctx, pod, stream, client, turn| {
             tokio::spawn(inbound::serve(ctx, pod, stream, client, turn));
         }));
     }
@@ -270,11 +264,12 @@ async fn accept(
     ctx: Arc<Context>,
     pod: Arc<Pod>,
     listener: TcpListener,
+    turns: Arc<Semaphore>,
     serve: fn(Arc<Context>, Arc<Pod>, TcpStream, ClientAddr, Turn),
 ) {
     loop {
-        // Closed never: the semaphore is the pod's, which this loop holds.
-        let Ok(turn) = pod.pending.clone().acquire_owned().await else { return };
+        // Nobody closes the semaphore.
+        let Ok(turn) = turns.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, client)) => serve(ctx.clone(), pod.clone(), stream, ClientAddr(client), turn),
             Err(error) => {

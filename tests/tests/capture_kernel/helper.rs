@@ -93,7 +93,10 @@ pub(crate) fn probe_command(args: &probe::ProbeArgs) -> Command {
 
 /// What the test named `helper` does: nothing, unless this process was started to be one.
 pub(crate) fn main() {
-    let Ok(words) = std::env::var(ENVIRONMENT) else { return };
+    let Ok(words) = std::env::var(ENVIRONMENT) else {
+        println!("SKIPPED: helper: it is no test but what the tests run inside pods");
+        return;
+    };
     match words.split_whitespace().collect::<Vec<_>>()[..] {
         ["pod", cgroup, netns] => pod(Path::new(cgroup), Path::new(netns)),
         ["probe", cgroup, netns, connect] => {

@@ -70,29 +70,25 @@ async fn splice(
 ) -> Result<Burst, PumpError> {
     let (mut pipe, mut budget) = (Pipe::take().map_err(PumpError::Pipe)?, Budget::new());
     loop {
-        let read = match (try_read(wire, || pipe.fill(wire)), session) {
-            (Ok(0), None) => return Ok(Burst::Ended),
-            // The end of the stream or an empty record; EINVAL where a control record is next. Reading it tells.
-            (Ok(0), Some(session)) => match record(wire, app, session, &mut Buffer::take(), moved).await? {
-                Step::Data(read) => {
-                    budget.spend(read).await;
-                    continue;
-                }
+        let filled = try_read(wire, || pipe.fill(wire));
+        // From kernel TLS 0 is the end of the stream or an empty record, and EINVAL says that a control record is next. Reading it tells.
+        let unclear = match &filled {
+            Ok(read) => *read == 0,
+            Err(error) => error.raw_os_error() == Some(libc::EINVAL),
+        };
+        if let (true, Some(session)) = (unclear, session) {
+            match record(wire, app, session, &mut Buffer::take(), moved).await? {
+                Step::Data(read) => budget.spend(read).await,
                 Step::Burst(burst) => return Ok(burst),
-            },
-            (Err(error), Some(session)) if error.raw_os_error() == Some(libc::EINVAL) => {
-                match record(wire, app, session, &mut Buffer::take(), moved).await? {
-                    Step::Data(read) => {
-                        budget.spend(read).await;
-                        continue;
-                    }
-                    Step::Burst(burst) => return Ok(burst),
-                }
             }
-            (Ok(read), _) => read,
-            (Err(error), _) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Burst::Drained),
-            (Err(error), _) if error.kind() == io::ErrorKind::Interrupted => continue,
-            (Err(error), _) => return Err(wire_error(error)),
+            continue;
+        }
+        let read = match filled {
+            Ok(0) => return Ok(Burst::Ended),
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Burst::Drained),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(wire_error(error)),
         };
         while !pipe.is_empty() {
             match app.try_io(Interest::WRITABLE, || pipe.drain(app)) {
