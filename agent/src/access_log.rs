@@ -5,7 +5,7 @@ use std::{
     fs::OpenOptions,
     io::{self, Write},
     net::SocketAddr,
-    path::Path,
+    path::Path as FilePath,
     sync::Arc,
     time::SystemTime,
 };
@@ -13,7 +13,7 @@ use std::{
 use serde::{Serialize, Serializer};
 use tracing_appender::non_blocking::{NonBlocking, WorkerGuard};
 
-use crate::words::{Direction, Endpoint, Mode, PumpKind, TlsFacts};
+use crate::words::{Direction, Endpoint, Mode, Path, PumpKind, TlsFacts};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Format {
@@ -34,6 +34,10 @@ pub struct Record<'a> {
     /// `ktls`, `userspace`, `plaintext`, or `none` where it did not come so far.
     pub records: &'a str,
     pub pump: Option<PumpKind>,
+    pub path: Option<Path>,
+    /// Why it is not direct, where the agent does direct connections.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path_reason: Option<&'a str>,
     pub verdict: &'a str,
     pub reason: Option<&'a str>,
     /// The policy, and the rule, that decided.
@@ -60,8 +64,8 @@ pub struct AccessLog {
 }
 
 impl AccessLog {
-    pub fn open(path: &Path, format: Format) -> io::Result<Self> {
-        let (writer, guard) = if path == Path::new("-") {
+    pub fn open(path: &FilePath, format: Format) -> io::Result<Self> {
+        let (writer, guard) = if path == FilePath::new("-") {
             tracing_appender::non_blocking(io::stdout())
         } else {
             tracing_appender::non_blocking(OpenOptions::new().create(true).append(true).open(path)?)
@@ -95,12 +99,13 @@ fn text(record: &Record<'_>) -> String {
         format!("{address} {}", end.identity.as_deref().unwrap_or("-"))
     };
     format!(
-        "{} {} {} -> {} {} {} {} sent={} received={} {}ms {}",
+        "{} {} {} -> {} {} {} {} {} sent={} received={} {}ms {}",
         timestamp(record.time),
         record.direction.as_str(),
         end(record.source),
         end(record.destination),
         record.records,
+        record.path.map_or("-", Path::as_str),
         record.verdict,
         record.reason.unwrap_or("-"),
         record.bytes_sent,

@@ -14,7 +14,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::words::{Direction, Mode};
+use crate::words::{Direction, Mode, Path};
 
 type Labels<const N: usize> = [(&'static str, &'static str); N];
 
@@ -36,7 +36,7 @@ pub struct Metrics {
     closed: Family<Labels<4>, Counter>,
     sent: Family<Labels<2>, Counter>,
     received: Family<Labels<2>, Counter>,
-    carried: Family<Labels<3>, Counter>,
+    carried: Family<Labels<5>, Counter>,
     handshakes: Family<Labels<3>, Counter>,
     handshake_seconds: Histogram,
     reloads: Family<Labels<1>, Counter>,
@@ -60,7 +60,7 @@ impl Metrics {
         registry.register("istio_tcp_connections_closed", "Connections ended, by verdict and reason", closed.clone());
         registry.register("istio_tcp_sent_bytes", "Application bytes sent to the peer", sent.clone());
         registry.register("istio_tcp_received_bytes", "Application bytes received from the peer", received.clone());
-        registry.register("marline_connections_carried", "Connections by who keeps their records", carried.clone());
+        registry.register("marline_connections_carried", "Connections by who keeps their records and by the path of their bytes", carried.clone());
         registry.register("marline_handshakes", "TLS handshakes by result and reason", handshakes.clone());
         registry.register_with_unit(
             "marline_handshake_duration",
@@ -112,8 +112,22 @@ impl Metrics {
         self.received.get_or_create(&[reporter(direction), policy]).inc_by(received);
     }
 
-    pub fn carried(&self, direction: Direction, mode: Mode, records: &'static str) {
-        let labels = [reporter(direction), security_policy(Some(mode)), ("records", records)];
+    /// `why` is the reason for which a proxied connection is not direct.
+    pub fn carried(
+        &self,
+        direction: Direction,
+        mode: Mode,
+        records: &'static str,
+        path: Path,
+        why: Option<&'static str>,
+    ) {
+        let labels = [
+            reporter(direction),
+            security_policy(Some(mode)),
+            ("records", records),
+            ("path", path.as_str()),
+            ("path_reason", why.unwrap_or("none")),
+        ];
         self.carried.get_or_create(&labels).inc();
     }
 

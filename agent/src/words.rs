@@ -3,9 +3,9 @@
 
 use std::net::SocketAddr;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
     Outbound,
@@ -29,8 +29,27 @@ pub enum Mode {
     Plaintext,
 }
 
+/// Which way a connection's bytes take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Path {
+    /// The application holds the TLS connection itself; the agent is out of the way.
+    Direct,
+    /// Through the agent.
+    Proxied,
+}
+
+impl Path {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Proxied => "proxied",
+        }
+    }
+}
+
 /// One end, as far as it is known.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
     pub address: Option<SocketAddr>,
     pub workload: Option<String>,
@@ -39,7 +58,7 @@ pub struct Endpoint {
     pub identity: Option<String>,
 }
 
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TlsFacts {
     pub cipher: String,
     pub group: Option<String>,

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     access_log::{AccessLog, Record},
     metrics::Metrics,
-    words::{Direction, Endpoint, Mode, with_causes},
+    words::{Direction, Endpoint, Mode, Path, with_causes},
 };
 
 pub struct Account {
@@ -20,6 +20,8 @@ pub struct Account {
     metrics: Arc<Metrics>,
     log: AccessLog,
     end: End,
+    /// Whether it has become a connection: an attempt that gave way to another leaves no trace.
+    counted: bool,
 }
 
 enum End {
@@ -38,24 +40,59 @@ enum End {
 
 impl Account {
     pub fn open(connections: &Connections, metrics: &Arc<Metrics>, log: &AccessLog, direction: Direction) -> Self {
-        metrics.opened(direction);
+        let mut account = Self::attempt(connections, metrics, log, direction);
+        account.count();
+        account
+    }
+
+    /// Of something that may give way to the proxied path, which then has an account of its own.
+    pub fn attempt(connections: &Connections, metrics: &Arc<Metrics>, log: &AccessLog, direction: Direction) -> Self {
         Self {
             live: connections.open(direction),
             connections: connections.clone(),
             metrics: metrics.clone(),
             log: log.clone(),
             end: End::Abandoned,
+            counted: false,
         }
+    }
+
+    /// An attempt has become a connection.
+    pub fn count(&mut self) {
+        if !std::mem::replace(&mut self.counted, true) {
+            self.metrics.opened(self.live.direction);
+        }
+    }
+
+    /// The application has the connection itself.
+    pub fn handed_over(&mut self, records: &'static str) {
+        self.count();
+        self.live.learn(|facts| {
+            facts.mode = Some(Mode::Mtls);
+            facts.records = Some(records);
+            facts.path = Some(Path::Direct);
+            facts.path_reason = None;
+        });
+        self.metrics.carried(self.live.direction, Mode::Mtls, records, Path::Direct, None);
+    }
+
+    /// A direct connection ended while no agent was there to see it: how much it carried is not known.
+    pub fn unobserved(mut self) {
+        let text = "it ended while no agent ran".to_owned();
+        self.end = End::Failed { reason: "unobserved", text };
     }
 
     pub fn offloaded(&self, mode: Mode, records: &Records) {
         let pump = records.pump();
+        let mut why = None;
         self.live.learn(|facts| {
             facts.mode = Some(mode);
             facts.records = Some(records.name());
             facts.pump = Some(pump);
+            facts.path = Some(Path::Proxied);
+            why = facts.path_reason;
         });
-        self.metrics.carried(self.live.direction, mode, records.name());
+        self.metrics.carried(self.live.direction, mode, records.name(), Path::Proxied, why);
     }
 
     /// Nothing of the application's was let through. Writes a warning that names the reason and both ends.
@@ -92,6 +129,9 @@ impl Account {
 impl Drop for Account {
     fn drop(&mut self) {
         self.connections.close(&self.live);
+        if !self.counted {
+            return;
+        }
         let facts = self.live.facts();
         let (verdict, reason, close) = match &self.end {
             End::Abandoned => {
@@ -113,6 +153,8 @@ impl Drop for Account {
             mode: facts.mode,
             records: facts.records.unwrap_or("none"),
             pump: facts.pump,
+            path: facts.path,
+            path_reason: facts.path_reason,
             verdict,
             reason,
             policy: facts.policy.as_deref(),

@@ -4,7 +4,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Instant, SystemTime},
@@ -17,7 +17,7 @@ use super::pump::Moved;
 use crate::{
     identity::SpiffeId,
     policy::Workload,
-    words::{Direction, Endpoint, Mode, PumpKind, TlsFacts},
+    words::{Direction, Endpoint, Mode, Path, PumpKind, TlsFacts},
 };
 
 /// What is learned on the way through the stages.
@@ -28,6 +28,10 @@ pub struct Facts {
     pub mode: Option<Mode>,
     pub records: Option<&'static str>,
     pub pump: Option<PumpKind>,
+    pub path: Option<Path>,
+    /// Why it is not direct, where it could be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path_reason: Option<&'static str>,
     pub tls: Option<TlsFacts>,
     /// The policies that decided, if any had a say.
     pub policy: Option<String>,
@@ -57,6 +61,8 @@ pub struct Live {
     facts: Mutex<Facts>,
     revoke: watch::Sender<Option<&'static str>>,
     wire: Mutex<Option<std::sync::Weak<TcpStream>>>,
+    /// How a connection is ended that the agent does not hold.
+    sever: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Live {
@@ -79,6 +85,24 @@ impl Live {
     /// Ends the connection by a reset, for the reason given.
     pub fn revoke(&self, reason: &'static str) {
         self.revoke.send_replace(Some(reason));
+        if let Some(sever) = self.sever.get() {
+            sever();
+        }
+    }
+
+    /// The reason for which it was revoked, if it was.
+    pub fn revoked(&self) -> Option<&'static str> {
+        *self.revoke.borrow()
+    }
+
+    /// From now on a revocation is carried out by `sever`, also one that came before.
+    pub fn severed_by(&self, sever: impl Fn() + Send + Sync + 'static) {
+        if self.sever.set(Box::new(sever)).is_ok()
+            && self.revoked().is_some()
+            && let Some(sever) = self.sever.get()
+        {
+            sever();
+        }
     }
 
     pub fn revocation(&self) -> watch::Receiver<Option<&'static str>> {
@@ -104,6 +128,7 @@ impl Connections {
             facts: Mutex::default(),
             revoke: watch::Sender::new(None),
             wire: Mutex::new(None),
+            sever: OnceLock::new(),
         });
         lock(&self.live).insert(live.id, live.clone());
         live

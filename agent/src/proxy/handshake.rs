@@ -11,10 +11,7 @@ use rustls::{
     server::{ServerConnectionData, UnbufferedServerConnection},
     unbuffered::{ConnectionState, EncodeError, InsufficientSizeError, UnbufferedStatus},
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::{
     identity::SpiffeId,
@@ -50,10 +47,18 @@ pub struct Secured {
     pub alpn: Option<Vec<u8>>,
     pub secrets: ExtractedSecrets,
     pub schedule: Schedule,
+    /// Bytes that the handshake took on the wire.
+    pub sent: u64,
+    pub received: u64,
 }
 
+/// What a handshake is done on.
+pub trait Socket: AsyncRead + AsyncWrite + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Socket for T {}
+
 pub async fn connect(
-    socket: &mut TcpStream,
+    socket: &mut impl Socket,
     config: Arc<ClientConfig>,
     name: ServerName<'static>,
     limit: Duration,
@@ -63,7 +68,7 @@ pub async fn connect(
 }
 
 pub async fn accept(
-    socket: &mut TcpStream,
+    socket: &mut impl Socket,
     config: Arc<ServerConfig>,
     limit: Duration,
 ) -> Result<Secured, HandshakeError> {
@@ -123,16 +128,18 @@ enum Next {
     Fail(HandshakeError),
 }
 
-async fn run<E: End>(socket: &mut TcpStream, mut connection: E) -> Result<Secured, HandshakeError> {
+async fn run<E: End>(socket: &mut impl Socket, mut connection: E) -> Result<Secured, HandshakeError> {
     let (mut incoming, mut outgoing) = (Vec::new(), Vec::new());
+    let (mut sent, mut received) = (0, 0);
     loop {
         match turn(&mut connection, &mut incoming, &mut outgoing) {
             Next::Again => {}
             Next::Send => {
                 socket.write_all(&outgoing).await.map_err(failed)?;
+                sent += outgoing.len() as u64;
                 outgoing.clear();
             }
-            Next::Read => read_record(socket, &mut incoming).await?,
+            Next::Read => received += read_record(socket, &mut incoming).await? as u64,
             Next::Done => break,
             Next::Fail(error) => {
                 say_why(socket, &mut connection).await;
@@ -150,7 +157,7 @@ async fn run<E: End>(socket: &mut TcpStream, mut connection: E) -> Result<Secure
     let chain: &[CertificateDer<'_>] = common.peer_certificates().unwrap_or_default();
     let peer = peer_id(chain).map_err(HandshakeError::Peer)?;
     let (secrets, schedule) = connection.finish()?;
-    Ok(Secured { peer, suite, group, alpn, secrets, schedule })
+    Ok(Secured { peer, suite, group, alpn, secrets, schedule, sent, received })
 }
 
 fn turn<E: End>(connection: &mut E, incoming: &mut Vec<u8>, outgoing: &mut Vec<u8>) -> Next {
@@ -201,7 +208,7 @@ fn encode(
 }
 
 /// Tells the peer why, with the alert that rustls has queued; a peer that does not take it is not waited for.
-async fn say_why<E: End>(socket: &mut TcpStream, connection: &mut E) {
+async fn say_why<E: End>(socket: &mut impl Socket, connection: &mut E) {
     let mut outgoing = Vec::new();
     while let Ok(ConnectionState::EncodeTlsData(mut data)) = connection.process(&mut []).state {
         if encode(&mut outgoing, |room| data.encode(room)).is_err() {
@@ -213,7 +220,8 @@ async fn say_why<E: End>(socket: &mut TcpStream, connection: &mut E) {
     }
 }
 
-async fn read_record(socket: &mut TcpStream, incoming: &mut Vec<u8>) -> Result<(), HandshakeError> {
+/// Returns how many bytes it took.
+async fn read_record(socket: &mut impl Socket, incoming: &mut Vec<u8>) -> Result<usize, HandshakeError> {
     let mut header = [0; HEADER];
     socket.read_exact(&mut header).await.map_err(failed)?;
     let length = usize::from(u16::from_be_bytes([header[3], header[4]]));
@@ -224,7 +232,7 @@ async fn read_record(socket: &mut TcpStream, incoming: &mut Vec<u8>) -> Result<(
     incoming.extend_from_slice(&header);
     incoming.resize(start + HEADER + length, 0);
     socket.read_exact(&mut incoming[start + HEADER..]).await.map_err(failed)?;
-    Ok(())
+    Ok(HEADER + length)
 }
 
 fn failed(error: io::Error) -> HandshakeError {
