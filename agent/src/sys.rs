@@ -6,3 +6,5 @@ pub mod seccomp;
 pub mod slots;
 pub mod socket;
 pub mod splice;
+pub mod wakeup;
+pub mod watched;

@@ -1,0 +1,299 @@
+//! Direct connections: after the handshake the application's own socket is the TLS connection, and the agent is out of the way.
+//!
+//! Both sides are upgrades of the proxied path, per connection: whatever speaks against one, it is [`Why`], and the bytes go through
+//! the agent as ever. `client` connects in the application's place while it is held in connect(); `server` hands ready sockets
+//! out at accept(); `close` sees to it that what the kernel has accepted is not lost when a socket is closed; `watch` knows
+//! the connections that the agent does not hold any more, and ends them when they are revoked. How calls come to be held is
+//! `sys::seccomp`'s and the keeper's.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use super::{
+    Context,
+    connections::lock,
+    offload::Capabilities,
+    pod::Pod,
+};
+use crate::{
+    keeper::{Held, KeeperError, Link},
+    sys::{
+        netns::{Netns, NetnsCookie},
+        seccomp::{Answer, Call},
+    },
+    words::{PumpKind, with_causes},
+};
+
+mod client;
+mod close;
+mod parts;
+mod server;
+mod socket;
+mod waiting;
+mod watch;
+
+pub use watch::Kept;
+pub(super) use server::{Handover, Offered};
+
+/// How the operator wants it.
+#[derive(Debug, Clone)]
+pub struct DirectSettings {
+    /// Where the keeper's sockets are.
+    pub keeper: PathBuf,
+    /// How long a non-blocking connect() may be held.
+    pub hold: Duration,
+}
+
+/// Why a connection goes through the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Why {
+    /// Nothing in the pod runs under the filter.
+    NoFilter,
+    /// The call was not held: io_uring, another entry than the native one, or a process without the filter.
+    NotNotified,
+    /// The kernel's records are not up to it: see [`usable`].
+    Kernel,
+    /// The socket has an option that does not go with records.
+    SocketOption,
+    /// The other end did not agree.
+    PeerNotReady,
+    /// The handshake took longer than a connect() may be held.
+    TooSlow,
+    /// Not a connection of the mesh: its bytes are not encrypted.
+    Plaintext,
+    /// Policy forbids it; the proxied path says so.
+    Policy,
+    /// Too many at once.
+    Busy,
+    /// The application listens for IPv6, and an IPv4 socket is all there is this once.
+    AddressFamily,
+    /// The calling process could not be reached.
+    Caller,
+    /// Something else than the agent wrote on the socket.
+    Interference,
+    /// A part of the agent was not up to it; its log says more.
+    Agent,
+}
+
+impl Why {
+    /// The label by which it is counted and shown.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::NoFilter => "no_filter",
+            Self::NotNotified => "not_notified",
+            Self::Kernel => "kernel",
+            Self::SocketOption => "socket_option",
+            Self::PeerNotReady => "peer_not_ready",
+            Self::TooSlow => "handshake_too_slow",
+            Self::Plaintext => "plaintext",
+            Self::Policy => "policy",
+            Self::Busy => "busy",
+            Self::AddressFamily => "address_family",
+            Self::Caller => "caller",
+            Self::Interference => "interference",
+            Self::Agent => "agent",
+        }
+    }
+}
+
+/// Whether this kernel's records can be an application's. Where splice stalls, sendfile() of an application would.
+fn usable(kernel: &Capabilities) -> bool {
+    crate::tls::config::WITHOUT_RECORDS || (!kernel.suites.is_empty() && kernel.pump == PumpKind::Splice)
+}
+
+/// What all direct connections of an agent share.
+pub struct Direct {
+    settings: DirectSettings,
+    usable: bool,
+    pods: Mutex<HashMap<NetnsCookie, Arc<Pod>>>,
+    /// How many filters there are in a pod.
+    filters: Mutex<HashMap<NetnsCookie, usize>>,
+    /// Why a connect() was left to the kernel, by the socket's cookie, until the connection comes by the proxied way.
+    left: Mutex<HashMap<u64, Why>>,
+    /// Destinations that are not worth another try yet.
+    avoided: Mutex<HashMap<SocketAddr, (Instant, Why)>>,
+    server: server::Server,
+    watch: watch::Watch,
+}
+
+/// How long a destination is not tried again.
+const AVOID: Duration = Duration::from_secs(30);
+/// Bounds the memories above; when one is full it is forgotten.
+const REMEMBERED: usize = 1 << 16;
+/// After the keeper was not there.
+const RETRY: Duration = Duration::from_secs(1);
+
+impl Direct {
+    pub fn new(settings: DirectSettings, kernel: &Capabilities) -> std::io::Result<Self> {
+        Ok(Self {
+            settings,
+            usable: usable(kernel),
+            pods: Mutex::default(),
+            filters: Mutex::default(),
+            left: Mutex::default(),
+            avoided: Mutex::default(),
+            server: server::Server::new()?,
+            watch: watch::Watch::default(),
+        })
+    }
+
+    /// What a client's handshake may agree on: that the server is direct.
+    pub fn usable(&self) -> bool {
+        self.usable
+    }
+
+    pub fn filtered(&self, netns: NetnsCookie) -> bool {
+        lock(&self.filters).contains_key(&netns)
+    }
+
+    fn pod(&self, netns: NetnsCookie) -> Option<Arc<Pod>> {
+        lock(&self.pods).get(&netns).cloned()
+    }
+
+    /// Why a connection that came by the proxied way was not direct.
+    pub fn why(&self, netns: NetnsCookie, socket: u64) -> Why {
+        match lock(&self.left).remove(&socket) {
+            Some(why) => why,
+            None if self.filtered(netns) => Why::NotNotified,
+            None => Why::NoFilter,
+        }
+    }
+
+    fn leave(&self, socket: u64, why: Why) {
+        let mut left = lock(&self.left);
+        if left.len() >= REMEMBERED {
+            left.clear();
+        }
+        left.insert(socket, why);
+    }
+
+    fn avoided(&self, destination: SocketAddr) -> Option<Why> {
+        let mut avoided = lock(&self.avoided);
+        let (since, why) = *avoided.get(&destination)?;
+        if since.elapsed() < AVOID {
+            return Some(why);
+        }
+        avoided.remove(&destination);
+        None
+    }
+
+    fn avoid(&self, destination: SocketAddr, why: Why) {
+        let mut avoided = lock(&self.avoided);
+        if avoided.len() >= REMEMBERED {
+            avoided.clear();
+        }
+        avoided.insert(destination, (Instant::now(), why));
+    }
+}
+
+/// A pod's calls are served for as long as this lives.
+pub(super) struct Enrolled<'a>(&'a Direct, NetnsCookie);
+
+impl<'a> Enrolled<'a> {
+    /// From here on the pod's connects and accepts are the agent's to answer; what a predecessor left is taken over.
+    pub fn new(ctx: &'a Arc<Context>, pod: &Arc<Pod>) -> Option<Self> {
+        let direct = ctx.direct.as_ref()?;
+        let cookie = pod.netns.cookie();
+        watch::follow(ctx, pod);
+        lock(&direct.pods).insert(cookie, pod.clone());
+        Some(Self(direct, cookie))
+    }
+}
+
+impl Drop for Enrolled<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.pods).remove(&self.1);
+    }
+}
+
+/// Takes the notify descriptors from the keeper and answers what they hold, as long as the agent lives.
+pub(super) async fn run(ctx: Arc<Context>) {
+    let Some(direct) = &ctx.direct else { return };
+    tokio::spawn(waiting::run(ctx.clone()));
+    let mut absent = false;
+    loop {
+        match Link::open(&direct.settings.keeper).await {
+            Ok(link) => {
+                absent = false;
+                tracing::info!(keeper = %direct.settings.keeper.display(), "connected to the keeper");
+                if let Err(error) = take(&ctx, &link).await {
+                    tracing::error!("the keeper: {}", with_causes(&error));
+                }
+            }
+            Err(error) if !absent => {
+                absent = true;
+                tracing::warn!("no direct connections for new pods: {}", with_causes(&error));
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+async fn take(ctx: &Arc<Context>, link: &Link) -> Result<(), KeeperError> {
+    while let Some(held) = link.next().await? {
+        tokio::spawn(listen(ctx.clone(), Arc::new(held)));
+    }
+    Ok(())
+}
+
+/// That a pod has a filter, for as long as it lives.
+struct Filtered<'a>(&'a Direct, NetnsCookie);
+
+impl<'a> Filtered<'a> {
+    fn new(direct: &'a Direct, held: &Held) -> Option<Self> {
+        let netns = Netns::open(format!("/proc/{}/ns/net", held.container.pid)).ok()?.cookie();
+        *lock(&direct.filters).entry(netns).or_default() += 1;
+        Some(Self(direct, netns))
+    }
+}
+
+impl Drop for Filtered<'_> {
+    fn drop(&mut self) {
+        let mut filters = lock(&self.0.filters);
+        if let Some(count) = filters.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                filters.remove(&self.1);
+            }
+        }
+    }
+}
+
+/// Answers the calls of one filter until its last task is gone.
+async fn listen(ctx: Arc<Context>, held: Arc<Held>) {
+    let Some(direct) = &ctx.direct else { return };
+    let filtered = Filtered::new(direct, &held);
+    tracing::info!(container = %held.container.id, pid = held.container.pid, "a filter's calls are served");
+    loop {
+        match held.recv().await {
+            Ok(Some(pending)) => {
+                let ctx = ctx.clone();
+                match pending.notification.call {
+                    Call::Connect { fd, address, length } => {
+                        tokio::spawn(async move { client::connect(&ctx, pending, fd, address, length).await });
+                    }
+                    Call::Accept { fd, address, length, flags } => {
+                        let wanted = server::Wanted { fd, address, length, flags };
+                        tokio::spawn(async move { server::accept(&ctx, pending, wanted).await });
+                    }
+                    Call::Other => {
+                        let _ = pending.answer(Answer::Continue);
+                    }
+                }
+            }
+            Ok(None) => break,
+            Err(error) => {
+                tracing::error!(%error, container = %held.container.id, "calls of a filter cannot be received");
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+    drop(filtered);
+    tracing::info!(container = %held.container.id, "the last task under a filter has ended");
+}
