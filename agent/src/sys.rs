@@ -1,10 +1,12 @@
 //! Socket and kernel calls, behind safe functions.
 pub mod clock;
 pub mod netns;
+pub mod options;
 pub mod process;
 pub mod seccomp;
 pub mod slots;
 pub mod socket;
 pub mod splice;
+pub mod tcp_info;
 pub mod wakeup;
 pub mod watched;

@@ -10,7 +10,9 @@ use std::{
 use marline::{
     identity::{Ca, SpiffeId, Svid, TrustDomain},
     tls::{
-        config::{Sni, client_config, peer_id, provider, server_config, server_config_noting, server_name},
+        config::{
+            Accept, Offer, Sni, client_config, peer_id, provider, server_config, server_config_noting, server_name,
+        },
         verifier::{PeerFailure, Reason, explain},
     },
 };
@@ -85,11 +87,11 @@ impl Mesh {
     }
 
     fn client(&self, svid: &Svid, expect: &str) -> Arc<ClientConfig> {
-        client_config(svid, self.ca.roots(), &[self.id(expect)]).unwrap()
+        client_config(svid, self.ca.roots(), &[self.id(expect)], Offer::Proxied).unwrap()
     }
 
     fn server(&self, svid: &Svid) -> Arc<ServerConfig> {
-        server_config(svid, self.ca.roots(), &self.trust_domain).unwrap()
+        server_config(svid, self.ca.roots(), &self.trust_domain, Accept::Plain).unwrap()
     }
 }
 
@@ -183,7 +185,8 @@ fn the_server_notes_the_name_that_its_client_asks_for() {
     let mesh = Mesh::new();
     let sni = Sni::default();
     let server = mesh.svid("web");
-    let config = server_config_noting(&server, mesh.ca.roots(), &mesh.trust_domain, sni.clone()).unwrap();
+    let config =
+        server_config_noting(&server, mesh.ca.roots(), &mesh.trust_domain, Accept::Plain, sni.clone()).unwrap();
     assert_eq!(sni.get(), None);
     let outcome = handshake(&mesh.client(&mesh.svid("client"), "web"), &config);
     assert!(outcome.server.is_ok() && outcome.client.is_ok());
@@ -203,14 +206,14 @@ fn the_server_sends_nothing_after_the_handshake() {
 fn any_of_several_expected_identities_may_answer() {
     let mesh = Mesh::new();
     let svid = mesh.svid("client");
-    let config = client_config(&svid, mesh.ca.roots(), &[mesh.id("other"), mesh.id("web")]).unwrap();
+    let config = client_config(&svid, mesh.ca.roots(), &[mesh.id("other"), mesh.id("web")], Offer::Proxied).unwrap();
     handshake(&config, &mesh.server(&mesh.svid("web"))).client.unwrap();
 }
 
 #[test]
 fn a_client_that_expects_nobody_gets_no_configuration() {
     let mesh = Mesh::new();
-    assert!(client_config(&mesh.svid("client"), mesh.ca.roots(), &[]).is_err());
+    assert!(client_config(&mesh.svid("client"), mesh.ca.roots(), &[], Offer::Proxied).is_err());
 }
 
 #[test]

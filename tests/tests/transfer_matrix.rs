@@ -11,8 +11,8 @@ use line::{Buffers, Carrier, Line, PATIENCE, World};
 use marline::{
     proxy::pump::PumpError,
     tls::records::{
-        ALERT, APPLICATION_DATA, CLOSE_NOTIFY, HANDSHAKE, HEADER, Opener, Schedule, Sealer, key_update_message,
-        sealed_body_length,
+        ALERT, APPLICATION_DATA, CLOSE_NOTIFY, Ending, HANDSHAKE, HEADER, Opener, RecordError, Schedule, Sealer,
+        key_update_message, sealed_body_length,
     },
 };
 use proptest::prelude::*;
@@ -352,12 +352,17 @@ fn empty_records_and_tickets_are_passed_over() {
             peer.send(HANDSHAKE, &[4, 0, 0, 3, 1, 2, 3]).await;
             peer.send(APPLICATION_DATA, b"two").await;
             peer.send(APPLICATION_DATA, b"").await;
-            peer.send(ALERT, &CLOSE_NOTIFY).await;
+            match carrier.ending() {
+                Ending::CloseNotify => peer.send(ALERT, &CLOSE_NOTIFY).await,
+                Ending::Fin => peer.wire.shutdown().await.unwrap(),
+            }
             let mut got = Vec::new();
             client.read_to_end(&mut got).await.unwrap();
             assert_eq!(got, b"one two", "{carrier:?}");
             client.shutdown().await.unwrap();
-            assert_eq!(peer.receive().await, (ALERT, CLOSE_NOTIFY.to_vec()), "{carrier:?}: close_notify is sent");
+            if carrier.ending() == Ending::CloseNotify {
+                assert_eq!(peer.receive().await, (ALERT, CLOSE_NOTIFY.to_vec()), "{carrier:?}: close_notify is sent");
+            }
             assert_eq!(peer.wire.read(&mut [0; 1]).await.unwrap(), 0, "{carrier:?}: then FIN");
             pump.await.unwrap().unwrap();
         }
@@ -377,7 +382,16 @@ fn a_key_update_is_followed_and_answered_or_ends_the_connection_where_the_kernel
             peer.send(APPLICATION_DATA, b"new key").await;
             let mut got = vec![0; 16];
             match client.read_exact(&mut got).await {
+                Err(error) if carrier.ending() == Ending::Fin => {
+                    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{carrier:?}");
+                    let ended = pump.await.unwrap().unwrap_err();
+                    assert!(
+                        matches!(ended, PumpError::Record(RecordError::KeyUpdateNotAgreed)),
+                        "{carrier:?}: {ended:?}"
+                    );
+                }
                 Ok(_) => {
+                    assert_eq!(carrier.ending(), Ending::CloseNotify, "{carrier:?}: the key is not followed");
                     assert_eq!(got, b"old key, new key", "{carrier:?}");
                     client.write_all(b"answer").await.unwrap();
                     assert_eq!(peer.receive().await, (HANDSHAKE, key_update_message(false).to_vec()), "{carrier:?}");
@@ -389,7 +403,7 @@ fn a_key_update_is_followed_and_answered_or_ends_the_connection_where_the_kernel
                     pump.await.unwrap().unwrap();
                 }
                 Err(error) => {
-                    assert!(matches!(carrier, Carrier::Kernel(_)), "userspace can always follow: {error}");
+                    assert!(matches!(carrier, Carrier::Kernel(..)), "userspace can always follow: {error}");
                     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{carrier:?}");
                     let ended = pump.await.unwrap().unwrap_err();
                     assert!(matches!(ended, PumpError::CannotRekey(_)), "{carrier:?}: {ended:?}");
@@ -405,7 +419,10 @@ fn whatever_breaks_the_stream_resets_the_application_and_is_told_apart() {
     run(async {
         let world = World::new().await;
         for carrier in world.record_carriers() {
-            for case in ["alert", "garbage", "forged", "cut", "reset", "handshake", "too long"] {
+            // Where streams end by FIN, one that is cut between two records cannot be told from one that has ended: that is the trade.
+            let cut = if carrier.ending() == Ending::Fin { None } else { Some("cut") };
+            let cases = ["alert", "garbage", "forged", "cut in a record", "reset", "handshake", "too long"];
+            for case in cases.into_iter().chain(cut) {
                 let what = format!("{carrier:?}, {case}");
                 let (mut client, pump, wire, secured) = world.half(carrier).await;
                 let mut peer = Peer::new(wire, secured);
@@ -436,6 +453,12 @@ fn whatever_breaks_the_stream_resets_the_application_and_is_told_apart() {
                         peer.wire.write_all(&vec![0; 0x4800]).await.unwrap();
                         &["bad_record"]
                     }
+                    "cut in a record" => {
+                        let record = peer.sealer.seal(APPLICATION_DATA, b"half of this").unwrap();
+                        peer.wire.write_all(&record[..record.len() / 2]).await.unwrap();
+                        peer.wire.shutdown().await.unwrap();
+                        &["truncated"]
+                    }
                     "cut" => {
                         peer.wire.shutdown().await.unwrap();
                         &["truncated"]
@@ -453,6 +476,48 @@ fn whatever_breaks_the_stream_resets_the_application_and_is_told_apart() {
                 let reason = pump.await.unwrap().unwrap_err().reason();
                 assert!(expected.contains(&reason), "{what}: {reason}");
             }
+        }
+    });
+}
+
+#[test]
+fn where_streams_end_by_fin_nothing_but_application_data_is_ever_said() {
+    run(async {
+        let world = World::new().await;
+        for carrier in world.record_carriers().into_iter().filter(|carrier| carrier.ending() == Ending::Fin) {
+            // A refusal is a reset, not an alert: an application at the other end could not read it.
+            let (near, far) = line::pair(Buffers::default()).await;
+            let (mut near, mut far) = (near, far);
+            let (secured, _) = world.secured(&mut near, &mut far, Ending::Fin).await;
+            let records = world.records(&near, secured, carrier);
+            socket2::SockRef::from(&near).set_linger(Some(Duration::ZERO)).unwrap();
+            marline::proxy::pump::refuse(near, records, 80).await;
+            let refused = tokio::time::timeout(PATIENCE, far.read(&mut [0; 1])).await.expect("a refusal");
+            assert_eq!(refused.map_err(|error| error.kind()), Err(io::ErrorKind::ConnectionReset), "{carrier:?}");
+
+            // All that was written is there before the FIN, and no close_notify.
+            let (mut client, pump, wire, secured) = world.half(carrier).await;
+            let mut peer = Peer::new(wire, secured);
+            let sent = pattern(13, 1_000_000);
+            let writer = tokio::spawn({
+                let sent = sent.clone();
+                async move {
+                    write(&mut client, &sent, BRISK).await.unwrap();
+                    client
+                }
+            });
+            let mut got = Vec::new();
+            while got.len() < sent.len() {
+                let (content_type, payload) = peer.receive().await;
+                assert_eq!(content_type, APPLICATION_DATA, "{carrier:?}");
+                got.extend(payload);
+            }
+            assert_same(&format!("{carrier:?}"), &got, &sent);
+            assert_eq!(peer.wire.read(&mut [0; 1]).await.unwrap(), 0, "{carrier:?}: FIN, and nothing before it");
+            let mut client = writer.await.unwrap();
+            peer.wire.shutdown().await.unwrap();
+            assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0, "{carrier:?}");
+            pump.await.unwrap().unwrap();
         }
     });
 }

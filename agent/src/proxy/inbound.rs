@@ -20,7 +20,7 @@ use super::{
 use crate::{
     bpf::ClientEntry,
     policy::Inbound,
-    tls::config::{self, Sni},
+    tls::config::{self, Accept, Sni},
     words::Direction,
 };
 
@@ -86,7 +86,8 @@ async fn open(
     let secured = if tls {
         let svid = ctx.svid(&pod.workload.id)?;
         let sni = Sni::default();
-        let config = config::server_config_noting(&svid, ctx.identities.roots(), &snapshot.trust_domain, sni.clone())?;
+        let (roots, domain) = (ctx.identities.roots(), &snapshot.trust_domain);
+        let config = config::server_config_noting(&svid, roots, domain, Accept::Plain, sni.clone())?;
         let since = Instant::now();
         let secured = match handshake::accept(&mut wire, config, ctx.settings.handshake).await {
             // What speaks no TLS at all is for policy to refuse, which has the better words. A client whose hello was seen is past that:

@@ -6,8 +6,9 @@ use std::{os::fd::AsFd, sync::Arc};
 use rustls::SupportedCipherSuite;
 
 use crate::tls::{
+    config,
     ktls::{self, Direction, KtlsError},
-    records::{Opener, RecordError, Sealer, Session},
+    records::{Ending, Opener, RecordError, Sealer, Session},
 };
 use crate::words::PumpKind;
 
@@ -75,6 +76,14 @@ impl Records {
         }
     }
 
+    /// How the two ends tell each other that a stream is over.
+    pub fn ending(&self) -> Ending {
+        match self {
+            Self::Plain(_) => Ending::Fin,
+            Self::Kernel { session, .. } | Self::Userspace { session, .. } => session.ending,
+        }
+    }
+
     pub fn pump(&self) -> PumpKind {
         match self {
             Self::Plain(pump) | Self::Kernel { pump, .. } => *pump,
@@ -90,8 +99,8 @@ pub fn offload(
     choice: RecordsChoice,
     kernel: &Capabilities,
 ) -> Result<Records, OffloadError> {
-    let Secured { suite, secrets, schedule, .. } = secured;
-    let session = Arc::new(Session::new(suite, schedule));
+    let Secured { suite, alpn, secrets, schedule, .. } = secured;
+    let session = Arc::new(Session::new(suite, config::ending(alpn.as_deref()), schedule));
     let in_kernel = match choice {
         RecordsChoice::Userspace => false,
         RecordsChoice::Auto => kernel.kernel(suite) && ktls::attach(&socket).is_ok(),

@@ -20,7 +20,10 @@ use super::{
     refusal::Refusal,
 };
 use crate::{
-    tls::{config, records::RecordError},
+    tls::{
+        config::{self, Offer},
+        records::RecordError,
+    },
     words::Direction,
 };
 
@@ -82,7 +85,7 @@ async fn open(
         Way::Plaintext { permit } => (Records::Plain(ctx.kernel.pump), permit),
         Way::Mtls { permit, expect } => {
             let svid = ctx.svid(&pod.workload.id)?;
-            let config = config::client_config(&svid, ctx.identities.roots(), &expect)?;
+            let config = config::client_config(&svid, ctx.identities.roots(), &expect, Offer::Proxied)?;
             let host = workload.as_ref().map_or("unknown", |workload| workload.host.as_str());
             let name = config::server_name(destination.0.port(), host);
             let since = Instant::now();

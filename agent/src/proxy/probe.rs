@@ -21,7 +21,11 @@ use super::{
 };
 use crate::{
     identity::Svid,
-    tls::{config, ktls, verifier::ExpectServer},
+    tls::{
+        config::{self, Accept},
+        ktls,
+        verifier::ExpectServer,
+    },
     words::{PumpKind, with_causes},
 };
 
@@ -134,7 +138,7 @@ fn configs(
         .with_custom_certificate_verifier(Arc::new(ExpectServer::new(roots.clone(), vec![svid.id.clone()])))
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(svid.key.clone())));
     client.enable_secret_extraction = true;
-    let server = config::server_config(svid, roots.clone(), svid.id.trust_domain())?;
+    let server = config::server_config(svid, roots.clone(), svid.id.trust_domain(), Accept::Plain)?;
     Ok((Arc::new(client), server))
 }
 

@@ -14,7 +14,7 @@ use crate::{
     sys::socket,
     tls::{
         ktls::KtlsError,
-        records::{ALERT, Opener, RecordError, Sealer, Session},
+        records::{ALERT, Ending, Opener, RecordError, Sealer, Session},
     },
     words::PumpKind,
 };
@@ -22,6 +22,7 @@ use crate::{
 use super::offload::Records;
 
 mod buffer;
+mod closing;
 mod inward;
 mod outward;
 
@@ -57,6 +58,8 @@ pub enum PumpError {
     CannotRekey(#[source] KtlsError),
     #[error("the key has sealed as many records as it may and this kernel cannot change it (needs Linux 6.14)")]
     RecordLimit(#[source] KtlsError),
+    #[error("the key has sealed as many records as it may, and it was agreed that keys are not changed")]
+    KeySpent,
     #[error("no longer allowed: {0}")]
     Revoked(&'static str),
     #[error("the pump has no pipe")]
@@ -75,7 +78,7 @@ impl PumpError {
             Self::Record(_) => "bad_record",
             Self::Unreadable(_) => "bad_record",
             Self::CannotRekey(_) => "cannot_rekey",
-            Self::RecordLimit(_) => "record_limit",
+            Self::RecordLimit(_) | Self::KeySpent => "record_limit",
             Self::Revoked(_) => "revoked",
             Self::Pipe(_) => "no_pipe",
         }
@@ -90,7 +93,7 @@ pub async fn run(
     moved: &Moved,
     revoked: &mut watch::Receiver<Option<&'static str>>,
 ) -> Result<(), PumpError> {
-    let (out, into) = split(records);
+    let (out, into) = split(wire, records);
     let outward = outward::run(app, wire, out, moved);
     let inward = inward::run(wire, app, into, moved);
     tokio::pin!(outward, inward);
@@ -130,11 +133,14 @@ async fn last_words(error: PumpError, inward: impl Future<Output = Result<(), Pu
     }
 }
 
-/// Ends a wire leg whose connection goes no further: with an alert where there are records, and not as the end of a stream.
+/// Ends a wire leg whose connection goes no further: with an alert where the peer takes one, and not as the end of a stream.
 pub async fn refuse(wire: TcpStream, records: Records, alert: u8) {
+    if records.ending() == Ending::Fin {
+        // The guard's reset says it.
+        return;
+    }
     let payload = [2, alert];
     let said = match records {
-        // The guard's reset says it.
         Records::Plain(_) => return,
         Records::Kernel { .. } => socket::send_record(&wire, ALERT, &payload).map(drop),
         Records::Userspace { mut sealer, .. } => match sealer.seal(ALERT, &payload) {
@@ -167,8 +173,18 @@ async fn revocation(revoked: &mut watch::Receiver<Option<&'static str>>) -> &'st
 /// How one direction's bytes become records.
 enum Out {
     Plain(PumpKind),
-    Kernel { pump: PumpKind, session: std::sync::Arc<Session>, sealed: u64 },
-    Userspace { sealer: Box<Sealer>, session: std::sync::Arc<Session> },
+    Kernel {
+        pump: PumpKind,
+        session: std::sync::Arc<Session>,
+        sealed: u64,
+        /// Bytes given to the kernel since `start`.
+        given: u64,
+        start: Option<closing::Start>,
+    },
+    Userspace {
+        sealer: Box<Sealer>,
+        session: std::sync::Arc<Session>,
+    },
 }
 
 /// How records become one direction's bytes.
@@ -178,11 +194,15 @@ enum In {
     Userspace { opener: Box<Opener>, session: std::sync::Arc<Session> },
 }
 
-fn split(records: Records) -> (Out, In) {
+fn split(wire: &TcpStream, records: Records) -> (Out, In) {
     match records {
         Records::Plain(pump) => (Out::Plain(pump), In::Plain(pump)),
         Records::Kernel { pump, session } => {
-            (Out::Kernel { pump, session: session.clone(), sealed: 0 }, In::Kernel { pump, session })
+            let start = match session.ending {
+                Ending::Fin => closing::Start::of(wire, session.suite),
+                Ending::CloseNotify => None,
+            };
+            (Out::Kernel { pump, session: session.clone(), sealed: 0, given: 0, start }, In::Kernel { pump, session })
         }
         Records::Userspace { sealer, opener, session } => {
             (Out::Userspace { sealer, session: session.clone() }, In::Userspace { opener, session })

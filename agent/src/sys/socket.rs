@@ -106,6 +106,15 @@ pub fn unacknowledged(socket: impl AsFd) -> io::Result<usize> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(usize::try_from(queued).unwrap_or(0)) }
 }
 
+/// Bytes that have come and were not read (SIOCINQ). From a kernel TLS socket: those that make no whole record yet, if all records
+/// were read and the kernel has not copied them aside.
+pub fn unread(socket: impl AsFd) -> io::Result<usize> {
+    let mut queued: libc::c_int = 0;
+    // SAFETY: FIONREAD (the same number as SIOCINQ) writes one int.
+    let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::FIONREAD, &raw mut queued) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(usize::try_from(queued).unwrap_or(0)) }
+}
+
 /// What the kernel knows of the peer's liveness and of the bytes moved.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct TcpInfo {

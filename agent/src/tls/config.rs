@@ -15,11 +15,69 @@ use rustls::{
     version::TLS13,
 };
 
-use super::verifier::{self, ExpectServer, MeshClient, PeerError};
+use super::{
+    records::Ending,
+    verifier::{self, ExpectServer, MeshClient, PeerError},
+};
 use crate::identity::{SpiffeId, Svid, TrustDomain};
 
-/// What a client offers: Marline's own protocol first, then the one that Istio's sidecars speak.
-pub const ALPN: [&[u8]; 2] = [b"marline", b"istio"];
+/// The client's application holds the TLS connection itself. It knows nothing of records: see `Ending::Fin`.
+pub const DIRECT: &[u8] = b"marline/direct";
+/// The client's agent carries the bytes and accepts that the server's application may hold the connection itself.
+pub const FIN: &[u8] = b"marline/fin";
+/// An agent at each end.
+pub const MARLINE: &[u8] = b"marline";
+/// What Istio's sidecars speak.
+pub const ISTIO: &[u8] = b"istio";
+/// Every name by which the mesh's TLS is told from an application's own.
+pub const ALPN: [&[u8]; 4] = [DIRECT, FIN, MARLINE, ISTIO];
+
+/// What a client can be, and can meet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Offer {
+    /// The agent carries the bytes, and streams end by close_notify.
+    Proxied,
+    /// The agent carries the bytes; the server may be direct.
+    ProxiedFinOk,
+    /// The application holds the connection. Nothing else is offered, so that a server that is not up to it fails the handshake early.
+    Direct,
+}
+
+impl Offer {
+    pub fn names(self) -> &'static [&'static [u8]] {
+        match self {
+            Self::Proxied => &[MARLINE, ISTIO],
+            Self::ProxiedFinOk => &[FIN, MARLINE, ISTIO],
+            Self::Direct => &[DIRECT],
+        }
+    }
+}
+
+/// What a server can be, and can meet. It chooses: the first of its names that the client offers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accept {
+    /// Only peers whose streams end by close_notify.
+    Plain,
+    /// The agent carries the bytes; clients may be direct.
+    DirectClients,
+    /// The application can be handed the connection, if the client is up to it.
+    DirectReady,
+}
+
+impl Accept {
+    pub fn names(self) -> &'static [&'static [u8]] {
+        match self {
+            Self::Plain => &[MARLINE, ISTIO],
+            Self::DirectClients => &[DIRECT, MARLINE, ISTIO],
+            Self::DirectReady => &[DIRECT, FIN, MARLINE, ISTIO],
+        }
+    }
+}
+
+/// How the two ends of a connection that agreed on `alpn` tell each other that a stream is over.
+pub fn ending(alpn: Option<&[u8]>) -> Ending {
+    if alpn.is_some_and(|name| [DIRECT, FIN].contains(&name)) { Ending::Fin } else { Ending::CloseNotify }
+}
 
 /// Why there is no configuration, or no identity.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +117,7 @@ pub fn client_config(
     svid: &Svid,
     roots: Arc<RootCertStore>,
     expect: &[SpiffeId],
+    offer: Offer,
 ) -> Result<Arc<ClientConfig>, TlsError> {
     if expect.is_empty() {
         return Err(TlsError::NobodyExpected);
@@ -68,7 +127,7 @@ pub fn client_config(
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(ExpectServer::new(roots, expect.to_vec())))
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&svid.key))));
-    config.alpn_protocols = ALPN.map(Vec::from).to_vec();
+    config.alpn_protocols = owned(offer.names());
     config.resumption = Resumption::disabled();
     config.enable_secret_extraction = true;
     Ok(Arc::new(config))
@@ -101,8 +160,9 @@ pub fn server_config(
     svid: &Svid,
     roots: Arc<RootCertStore>,
     trust_domain: &TrustDomain,
+    accept: Accept,
 ) -> Result<Arc<ServerConfig>, TlsError> {
-    server_config_noting(svid, roots, trust_domain, Sni::default())
+    server_config_noting(svid, roots, trust_domain, accept, Sni::default())
 }
 
 /// The same for one connection, whose server name is noted.
@@ -110,13 +170,14 @@ pub fn server_config_noting(
     svid: &Svid,
     roots: Arc<RootCertStore>,
     trust_domain: &TrustDomain,
+    accept: Accept,
     sni: Sni,
 ) -> Result<Arc<ServerConfig>, TlsError> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(Arc::new(MeshClient::new(roots, trust_domain.clone())))
         .with_cert_resolver(Arc::new(NotingSni(SingleCertAndKey::from(Arc::clone(&svid.key)), sni)));
-    config.alpn_protocols = ALPN.map(Vec::from).to_vec();
+    config.alpn_protocols = owned(accept.names());
     // A ticket is a record that the pump would have to understand, and resumption would skip the identity checks.
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
@@ -138,4 +199,8 @@ pub fn server_name(port: u16, host: &str) -> ServerName<'static> {
 pub fn peer_id(chain: &[CertificateDer<'_>]) -> Result<SpiffeId, TlsError> {
     let leaf = chain.first().ok_or(PeerError::NoCertificate)?;
     Ok(verifier::svid_identity(leaf)?)
+}
+
+fn owned(names: &[&[u8]]) -> Vec<Vec<u8>> {
+    names.iter().map(|name| name.to_vec()).collect()
 }

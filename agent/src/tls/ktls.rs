@@ -62,6 +62,33 @@ pub fn install(
     Ok(())
 }
 
+/// How many records the kernel has sealed with the present key, if the key's own count began with 0.
+pub fn records_sealed(socket: impl AsFd, suite: SupportedCipherSuite) -> io::Result<u64> {
+    // The kernel wants the length of the cipher's own structure (include/uapi/linux/tls.h); the sequence number is its last field.
+    let length = match suite.suite() {
+        rustls::CipherSuite::TLS13_AES_128_GCM_SHA256 => 40,
+        rustls::CipherSuite::TLS13_AES_256_GCM_SHA384 | rustls::CipherSuite::TLS13_CHACHA20_POLY1305_SHA256 => 56,
+        _ => return Err(io::ErrorKind::Unsupported.into()),
+    };
+    // It holds the key.
+    let mut info = zeroize::Zeroizing::new([0; 56]);
+    let mut told = length as libc::socklen_t;
+    // SAFETY: the kernel writes at most `told` bytes, which `info` has room for.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            SOL_TLS,
+            Direction::Transmit as libc::c_int,
+            info.as_mut_ptr().cast(),
+            &raw mut told,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    info[..length].last_chunk().map(|sequence| u64::from_be_bytes(*sequence)).ok_or(io::ErrorKind::Unsupported.into())
+}
+
 fn set(socket: impl AsFd, level: libc::c_int, name: libc::c_int, value: &[u8]) -> io::Result<()> {
     // SAFETY: pointer and length are those of `value`.
     let result = unsafe {

@@ -23,6 +23,8 @@ pub const HEADER: usize = 5;
 /// The most ciphertext in one record: plaintext, type, padding and tag (RFC 8446 section 5.2).
 pub const MAX_CIPHERTEXT: usize = MAX_PLAINTEXT + 256;
 pub const MAX_RECORD: usize = HEADER + MAX_CIPHERTEXT;
+/// By how much a record without padding is longer than its content: header, content type, and the tag, which all of TLS 1.3's suites have alike.
+pub const OVERHEAD: u64 = HEADER as u64 + 1 + 16;
 
 pub const ALERT: u8 = 21;
 pub const HANDSHAKE: u8 = 22;
@@ -41,6 +43,17 @@ pub fn blocks(bytes: usize) -> u64 {
     bytes.div_ceil(16) as u64 + 2
 }
 
+/// How the ends of a connection tell each other that a stream is over, agreed by ALPN (`config::ending`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Ending {
+    /// As TLS has it: close_notify, and its absence is a truncation. Keys may be changed.
+    #[default]
+    CloseNotify,
+    /// As TCP has it: FIN, because at one of the ends is an application that knows nothing of records. Nothing but application data is sent after
+    /// the handshake: no alerts, no changes of keys. A stream that somebody cuts at the end of a record looks like a whole one.
+    Fin,
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
     #[error(
@@ -55,6 +68,8 @@ pub enum RecordError {
     Unexpected(String),
     #[error("the keys cannot be changed")]
     KeyUpdate(#[source] rustls::Error),
+    #[error("the peer changes its keys, and it was agreed that neither end does")]
+    KeyUpdateNotAgreed,
 }
 
 /// An alert's number with the name that RFC 8446 section 6 gives it.
@@ -126,14 +141,15 @@ pub enum Schedule {
 /// What the two directions of one connection share.
 pub struct Session {
     pub suite: SupportedCipherSuite,
+    pub ending: Ending,
     schedule: Mutex<Schedule>,
     /// The peer asked for new keys from us: sent before the next application data.
     update_wanted: AtomicBool,
 }
 
 impl Session {
-    pub fn new(suite: SupportedCipherSuite, schedule: Schedule) -> Self {
-        Self { suite, schedule: Mutex::new(schedule), update_wanted: AtomicBool::new(false) }
+    pub fn new(suite: SupportedCipherSuite, ending: Ending, schedule: Schedule) -> Self {
+        Self { suite, ending, schedule: Mutex::new(schedule), update_wanted: AtomicBool::new(false) }
     }
 
     pub fn next_transmit(&self) -> Result<(u64, ConnectionTrafficSecrets), RecordError> {
@@ -144,7 +160,11 @@ impl Session {
         .map_err(RecordError::KeyUpdate)
     }
 
+    /// After the peer's KeyUpdate.
     pub fn next_receive(&self) -> Result<(u64, ConnectionTrafficSecrets), RecordError> {
+        if self.ending == Ending::Fin {
+            return Err(RecordError::KeyUpdateNotAgreed);
+        }
         match &mut *self.schedule() {
             Schedule::Client(connection) => connection.update_rx_secret(),
             Schedule::Server(connection) => connection.update_rx_secret(),

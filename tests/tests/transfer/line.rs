@@ -11,7 +11,10 @@ use marline::{
         probe,
         pump::{self, Moved, PumpError},
     },
-    tls::config,
+    tls::{
+        config::{self, Accept, Offer},
+        records::Ending,
+    },
     words::PumpKind,
 };
 use rustls::RootCertStore;
@@ -28,9 +31,21 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Carrier {
     Plain(PumpKind),
-    Userspace,
-    Kernel(PumpKind),
+    Userspace(Ending),
+    Kernel(PumpKind, Ending),
 }
+
+impl Carrier {
+    /// How the ends of its streams are told, which the two ends agree on in the handshake.
+    pub(crate) fn ending(self) -> Ending {
+        match self {
+            Self::Plain(_) => Ending::Fin,
+            Self::Userspace(ending) | Self::Kernel(_, ending) => ending,
+        }
+    }
+}
+
+const ENDINGS: [Ending; 2] = [Ending::CloseNotify, Ending::Fin];
 
 /// Socket buffers of every leg; the kernel's own where `None`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -72,15 +87,16 @@ impl World {
         let in_vm = std::env::var("MARLINE_TEST_ENV").is_ok_and(|env| env == "vm");
         let mut carriers = Vec::new();
         if !in_vm {
-            carriers.extend([Carrier::Plain(PumpKind::Copy), Carrier::Plain(PumpKind::Splice), Carrier::Userspace]);
+            carriers.extend([Carrier::Plain(PumpKind::Copy), Carrier::Plain(PumpKind::Splice)]);
+            carriers.extend(ENDINGS.map(Carrier::Userspace));
         }
         if self.kernel.suites.is_empty() {
             assert!(!in_vm, "the VM's kernel does not do kernel TLS: {}", self.kernel.why);
             println!("SKIPPED: kernel TLS: this kernel has none ({})", self.kernel.why);
         } else {
-            carriers.push(Carrier::Kernel(PumpKind::Copy));
+            carriers.extend(ENDINGS.map(|ending| Carrier::Kernel(PumpKind::Copy, ending)));
             if self.kernel.pump == PumpKind::Splice {
-                carriers.push(Carrier::Kernel(PumpKind::Splice));
+                carriers.extend(ENDINGS.map(|ending| Carrier::Kernel(PumpKind::Splice, ending)));
             } else {
                 println!("SKIPPED: kernel TLS by splice: {}", self.kernel.why);
             }
@@ -93,10 +109,19 @@ impl World {
         self.carriers().into_iter().filter(|carrier| !matches!(carrier, Carrier::Plain(_))).collect()
     }
 
-    pub(crate) async fn secured(&self, near: &mut TcpStream, far: &mut TcpStream) -> (Secured, Secured) {
-        let client = config::client_config(&self.svid, self.roots.clone(), std::slice::from_ref(&self.svid.id))
+    pub(crate) async fn secured(
+        &self,
+        near: &mut TcpStream,
+        far: &mut TcpStream,
+        ending: Ending,
+    ) -> (Secured, Secured) {
+        let (offer, accept) = match ending {
+            Ending::CloseNotify => (Offer::Proxied, Accept::Plain),
+            Ending::Fin => (Offer::ProxiedFinOk, Accept::DirectReady),
+        };
+        let client = config::client_config(&self.svid, self.roots.clone(), std::slice::from_ref(&self.svid.id), offer)
             .expect("a client configuration");
-        let server = config::server_config(&self.svid, self.roots.clone(), self.svid.id.trust_domain())
+        let server = config::server_config(&self.svid, self.roots.clone(), self.svid.id.trust_domain(), accept)
             .expect("a server configuration");
         let name = config::server_name(1, "test");
         let (near, far) =
@@ -107,11 +132,12 @@ impl World {
     pub(crate) fn records(&self, socket: &TcpStream, secured: Secured, carrier: Carrier) -> Records {
         let (choice, pump) = match carrier {
             Carrier::Plain(pump) => return Records::Plain(pump),
-            Carrier::Userspace => (RecordsChoice::Userspace, PumpKind::Copy),
-            Carrier::Kernel(pump) => (RecordsChoice::Kernel, pump),
+            Carrier::Userspace(_) => (RecordsChoice::Userspace, PumpKind::Copy),
+            Carrier::Kernel(pump, _) => (RecordsChoice::Kernel, pump),
         };
         let kernel = Capabilities { pump, ..self.kernel.clone() };
         let records = offload::offload(socket, secured, choice, &kernel).expect("records");
+        assert_eq!(records.ending(), carrier.ending());
         assert_eq!(records.name(), if choice == RecordsChoice::Kernel { "ktls" } else { "userspace" });
         records
     }
@@ -123,7 +149,7 @@ impl World {
         let (near, far) = if let Carrier::Plain(pump) = carrier {
             (Records::Plain(pump), Records::Plain(pump))
         } else {
-            let (near, far) = self.secured(&mut wire, &mut peer).await;
+            let (near, far) = self.secured(&mut wire, &mut peer, carrier.ending()).await;
             (self.records(&wire, near, carrier), self.records(&peer, far, carrier))
         };
         Line { client, server, near: spawn(app, wire, near), far: spawn(peer_app, peer, far) }
@@ -136,7 +162,7 @@ impl World {
     ) -> (TcpStream, JoinHandle<Result<(), PumpError>>, TcpStream, Secured) {
         let (client, app) = pair(Buffers::default()).await;
         let (mut wire, mut peer) = pair(Buffers::default()).await;
-        let (near, far) = self.secured(&mut wire, &mut peer).await;
+        let (near, far) = self.secured(&mut wire, &mut peer, carrier.ending()).await;
         let near = self.records(&wire, near, carrier);
         (client, spawn(app, wire, near), peer, far)
     }

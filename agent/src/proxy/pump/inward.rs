@@ -1,4 +1,5 @@
-//! From the wire to the application: read, open, write; at close_notify, FIN. An end of stream without it is a truncation.
+//! From the wire to the application: read, open, write; at close_notify, FIN. An end of stream without it is a truncation, unless
+//! it was agreed that streams end by FIN; one in the middle of a record always is.
 
 use std::io;
 
@@ -16,7 +17,9 @@ use crate::{
     },
     tls::{
         ktls::{self, Direction},
-        records::{APPLICATION_DATA, Control, HEADER, Opener, RecordError, Session, read_control, sealed_body_length},
+        records::{
+            APPLICATION_DATA, Control, Ending, HEADER, Opener, RecordError, Session, read_control, sealed_body_length,
+        },
     },
 };
 
@@ -120,7 +123,11 @@ async fn record(
     moved: &Moved,
 ) -> Result<Step, PumpError> {
     match try_read(wire, || socket::recv_record(wire, buffer)) {
-        Ok(Received { len: 0, content_type: None }) => Err(PumpError::Truncated),
+        Ok(Received { len: 0, content_type: None }) => match session.ending {
+            // What the kernel could not make a record of is still queued.
+            Ending::Fin if socket::unread(wire).is_ok_and(|unread| unread == 0) => Ok(Step::Burst(Burst::Ended)),
+            _ => Err(PumpError::Truncated),
+        },
         Ok(Received { len, content_type: Some(APPLICATION_DATA) }) => {
             send_all(app, &buffer[..len]).await.map_err(PumpError::Application)?;
             add(&moved.received, len);
@@ -160,6 +167,7 @@ async fn userspace(
     let mut filled = 0;
     loop {
         match try_read(wire, || socket::recv(wire, &mut buffer[filled..])) {
+            Ok(0) if filled == 0 && session.ending == Ending::Fin => return Ok(Burst::Ended),
             Ok(0) => return Err(PumpError::Truncated),
             Ok(read) => filled += read,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && filled == 0 => return Ok(Burst::Drained),

@@ -137,11 +137,11 @@ pub fn explain(error: &Error) -> PeerFailure {
         Error::PeerIncompatible(what) => incompatible(what),
         Error::NoApplicationProtocol => PeerFailure::new(
             Reason::NothingInCommon,
-            "the peer asked for other application protocols (ALPN) than marline and istio",
+            "the peer asked for other application protocols (ALPN) than we take",
         ),
         Error::PeerMisbehaved(PeerMisbehaved::SelectedUnofferedApplicationProtocol) => PeerFailure::new(
             Reason::NothingInCommon,
-            "the peer chose another application protocol (ALPN) than marline and istio",
+            "the peer chose another application protocol (ALPN) than we offered",
         ),
         Error::InvalidMessage(InvalidMessage::InvalidContentType | InvalidMessage::UnknownProtocolVersion) => {
             PeerFailure::new(Reason::NotTls, "the peer does not speak TLS: it sent something that is no TLS record")
@@ -220,7 +220,7 @@ fn alert_text(alert: AlertDescription) -> String {
         A::AccessDenied => "it does not allow our identity",
         A::ProtocolVersion => "it does not speak TLS 1.3",
         A::HandshakeFailure | A::InsufficientSecurity => "it has no TLS parameters in common with us",
-        A::NoApplicationProtocol => "it knows neither of our application protocols, marline and istio",
+        A::NoApplicationProtocol => "it takes none of the application protocols (ALPN) that we offered",
         A::UnrecognisedName => "it does not serve the name that we asked for",
         A::InternalError => "it failed on its side",
         A::CloseNotify | A::UserCanceled => "it closed the connection in mid-handshake",
