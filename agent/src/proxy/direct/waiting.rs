@@ -6,9 +6,14 @@ use std::{
     collections::{HashMap, HashSet, VecDeque},
     io,
     os::fd::OwnedFd,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
+
+use tokio::time::Instant;
 
 use super::server::{self, Wanted};
 use crate::{
@@ -27,6 +32,8 @@ pub(super) struct Waiter {
 pub(super) struct Waiting {
     wakeups: Wakeups,
     queues: Mutex<Queues>,
+    /// Counts what `wakeups` has told: who has just found nothing looks again if it has changed.
+    told: AtomicU64,
 }
 
 #[derive(Default)]
@@ -43,7 +50,7 @@ const REMEMBERED: usize = 1 << 16;
 
 impl Waiting {
     pub fn new() -> io::Result<Self> {
-        Ok(Self { wakeups: Wakeups::new()?, queues: Mutex::default() })
+        Ok(Self { wakeups: Wakeups::new()?, queues: Mutex::default(), told: AtomicU64::new(0) })
     }
 
     /// Waits for a connection in the caller's place.
@@ -74,6 +81,7 @@ impl Waiting {
     /// Serves those who wait for this listener, as far as there are connections.
     fn serve(&self, ctx: &Arc<Context>, cookie: u64) {
         loop {
+            let told = self.told.load(Ordering::SeqCst);
             let Some(waiter) = self.first(cookie) else { return };
             let Some((_, listener)) = server::listener(&waiter.call, waiter.wanted) else { continue };
             // The descriptor may be another listener's by now.
@@ -83,7 +91,9 @@ impl Waiting {
             }
             if let Err(waiter) = server::take(ctx, waiter, &listener) {
                 lock(&self.queues).waiters.entry(cookie).or_default().push_front(waiter);
-                return;
+                if self.told.load(Ordering::SeqCst) == told {
+                    return;
+                }
             }
         }
     }
@@ -124,19 +134,22 @@ impl Waiting {
 pub(super) async fn run(ctx: Arc<Context>) {
     let Some(direct) = &ctx.direct else { return };
     let waiting = &direct.server.waiting;
-    let mut pause = LOOK;
+    let mut next = Instant::now() + LOOK;
     loop {
         tokio::select! {
             ready = waiting.wakeups.next() => match ready {
-                Ok(ready) => ready.into_iter().for_each(|cookie| waiting.serve(&ctx, cookie)),
+                Ok(ready) => {
+                    waiting.told.fetch_add(1, Ordering::SeqCst);
+                    ready.into_iter().for_each(|cookie| waiting.serve(&ctx, cookie));
+                }
                 Err(error) => {
                     tracing::error!(%error, "listeners cannot be waited for");
                     tokio::time::sleep(LOOK).await;
                 }
             },
-            () = tokio::time::sleep(pause) => {
+            () = tokio::time::sleep_until(next) => {
                 let waiters = u32::try_from(waiting.look()).unwrap_or(u32::MAX);
-                pause = LOOK.max(Duration::from_secs(1) * waiters / LOOKS_PER_SECOND);
+                next = Instant::now() + LOOK.max(Duration::from_secs(1) * waiters / LOOKS_PER_SECOND);
             }
         }
     }
