@@ -1,7 +1,9 @@
-//! What people type: `marline agent`, `marline check-config`, `marline policy`, `marline ca`. Exit codes: 0 done, 1 failed, 2 the command line or the
-//! configuration is wrong.
+//! What people type: `marline agent`, `marline keeper`, `marline run`, `marline check-config`, `marline policy`, `marline ca`.
+//! Exit codes: 0 done, 1 failed, 2 the command line or the configuration is wrong; `marline run` has its command's.
 
+mod keeper;
 mod policy;
+mod run;
 
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
@@ -47,6 +49,10 @@ enum Command {
         #[arg(long)]
         config: PathBuf,
     },
+    /// Hold the notify descriptors of pods' seccomp filters, so that their calls outlive the agent
+    Keeper(keeper::Args),
+    /// Run a command whose connections in the mesh need no proxy between
+    Run(run::Args),
     /// Read a configuration directory, list everything that is wrong with it, and exit with 2 if the agent would refuse it
     CheckConfig {
         dir: PathBuf,
@@ -92,6 +98,10 @@ enum CaCommand {
 
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
+    // Before there is a log with its thread.
+    if let Command::Run(args) = &cli.command {
+        return run::run(args);
+    }
     let _flush = match log(&cli) {
         Ok(guard) => guard,
         Err(error) => {
@@ -101,6 +111,8 @@ pub fn run() -> ExitCode {
     };
     match cli.command {
         Command::Agent { config } => agent(config),
+        Command::Keeper(args) => keeper::run(&args),
+        Command::Run(args) => run::run(&args),
         Command::CheckConfig { dir, json } => check_config(&dir, json),
         Command::Policy { command } => policy::run(&command),
         Command::Ca { command: CaCommand::Init { dir, trust_domain } } => {

@@ -7,6 +7,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod identity;
+pub mod keeper;
 pub mod metrics;
 pub mod policy;
 pub mod proxy;

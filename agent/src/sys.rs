@@ -1,7 +1,9 @@
 //! Socket and kernel calls, behind safe functions.
 pub mod clock;
+pub mod diag;
 pub mod netns;
 pub mod options;
+pub mod pass;
 pub mod process;
 pub mod seccomp;
 pub mod slots;

@@ -50,6 +50,11 @@ impl Netns {
     pub fn run<T>(&self, f: impl FnOnce() -> T) -> io::Result<T> {
         inside(&self.file, f)
     }
+
+    /// Moves the calling thread into the namespace for good.
+    pub fn enter(&self) -> io::Result<()> {
+        setns(&self.file, CloneFlags::CLONE_NEWNET).map_err(Into::into)
+    }
 }
 
 impl AsFd for Netns {

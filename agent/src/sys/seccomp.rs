@@ -171,15 +171,15 @@ impl Listener {
     /// `raw` must be valid for writes of a whole `seccomp_notif`, and zeroed.
     unsafe fn receive(&self, raw: *mut libc::seccomp_notif) -> io::Result<bool> {
         // Where nothing is to be received the kernel would wait, in 6.1 even after the last task is gone.
-        if !self.poll(PollFlags::POLLIN)?.contains(PollFlags::POLLIN) {
-            return Ok(false);
+        while self.poll(PollFlags::POLLIN)?.contains(PollFlags::POLLIN) {
+            // SAFETY: by this function's contract; a failed call leaves zeroes.
+            match unsafe { request::receive(self.0.as_raw_fd(), raw) } {
+                // Its caller died, or gave the call up for a signal; or a signal came for us. There may be others.
+                Err(nix::errno::Errno::ENOENT | nix::errno::Errno::EINTR) => {}
+                result => return result.map(|_| true).map_err(Into::into),
+            }
         }
-        // SAFETY: by this function's contract.
-        match unsafe { request::receive(self.0.as_raw_fd(), raw) } {
-            // Its caller died, or gave the call up for a signal; a signal for us is no reason to wait here either.
-            Err(nix::errno::Errno::ENOENT | nix::errno::Errno::EINTR) => Ok(false),
-            result => result.map(|_| true).map_err(Into::into),
-        }
+        Ok(false)
     }
 
     fn poll(&self, events: PollFlags) -> io::Result<PollFlags> {

@@ -14,7 +14,7 @@ pub(crate) struct Finding {
 }
 
 /// The agent's rooms and those that each may use. Dependencies point one way; nobody but `app` uses `proxy`.
-const ROOMS: [(&str, &[&str]); 15] = [
+const ROOMS: [(&str, &[&str]); 16] = [
     ("words", &[]),
     ("sys", &[]),
     ("identity", &[]),
@@ -24,10 +24,11 @@ const ROOMS: [(&str, &[&str]); 15] = [
     ("metrics", &["words", "state", "policy", "identity", "sys"]),
     ("access_log", &["words", "state", "policy", "identity", "metrics", "sys"]),
     ("tls", &["sys", "identity"]),
+    ("keeper", &["words", "sys"]),
     ("control", &["config", "state", "policy", "identity", "metrics"]),
     ("bpf", &["state", "policy", "identity", "sys", "metrics"]),
     ("admin", &["words", "state", "policy", "identity", "metrics", "access_log", "config", "sys"]),
-    ("proxy", &["words", "state", "policy", "identity", "sys", "tls", "bpf", "metrics", "access_log"]),
+    ("proxy", &["words", "state", "policy", "identity", "sys", "tls", "bpf", "keeper", "metrics", "access_log"]),
     (
         "app",
         &[
@@ -38,6 +39,7 @@ const ROOMS: [(&str, &[&str]); 15] = [
             "config",
             "control",
             "identity",
+            "keeper",
             "metrics",
             "policy",
             "proxy",
@@ -46,7 +48,7 @@ const ROOMS: [(&str, &[&str]); 15] = [
             "tls",
         ],
     ),
-    ("cli", &["words", "app", "bpf", "config", "control", "identity", "policy", "state", "sys"]),
+    ("cli", &["words", "app", "bpf", "config", "control", "identity", "keeper", "policy", "state", "sys"]),
 ];
 
 /// What a pure room must not touch: decisions are made from what they are given.
