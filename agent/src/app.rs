@@ -14,7 +14,7 @@ use crate::{
     access_log::{self, AccessLog},
     admin,
     bpf::{BpfError, Capture, CaptureSettings},
-    config::{self, AccessLogFormat, AgentConfig, ConfigErrors, PumpMode, RecordsMode},
+    config::{self, AccessLogFormat, AgentConfig, ConfigErrors, DirectConfig, DirectMode, PumpMode, RecordsMode},
     control::files::{self, ReloadObserver, WatchSettings},
     identity::{
         IdentityError, SpiffeId, TrustDomain,
@@ -24,10 +24,12 @@ use crate::{
     metrics::Metrics,
     proxy::{
         Parts, Proxy, Settings,
+        direct::{Direct, DirectSettings},
         offload::{Capabilities, RecordsChoice},
         probe,
     },
     state::State,
+    tls::config::WITHOUT_RECORDS,
     words::PumpKind,
 };
 
@@ -51,6 +53,8 @@ pub enum AppError {
     Admin(#[from] admin::AdminError),
     #[error("a part of the agent ended by itself: {0}")]
     Ended(String),
+    #[error("direct connections")]
+    Direct(#[source] io::Error),
     #[error("signals")]
     Signal(#[source] io::Error),
     #[error("the asynchronous runtime")]
@@ -108,6 +112,16 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
         cgroup: agent.capture.cgroup.clone(),
         pin_path: agent.capture.pin_path.clone(),
     })?;
+    let direct = match &agent.direct {
+        DirectConfig { mode: DirectMode::Off, .. } => None,
+        DirectConfig { keeper, hold, .. } => {
+            let settings = DirectSettings { keeper: keeper.clone(), hold: *hold };
+            Some(Direct::new(settings, &kernel).map_err(AppError::Direct)?)
+        }
+    };
+    if WITHOUT_RECORDS {
+        tracing::warn!("THIS BUILD DOES NOT ENCRYPT direct connections: it is for benches and tests alone");
+    }
     let state = State::new(loaded.snapshot);
     let proxy = Proxy::new(Parts {
         state: state.clone(),
@@ -117,6 +131,7 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
         settings: settings(&agent),
         metrics: metrics.clone(),
         log,
+        direct,
     });
 
     let (stop, stopped) = watch::channel(false);

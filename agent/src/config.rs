@@ -19,7 +19,7 @@ use std::{
 };
 
 pub use agent::{
-    AccessLogConfig, AccessLogFormat, AgentConfig, CaConfig, CaptureConfig, PumpMode, RecordsConfig, RecordsMode,
+    AccessLogConfig, AccessLogFormat, AgentConfig, DirectConfig, DirectMode, CaConfig, CaptureConfig, PumpMode, RecordsConfig, RecordsMode,
     Timeouts,
 };
 pub use finding::{ConfigErrors, Finding};

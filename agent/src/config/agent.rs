@@ -21,6 +21,7 @@ pub struct AgentConfig {
     pub capture: CaptureConfig,
     pub records: RecordsConfig,
     pub pump: PumpMode,
+    pub direct: DirectConfig,
     pub admin: SocketAddr,
     pub metrics: SocketAddr,
     pub readiness: SocketAddr,
@@ -68,6 +69,24 @@ pub enum PumpMode {
     Copy,
 }
 
+/// Connections that applications hold themselves.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DirectConfig {
+    pub mode: DirectMode,
+    /// The directory of the keeper's sockets.
+    pub keeper: PathBuf,
+    /// How long a non-blocking connect() may be held for a handshake.
+    pub hold: Duration,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum DirectMode {
+    /// Where the kernel, the pod and the peer are up to it.
+    #[default]
+    Auto,
+    Off,
+}
+
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct AccessLogConfig {
     /// Standard output if there is none.
@@ -111,6 +130,7 @@ impl AgentConfig {
             ("spec.capture.pinPath", self.capture.pin_path == other.capture.pin_path),
             ("spec.records", self.records == other.records),
             ("spec.pump", self.pump == other.pump),
+            ("spec.direct", self.direct == other.direct),
             ("spec.admin.address", self.admin == other.admin),
             ("spec.metrics.address", self.metrics == other.metrics),
             ("spec.readiness.address", self.readiness == other.readiness),
@@ -145,6 +165,7 @@ pub(super) fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut 
     let records = read_records(&mut spec, report);
     let pumps = [("auto", PumpMode::Auto), ("splice", PumpMode::Splice), ("copy", PumpMode::Copy)];
     let pump = spec.choice(report, "pump", &pumps).unwrap_or_default();
+    let direct = read_direct(&mut spec, report);
     let admin = read_address(&mut spec, report, "admin", (Ipv4Addr::LOCALHOST, 15000));
     let metrics = read_address(&mut spec, report, "metrics", (Ipv4Addr::UNSPECIFIED, 15020));
     let readiness = read_address(&mut spec, report, "readiness", (Ipv4Addr::UNSPECIFIED, 15021));
@@ -166,6 +187,7 @@ pub(super) fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut 
         capture: capture?,
         records,
         pump,
+        direct,
         admin,
         metrics,
         readiness,
@@ -216,6 +238,18 @@ fn read_records(spec: &mut Fields<'_>, report: &mut Report) -> RecordsConfig {
     }
     records.finish(report, Unknown::Error);
     RecordsConfig { mode, require_ktls }
+}
+
+fn read_direct(spec: &mut Fields<'_>, report: &mut Report) -> DirectConfig {
+    let keeper = || PathBuf::from(crate::words::KEEPER);
+    let defaults = DirectConfig { mode: DirectMode::default(), keeper: keeper(), hold: Duration::from_millis(20) };
+    let Some(mut fields) = spec.fields(report, "direct") else { return defaults };
+    let modes = [("auto", DirectMode::Auto), ("off", DirectMode::Off)];
+    let mode = fields.choice(report, "mode", &modes).unwrap_or_default();
+    let keeper = fields.text(report, "keeper").and_then(|path| absolute(&fields, report, "keeper", path));
+    let hold = fields.duration(report, "hold", Duration::from_millis(1)).unwrap_or(defaults.hold);
+    fields.finish(report, Unknown::Error);
+    DirectConfig { mode, keeper: keeper.unwrap_or(defaults.keeper), hold }
 }
 
 fn read_address(spec: &mut Fields<'_>, report: &mut Report, key: &'static str, default: (Ipv4Addr, u16)) -> SocketAddr {

@@ -87,12 +87,12 @@ impl Account {
         let mut why = None;
         self.live.learn(|facts| {
             facts.mode = Some(mode);
-            facts.records = Some(records.name());
+            facts.records = Some(records.name_in(mode));
             facts.pump = Some(pump);
             facts.path = Some(Path::Proxied);
             why = facts.path_reason;
         });
-        self.metrics.carried(self.live.direction, mode, records.name(), Path::Proxied, why);
+        self.metrics.carried(self.live.direction, mode, records.name_in(mode), Path::Proxied, why);
     }
 
     /// Nothing of the application's was let through. Writes a warning that names the reason and both ends.

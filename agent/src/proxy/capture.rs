@@ -29,6 +29,8 @@ pub struct Listeners {
     pub outbound4: TcpListener,
     pub outbound6: Option<TcpListener>,
     pub inbound4: TcpListener,
+    /// For applications that listen for IPv6 and are handed the connections of IPv4 clients.
+    pub inbound4_mapped: Option<TcpListener>,
     pub inbound6: Option<TcpListener>,
 }
 
@@ -43,13 +45,15 @@ impl Listeners {
                 }
                 other => other.map(Some),
             };
-            Ok::<_, io::Error>((v4()?, v6()?, v4()?, v6()?))
+            let mapped = || listener(Ipv4Addr::LOCALHOST.to_ipv6_mapped().into()).ok();
+            Ok::<_, io::Error>((v4()?, v6()?, v4()?, mapped(), v6()?))
         })??;
-        let (outbound4, outbound6, inbound4, inbound6) = sockets;
+        let (outbound4, outbound6, inbound4, inbound4_mapped, inbound6) = sockets;
         Ok(Self {
             outbound4: into_tokio(outbound4)?,
             outbound6: outbound6.map(into_tokio).transpose()?,
             inbound4: into_tokio(inbound4)?,
+            inbound4_mapped: inbound4_mapped.map(into_tokio).transpose()?,
             inbound6: inbound6.map(into_tokio).transpose()?,
         })
     }
@@ -62,7 +66,7 @@ impl Listeners {
             outbound6: self.outbound6.as_ref().map(|l| l.local_addr().map(|a| a.port())).transpose()?,
             inbound4: Some(self.inbound4.as_fd()),
             inbound6: self.inbound6.as_ref().map(AsFd::as_fd),
-            inbound4_mapped: None,
+            inbound4_mapped: self.inbound4_mapped.as_ref().map(AsFd::as_fd),
             addresses,
         })
     }
@@ -162,8 +166,8 @@ fn leg(netns: &Netns, destination: SocketAddr) -> io::Result<TcpSocket> {
 fn listener(address: IpAddr) -> io::Result<Socket> {
     let socket =
         Socket::new(Domain::for_address((address, 0).into()), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
-    if address.is_ipv6() {
-        socket.set_only_v6(true)?;
+    if let IpAddr::V6(v6) = address {
+        socket.set_only_v6(v6.to_ipv4_mapped().is_none())?;
     }
     // Accepted connections inherit it. They hold the application's port, and a server that restarts must be able to bind it
     // while some of them linger.

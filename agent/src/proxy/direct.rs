@@ -30,15 +30,14 @@ use crate::{
 };
 
 mod client;
-mod close;
 mod parts;
 mod server;
 mod socket;
 mod waiting;
 mod watch;
 
-pub use watch::Kept;
-pub(super) use server::{Handover, Offered};
+pub(in crate::proxy) use parts::canonical;
+pub(super) use server::{Offered, Ready};
 
 /// How the operator wants it.
 #[derive(Debug, Clone)]
@@ -149,6 +148,16 @@ impl Direct {
 
     pub fn filtered(&self, netns: NetnsCookie) -> bool {
         lock(&self.filters).contains_key(&netns)
+    }
+
+    /// Whether connections can be handed to applications of this pod.
+    pub fn ready(&self, netns: NetnsCookie) -> bool {
+        self.usable && self.filtered(netns) && self.watch.follows(netns) && lock(&self.pods).contains_key(&netns)
+    }
+
+    /// Whether accept() on this port is known to be held, or not known not to be.
+    pub fn heard(&self, netns: NetnsCookie, port: u16) -> bool {
+        self.server.heard(netns, port)
     }
 
     fn pod(&self, netns: NetnsCookie) -> Option<Arc<Pod>> {

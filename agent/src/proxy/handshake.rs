@@ -57,6 +57,12 @@ pub trait Socket: AsyncRead + AsyncWrite + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Socket for T {}
 
+/// Whether the server knows none of the protocols that the client offered.
+pub fn not_agreed(error: &HandshakeError) -> bool {
+    use rustls::{AlertDescription, Error};
+    matches!(error, HandshakeError::Tls(Error::AlertReceived(AlertDescription::NoApplicationProtocol)))
+}
+
 pub async fn connect(
     socket: &mut impl Socket,
     config: Arc<ClientConfig>,

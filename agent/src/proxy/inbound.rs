@@ -10,6 +10,7 @@ use super::{
     account::Account,
     authorize::{self, Arrival, Permit},
     capture, carry,
+    direct::{Offered, Ready, Why, canonical},
     handshake::{self, HandshakeError},
     identify::{self, ClientAddr},
     offload::{self, Records},
@@ -20,8 +21,11 @@ use super::{
 use crate::{
     bpf::ClientEntry,
     policy::Inbound,
-    tls::config::{self, Accept, Sni},
-    words::Direction,
+    tls::{
+        config::{self, Accept, Sni},
+        records::Ending,
+    },
+    words::{Direction, Mode},
 };
 
 /// `internal_error`: the application behind this agent does not take the connection (RFC 8446 section 6.2).
@@ -30,7 +34,9 @@ const UNAVAILABLE: u8 = 80;
 const ACCESS_DENIED: u8 = 49;
 
 pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, client: ClientAddr, turn: Turn) {
-    let local = match wire.local_addr() {
+    // IPv4 clients of an application that listens for IPv6 come v4-mapped.
+    let client = ClientAddr(canonical(client.0));
+    let local = match wire.local_addr().map(canonical) {
         Ok(local) if ctx.selftest.claim_inbound(pod.netns.cookie(), client.0, local) => return,
         Ok(local) => local,
         Err(error) => return tracing::debug!(%error, "an accepted connection was gone at once"),
@@ -43,26 +49,56 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
     match open(&ctx, &pod, wire, client, local, &account).await {
         Err(refusal) => account.refused(refusal.reason(), &refusal),
         Ok(opened) => {
-            let Opened { app, wire, records, permit, entry } = opened;
+            let Opened { app, wire, records, mut permit, entry, offered, handshake: (sent, received) } = opened;
+            let mut why = reason(&ctx, &pod, permit.mode());
+            if let Some(mut offered) = offered {
+                match offered.wait(&app, &mut permit).await {
+                    Ok(handover) => {
+                        let ready = Ready { wire, records: records.name_in(permit.mode()), sent, received };
+                        handover.give(&ctx, &pod, ready, account, permit, (client.0, local));
+                        // The leg has done its work, and its end in the application's queue was taken out.
+                        drop((app, entry, turn));
+                        return;
+                    }
+                    Err(reason) => why = Some(reason),
+                }
+            }
             drop(turn);
-            carry(&ctx, account, app, wire, records, permit).await;
+            account.live.learn(|facts| facts.path_reason = why.map(Why::label));
+            carry(&ctx, account, app, Arc::new(wire), records, permit).await;
             drop(entry);
         }
     }
 }
 
+/// Why the connection cannot be offered to the application; of one that is offered, the offer tells.
+fn reason(ctx: &Context, pod: &Pod, mode: Mode) -> Option<Why> {
+    let direct = ctx.direct.as_ref()?;
+    Some(match mode {
+        Mode::Plaintext => Why::Plaintext,
+        Mode::Mtls if !direct.usable() => Why::Kernel,
+        Mode::Mtls if !direct.filtered(pod.netns.cookie()) => Why::NoFilter,
+        Mode::Mtls if !direct.ready(pod.netns.cookie()) => Why::Agent,
+        Mode::Mtls => Why::PeerNotReady,
+    })
+}
+
 struct Opened {
     app: TcpStream,
-    wire: Arc<TcpStream>,
+    wire: TcpStream,
     records: Records,
     permit: Permit,
+    /// That an accept() of the application may take it.
+    offered: Option<Offered>,
+    /// Bytes that the handshake took on the wire.
+    handshake: (u64, u64),
     /// The true client's address for getpeername, for as long as the application may ask.
     entry: ClientEntry,
 }
 
 async fn open(
-    ctx: &Context,
-    pod: &Pod,
+    ctx: &Arc<Context>,
+    pod: &Arc<Pod>,
     mut wire: TcpStream,
     client: ClientAddr,
     local: SocketAddr,
@@ -87,7 +123,7 @@ async fn open(
         let svid = ctx.svid(&pod.workload.id)?;
         let sni = Sni::default();
         let (roots, domain) = (ctx.identities.roots(), &snapshot.trust_domain);
-        let config = config::server_config_noting(&svid, roots, domain, Accept::Plain, sni.clone())?;
+        let config = config::server_config_noting(&svid, roots, domain, accept(ctx, pod, local.port()), sni.clone())?;
         let since = Instant::now();
         let secured = match handshake::accept(&mut wire, config, ctx.settings.handshake).await {
             // What speaks no TLS at all is for policy to refuse, which has the better words. A client whose hello was seen is past that:
@@ -102,6 +138,8 @@ async fn open(
     };
     let peer = secured.as_ref().map(|secured| &secured.peer);
     let permit = authorize::inbound(&snapshot, arrival, peer, &rule, &account.live);
+    let handshake = secured.as_ref().map_or((0, 0), |secured| (secured.sent, secured.received));
+    let agreed = secured.as_ref().is_some_and(|secured| config::ending(secured.alpn.as_deref()) == Ending::Fin);
     let records = match secured {
         Some(secured) => offload::offload(&wire, secured, ctx.settings.records, &ctx.kernel)?,
         None => Records::Plain(ctx.kernel.pump),
@@ -113,12 +151,24 @@ async fn open(
             return Err(denied.into());
         }
     };
+    // Before the leg is connected: whoever accepts it must find the connection.
+    let offers = agreed && accept(ctx, pod, local.port()) == Accept::DirectReady && records.kernel_keeps();
+    let offered = if offers { Offered::new(ctx, pod, client.0, &wire) } else { None };
     match connect(ctx, pod, client, local).await {
-        Ok((app, entry)) => Ok(Opened { app, wire: Arc::new(wire), records, permit, entry }),
+        Ok((app, entry)) => Ok(Opened { app, wire, records, permit, entry, offered, handshake }),
         Err(refusal) => {
             pump::refuse(wire, records, UNAVAILABLE).await;
             Err(refusal)
         }
+    }
+}
+
+/// What this end is ready for.
+fn accept(ctx: &Context, pod: &Pod, port: u16) -> Accept {
+    match &ctx.direct {
+        None => Accept::Plain,
+        Some(direct) if direct.ready(pod.netns.cookie()) && direct.heard(pod.netns.cookie(), port) => Accept::DirectReady,
+        Some(_) => Accept::DirectClients,
     }
 }
 

@@ -10,7 +10,7 @@ use crate::tls::{
     ktls::{self, Direction, KtlsError},
     records::{Ending, Opener, RecordError, Sealer, Session},
 };
-use crate::words::PumpKind;
+use crate::words::{Mode, PumpKind};
 
 use super::handshake::Secured;
 
@@ -84,6 +84,23 @@ impl Records {
         }
     }
 
+    /// The name in a connection's record.
+    pub fn name_in(&self, mode: Mode) -> &'static str {
+        match self {
+            Self::Plain(_) if mode == Mode::Mtls => "WITHOUT RECORDS",
+            other => other.name(),
+        }
+    }
+
+    /// Whether a socket has all that its records need in the kernel.
+    pub fn kernel_keeps(&self) -> bool {
+        match self {
+            Self::Kernel { .. } => true,
+            Self::Plain(_) => config::WITHOUT_RECORDS,
+            Self::Userspace { .. } => false,
+        }
+    }
+
     pub fn pump(&self) -> PumpKind {
         match self {
             Self::Plain(pump) | Self::Kernel { pump, .. } => *pump,
@@ -100,6 +117,9 @@ pub fn offload(
     kernel: &Capabilities,
 ) -> Result<Records, OffloadError> {
     let Secured { suite, alpn, secrets, schedule, .. } = secured;
+    if config::WITHOUT_RECORDS && config::ending(alpn.as_deref()) == Ending::Fin {
+        return Ok(Records::Plain(kernel.pump));
+    }
     let session = Arc::new(Session::new(suite, config::ending(alpn.as_deref()), schedule));
     let in_kernel = match choice {
         RecordsChoice::Userspace => false,

@@ -29,12 +29,16 @@ use crate::{
 
 pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, app: TcpStream, client: ClientAddr, turn: Turn) {
     let origin = match origin(&ctx, &pod, client) {
-        Ok(origin) if ctx.selftest.claim_outbound(pod.netns.cookie(), origin.0) => return,
+        Ok((origin, _)) if ctx.selftest.claim_outbound(pod.netns.cookie(), origin.0) => return,
         origin => origin,
     };
     let account = Account::open(&ctx.connections, &ctx.metrics, &ctx.log, Direction::Outbound);
     account.live.learn(|facts| facts.source = identify::of(Some(&pod.workload), seen_by_app(&pod, client)));
-    match open(&ctx, &pod, &app, client, origin, &account).await {
+    if let (Some(direct), Ok((_, socket))) = (&ctx.direct, &origin) {
+        let why = direct.why(pod.netns.cookie(), *socket);
+        account.live.learn(|facts| facts.path_reason = Some(why.label()));
+    }
+    match open(&ctx, &pod, &app, client, origin.map(|(origin, _)| origin), &account).await {
         Err(refusal) => account.refused(refusal.reason(), &refusal),
         Ok((wire, records, permit, destination)) => {
             drop(turn);
@@ -48,9 +52,10 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, app: TcpStream, clie
     }
 }
 
-fn origin(ctx: &Context, pod: &Pod, client: ClientAddr) -> Result<OrigDst, Refusal> {
+/// Where it wanted to go, and the cookie of the application's socket.
+fn origin(ctx: &Context, pod: &Pod, client: ClientAddr) -> Result<(OrigDst, u64), Refusal> {
     match ctx.capture.original_destination(pod.netns.cookie(), client.0)? {
-        Some(origin) => Ok(OrigDst(origin.address)),
+        Some(origin) => Ok((OrigDst(origin.address), origin.socket_cookie)),
         None => Err(Refusal::NotCaptured),
     }
 }
@@ -85,7 +90,8 @@ async fn open(
         Way::Plaintext { permit } => (Records::Plain(ctx.kernel.pump), permit),
         Way::Mtls { permit, expect } => {
             let svid = ctx.svid(&pod.workload.id)?;
-            let config = config::client_config(&svid, ctx.identities.roots(), &expect, Offer::Proxied)?;
+            let offer = if ctx.direct.is_some() { Offer::ProxiedFinOk } else { Offer::Proxied };
+            let config = config::client_config(&svid, ctx.identities.roots(), &expect, offer)?;
             let host = workload.as_ref().map_or("unknown", |workload| workload.host.as_str());
             let name = config::server_name(destination.0.port(), host);
             let since = Instant::now();

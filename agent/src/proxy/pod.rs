@@ -2,10 +2,10 @@
 //! self-tested, and only then opened; whatever fails leaves it closed and is tried again.
 
 use std::{
-    collections::hash_map::Entry,
+    collections::{HashMap, hash_map::Entry},
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, OnceLock},
     time::Duration,
 };
 
@@ -16,7 +16,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{Context, capture::Listeners, connections::lock, identify::ClientAddr, inbound, outbound};
+use super::{Context, capture::Listeners, connections::lock, direct::Enrolled, identify::ClientAddr, inbound, outbound};
 use crate::{
     bpf::{
         BpfError,
@@ -24,7 +24,10 @@ use crate::{
     },
     policy::Workload,
     state::LocalPod,
-    sys::netns::{Netns, NetnsCookie},
+    sys::{
+        diag::Diag,
+        netns::{Netns, NetnsCookie},
+    },
     words::with_causes,
 };
 
@@ -43,6 +46,21 @@ const BREATH: Duration = Duration::from_millis(200);
 pub struct Pod {
     pub workload: Arc<Workload>,
     pub netns: Netns,
+    /// Places for connections that are not established yet, in each direction.
+    pub outbound: Arc<Semaphore>,
+    pub inbound: Arc<Semaphore>,
+    /// Asks the kernel about the pod's sockets; opened when it is needed first.
+    pub diag: OnceLock<Diag>,
+    /// Which of the pod's ports want IPv4 clients v4-mapped.
+    pub mapped: Mutex<HashMap<u16, bool>>,
+}
+
+impl Pod {
+    fn new(workload: Arc<Workload>, netns: Netns) -> Self {
+        let turns = || Arc::new(Semaphore::new(PENDING));
+        let (outbound, inbound) = (turns(), turns());
+        Self { workload, netns, outbound, inbound, diag: OnceLock::new(), mapped: Mutex::default() }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -170,7 +188,7 @@ async fn serve(
     if ctx.svid(&local.workload.id).is_err() {
         return Err(EnrolError::NoSvid(local.workload.id.clone()));
     }
-    let pod = Arc::new(Pod { workload: local.workload.clone(), netns });
+    let pod = Arc::new(Pod::new(local.workload.clone(), netns));
     let listeners = Listeners::open(&pod.netns).map_err(EnrolError::Listen)?;
     let captured = listeners.for_capture(&pod.netns, addresses).map_err(EnrolError::Listen)?;
     let enrolment = ctx.capture.enrol(&captured)?;
@@ -179,15 +197,14 @@ async fn serve(
     let mut loops = JoinSet::new();
     let mut families = vec![Family::V4];
     families.extend(listeners.outbound6.is_some().then_some(Family::V6));
-    let Listeners { outbound4, outbound6, inbound4, inbound6 } = listeners;
-    let (turns_out, turns_in) = (Arc::new(Semaphore::new(PENDING)), Arc::new(Semaphore::new(PENDING)));
+    let Listeners { outbound4, outbound6, inbound4, inbound4_mapped, inbound6 } = listeners;
     for listener in [Some(outbound4), outbound6].into_iter().flatten() {
-        loops.spawn(accept(ctx.clone(), pod.clone(), listener, turns_out.clone(), |ctx, pod, stream, client, turn| {
+        loops.spawn(accept(ctx.clone(), pod.clone(), listener, pod.outbound.clone(), |ctx, pod, stream, client, turn| {
             tokio::spawn(outbound::serve(ctx, pod, stream, client, turn));
         }));
     }
-    for listener in [Some(inbound4), inbound6].into_iter().flatten() {
-        loops.spawn(accept(ctx.clone(), pod.clone(), listener, turns_in.clone(), |ctx, pod, stream, client, turn| {
+    for listener in [Some(inbound4), inbound4_mapped, inbound6].into_iter().flatten() {
+        loops.spawn(accept(ctx.clone(), pod.clone(), listener, pod.inbound.clone(), |ctx, pod, stream, client, turn| {
             tokio::spawn(inbound::serve(ctx, pod, stream, client, turn));
         }));
     }
@@ -197,6 +214,7 @@ async fn serve(
         _ = order.wait_for(|order| *order != Order::Serve) => return Ok(Left::Ordered),
     }
     enrolment.ready()?;
+    let enrolled = Enrolled::new(ctx, &pod);
     status.set(PodState::Ready, None);
     ctx.pods_changed.send_modify(|count| *count += 1);
     tracing::info!(pod = %local.netns.display(), identity = %local.workload.id, "pod is captured");
@@ -213,6 +231,7 @@ async fn serve(
             }
         }
     };
+    drop(enrolled);
     status.set(PodState::Refused, Some("being enrolled anew".into()));
     enrolment.hold()?;
     Ok(left)

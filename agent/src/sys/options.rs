@@ -117,6 +117,12 @@ pub fn disconnect(socket: impl AsFd) -> io::Result<()> {
     check(result)
 }
 
+/// Whether calls on the socket wait, as the application has chosen.
+pub fn blocks(socket: impl AsFd) -> io::Result<bool> {
+    let flags = OFlag::from_bits_retain(fcntl(socket.as_fd(), FcntlArg::F_GETFL)?);
+    Ok(!flags.contains(OFlag::O_NONBLOCK))
+}
+
 /// How many bytes were ever put into the send queue of a connected socket, a FIN counting as one.
 pub fn written(socket: impl AsFd, opening: Opening) -> io::Result<u64> {
     let socket = socket.as_fd();

@@ -5,7 +5,7 @@ use std::{
     io,
     os::fd::OwnedFd,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use tokio::time::timeout;
@@ -23,7 +23,7 @@ use crate::{
         authorize::{self, Permit, Way},
         connections::lock,
         handshake, identify,
-        offload::{self, Records, RecordsChoice},
+        offload::{self, RecordsChoice},
         pod::Pod,
         refusal::Refusal,
     },
@@ -35,7 +35,7 @@ use crate::{
         tcp_info::Opening,
     },
     tls::config::{self, Offer},
-    words::{Direction, with_causes},
+    words::{Direction, Mode, with_causes},
 };
 
 /// How it ended for the application.
@@ -81,7 +81,7 @@ async fn attempt(
     if !call.valid() {
         return None;
     }
-    let pod = direct.pod(socket_netns(&socket).ok()?)?;
+    let pod = direct.pod(socket_netns(std::os::fd::AsFd::as_fd(&socket)).ok()?)?;
     let unsuited = options::unsuited(&socket, Purpose::Connect);
     if matches!(unsuited, Some("not an internet socket" | "not TCP" | "not unconnected")) {
         return None;
@@ -95,7 +95,7 @@ async fn attempt(
     if unsuited.is_some() {
         return Some((cookie, Outcome::Left(Why::SocketOption)));
     }
-    if !direct.usable {
+    if !direct.usable || !direct.watch.follows(pod.netns.cookie()) {
         return Some((cookie, Outcome::Left(Why::Kernel)));
     }
     if let Some(why) = direct.avoided(destination) {
@@ -276,17 +276,16 @@ struct Made {
 }
 
 /// Gives the records to the kernel: a direct connection has no other way.
-pub(super) fn direct_records(
+fn direct_records(
     ctx: &Context,
     socket: impl std::os::fd::AsFd,
     secured: handshake::Secured,
 ) -> Result<&'static str, Refusal> {
-    if config::WITHOUT_RECORDS {
-        return Ok("WITHOUT RECORDS");
-    }
-    match offload::offload(socket, secured, RecordsChoice::Kernel, &ctx.kernel)? {
-        records @ Records::Kernel { .. } => Ok(records.name()),
-        Records::Plain(_) | Records::Userspace { .. } => Err(Refusal::Client(io::ErrorKind::Unsupported.into())),
+    let records = offload::offload(socket, secured, RecordsChoice::Kernel, &ctx.kernel)?;
+    if records.kernel_keeps() {
+        Ok(records.name_in(Mode::Mtls))
+    } else {
+        Err(Refusal::Client(io::ErrorKind::Unsupported.into()))
     }
 }
 

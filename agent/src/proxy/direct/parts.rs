@@ -52,7 +52,7 @@ pub(super) fn write(address: SocketAddr, v6: bool) -> Vec<u8> {
 }
 
 /// One form for both families, by which connections are matched.
-pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
+pub(in crate::proxy) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 

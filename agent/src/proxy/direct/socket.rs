@@ -13,7 +13,7 @@ use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, unix::AsyncFd};
 
 use crate::{
-    bpf::direct::Gate,
+    bpf::Gate,
     sys::{options, socket, watched::watched},
 };
 
