@@ -51,6 +51,10 @@ pub struct Entry {
     pub mode: Option<String>,
     pub records: Records,
     pub pump: Option<String>,
+    /// `direct` if the bytes went through the program's own socket, `proxied` if they went through the agent.
+    pub path: Option<String>,
+    /// Why it is not direct.
+    pub path_reason: Option<String>,
     pub verdict: Verdict,
     pub reason: Option<String>,
     pub close: Option<String>,

@@ -6,10 +6,11 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Command, ExitStatus},
+    sync::OnceLock,
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use crate::{
@@ -38,6 +39,11 @@ pub struct Reloads {
 #[derive(Deserialize)]
 struct Workloads {
     generation: u64,
+}
+
+#[derive(Deserialize)]
+struct Kernel {
+    kernel_tls: Vec<String>,
 }
 
 /// A pod as the agent lists it.
@@ -88,8 +94,7 @@ impl Agent {
     /// Nothing if no agent runs.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
-        let processes = fs::read_to_string(self.place.cgroup.join("cgroup.procs")).unwrap_or_default();
-        processes.lines().next().and_then(|line| line.parse().ok())
+        cgroup::processes(&self.place.cgroup).first().copied()
     }
 
     /// All that it has written, its predecessors' words before.
@@ -299,6 +304,32 @@ pub fn binary() -> Result<PathBuf> {
     let own = env::current_exe().context("asking for the path of this program")?;
     let found = own.ancestors().skip(1).take(2).map(|directory| directory.join("marline")).find(|path| path.is_file());
     found.with_context(|| format!("no program `marline` near {}; way out: cargo xtask build", own.display()))
+}
+
+/// The agent's program for direct paths: `binary` where the kernel keeps TLS records, for without that there is no direct path. Elsewhere
+/// the build that uses no records at all, `MARLINE_BIN_WITHOUT_RECORDS` or the one next to the other: it shows the mechanism alone.
+pub fn binary_for_direct() -> Result<PathBuf> {
+    let binary = binary()?;
+    if kernel_keeps_records()? {
+        return Ok(binary);
+    }
+    if let Some(path) = env::var_os("MARLINE_BIN_WITHOUT_RECORDS") {
+        return Ok(path.into());
+    }
+    let found = binary.with_file_name("marline-without-records");
+    ensure!(found.is_file(), "there is no {}; way out: cargo xtask build", found.display());
+    Ok(found)
+}
+
+/// Whether the agent finds kernel TLS here: its own answer, asked for once.
+pub fn kernel_keeps_records() -> Result<bool> {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    if let Some(answer) = ANSWER.get() {
+        return Ok(*answer);
+    }
+    let text = succeed(Command::new(binary()?).args(["kernel", "--json"]), seconds(60))?;
+    let kernel: Kernel = serde_json::from_str(&text).with_context(|| format!("`marline kernel` said {text}"))?;
+    Ok(*ANSWER.get_or_init(|| !kernel.kernel_tls.is_empty()))
 }
 
 /// Makes the authority that both nodes share, once.

@@ -67,6 +67,13 @@ pub fn create(directory: &Path) -> Result<()> {
     fs::create_dir_all(directory).with_context(|| format!("making the cgroup {}", directory.display()))
 }
 
+/// The processes in this directory itself; none if it is not there.
+#[must_use]
+pub fn processes(directory: &Path) -> Vec<u32> {
+    let text = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+    text.lines().filter_map(|line| line.parse().ok()).collect()
+}
+
 /// Kills all that runs below `directory`, waits until it is gone, and removes the directories from the leaves up.
 pub fn remove(directory: &Path) -> Result<()> {
     if !directory.exists() {

@@ -18,15 +18,16 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-pub use model::{ClusterSpec, Family, Membership, Pod, PodSpec, Side};
+pub use model::{ClusterSpec, Direct, Family, Membership, Pod, PodSpec, Side};
 use tempfile::TempDir;
 
 use crate::{
     agent::Agent,
     cgroup::{self, Tree},
     config::{self, Extra, Mode, Settings},
+    keeper::Keeper,
     netns,
-    process::Place,
+    process::{Filter, Place},
 };
 
 /// A cluster that is there. All of it is removed when this is dropped, unless it was told to stay.
@@ -41,6 +42,8 @@ pub struct Cluster {
     program: Option<PathBuf>,
     pods: BTreeMap<String, Pod>,
     made: u8,
+    direct: Option<Direct>,
+    keepers: BTreeMap<Side, Keeper>,
     agents: BTreeMap<Side, Agent>,
 }
 
@@ -71,6 +74,10 @@ impl Cluster {
         for side in Side::BOTH {
             let (place, config) = (cluster.agent_place(side), cluster.config_directory(side));
             cluster.agents.insert(side, Agent::meet(side, place, &config, cluster.settings(side)));
+            if cluster.direct.is_some() {
+                let keeper = Keeper::meet(side, cluster.keeper_place(side), &cluster.keeper_log(side));
+                cluster.keepers.insert(side, keeper);
+            }
         }
         Ok(cluster)
     }
@@ -103,6 +110,8 @@ impl Cluster {
             program: spec.program.clone(),
             pods: BTreeMap::new(),
             made: 0,
+            direct: spec.direct.clone(),
+            keepers: BTreeMap::new(),
             agents: BTreeMap::new(),
         })
     }
@@ -127,12 +136,27 @@ impl Cluster {
     /// Where programs of a node run that belong to no pod.
     #[must_use]
     pub fn node(&self, side: Side) -> Place {
-        Place { netns: netns::path(&network::node_name(&self.name, side)), cgroup: self.tree.rest() }
+        Place { netns: netns::path(&network::node_name(&self.name, side)), cgroup: self.tree.rest(), filter: None }
     }
 
     fn agent_place(&self, side: Side) -> Place {
         let node = self.node(side);
         Place { cgroup: node.cgroup.join(format!("agent-{}", side.letter())), ..node }
+    }
+
+    fn keeper_place(&self, side: Side) -> Place {
+        let node = self.node(side);
+        Place { cgroup: node.cgroup.join(format!("keeper-{}", side.letter())), ..node }
+    }
+
+    fn keeper_log(&self, side: Side) -> PathBuf {
+        self.directory.join(side.letter()).join("keeper.log")
+    }
+
+    /// Where the keeper of a node has its sockets.
+    #[must_use]
+    pub fn keeper_directory(&self, side: Side) -> PathBuf {
+        self.directory.join(side.letter()).join("keeper")
     }
 
     #[must_use]
@@ -146,6 +170,16 @@ impl Cluster {
 
     pub fn pod(&self, name: &str) -> Result<Pod> {
         self.pods.get(name).cloned().ok_or_else(|| anyhow!("there is no pod {name}"))
+    }
+
+    /// A pod whose programs are started under the filter, if there are direct paths here. Its keeper has to run by then.
+    pub fn filtered(&self, name: &str) -> Result<Pod> {
+        let pod = self.pod(name)?;
+        if self.direct.is_none() {
+            return Ok(pod);
+        }
+        let (marline, keeper) = (self.settings(pod.side).binary()?, self.keeper_directory(pod.side));
+        Ok(pod.filtered(Filter { marline, keeper }))
     }
 
     /// Makes a pod; the agents hear of it with the next `write_config`.
@@ -170,7 +204,7 @@ impl Cluster {
             membership: spec.membership,
             v4,
             v6,
-            place: Place { netns: netns::path(&network::pod_name(&self.name, &spec.name)), cgroup },
+            place: Place { netns: netns::path(&network::pod_name(&self.name, &spec.name)), cgroup, filter: None },
             directory: self.directory.join(spec.side.letter()).join(&spec.name),
         };
         self.made += 1;
@@ -222,10 +256,29 @@ impl Cluster {
         if let Some(mut predecessor) = self.agents.remove(&side) {
             predecessor.kill()?;
         }
+        if self.direct.is_some() && !self.keepers.contains_key(&side) {
+            self.start_keeper(side)?;
+        }
         let settings = self.settings(side);
         crate::agent::init_ca(&settings)?;
         let agent = Agent::launch(side, self.agent_place(side), &self.config_directory(side), settings)?;
         Ok(self.agents.entry(side).or_insert(agent))
+    }
+
+    /// Starts the keeper of a node, after killing the one that may run. Agents do not do without it, and do not end it.
+    pub fn start_keeper(&mut self, side: Side) -> Result<&mut Keeper> {
+        if let Some(mut predecessor) = self.keepers.remove(&side) {
+            predecessor.kill()?;
+        }
+        let directory = self.keeper_directory(side);
+        fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
+        let program = self.settings(side).binary()?;
+        let keeper = Keeper::launch(side, self.keeper_place(side), &program, &directory, &self.keeper_log(side))?;
+        Ok(self.keepers.entry(side).or_insert(keeper))
+    }
+
+    pub fn keeper_mut(&mut self, side: Side) -> Result<&mut Keeper> {
+        self.keepers.get_mut(&side).ok_or_else(|| anyhow!("no keeper was started on node {}", side.letter()))
     }
 
     /// Starts both agents and waits until both are ready.
@@ -251,7 +304,7 @@ impl Cluster {
     /// What a reader of a failure wants to see.
     #[must_use]
     pub fn report(&self) -> String {
-        self.agents.values().map(Agent::report).collect()
+        self.agents.values().map(Agent::report).chain(self.keepers.values().map(Keeper::report)).collect()
     }
 
     /// Leaves everything in place: namespaces, cgroups, agents and files.
@@ -269,6 +322,7 @@ impl Cluster {
             pins: remains::pins(&network::node_name(&self.name, side)),
             access_log: self.directory.join(side.letter()).join("access.log"),
             extra: self.extra.clone(),
+            direct: self.direct.clone().map(|direct| (direct, self.keeper_directory(side))),
             program: self.program.clone(),
         }
     }
@@ -278,12 +332,14 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         if self.stays {
             std::mem::take(&mut self.agents).into_values().for_each(Agent::detach);
+            std::mem::take(&mut self.keepers).into_values().for_each(Keeper::detach);
             return;
         }
         if std::thread::panicking() {
             eprintln!("{}", self.report());
         }
         self.agents.clear();
+        self.keepers.clear();
         if let Err(error) = remains::remove(&self.name) {
             eprintln!("removing the cluster {}: {error:#}", self.name);
         }

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::cluster::{Membership, Pod, Side};
+use crate::cluster::{Direct, Membership, Pod, Side};
 
 /// The namespace (of Kubernetes' kind) that all workloads of a cluster are in.
 pub const NAMESPACE: &str = "demo";
@@ -46,6 +46,8 @@ pub struct Settings {
     pub pins: PathBuf,
     pub access_log: PathBuf,
     pub extra: Extra,
+    /// Whether there are direct paths, and the keeper's directory.
+    pub direct: Option<(Direct, PathBuf)>,
     /// The agent's program, if it is not the one that `agent::binary` finds.
     pub program: Option<PathBuf>,
 }
@@ -69,6 +71,13 @@ pub fn write_agent(directory: &Path, settings: &Settings) -> Result<()> {
     );
     for line in &settings.extra {
         writeln!(text, "{line}")?;
+    }
+    if let Some((direct, keeper)) = &settings.direct {
+        let hold = &direct.hold;
+        writeln!(text, "  direct:\n    mode: auto\n    keeper: {}\n    hold: {hold}", keeper.display())?;
+        for line in &direct.extra {
+            writeln!(text, "{line}")?;
+        }
     }
     replace(&directory.join("agent.yaml"), &text)
 }

@@ -30,21 +30,40 @@ exec nsenter --net="$netns" -- unshare --mount sh -c 'mount --bind "$0" /etc/hos
 pub struct Place {
     pub netns: PathBuf,
     pub cgroup: PathBuf,
+    /// Set where programs are to run under the seccomp filter that direct paths need.
+    pub filter: Option<Filter>,
+}
+
+/// How a program gets under the filter: by `marline run`, which hands the filter's listener to the keeper.
+#[derive(Clone, Debug)]
+pub struct Filter {
+    pub marline: PathBuf,
+    /// The keeper's directory.
+    pub keeper: PathBuf,
 }
 
 impl Place {
     /// A command that runs `program` here; arguments are added to it as to any other.
     pub fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new("sh");
-        command.args(["-c", ENTER]).arg(&self.cgroup).arg(&self.netns).arg(program.as_ref());
+        command.args(["-c", ENTER]).arg(&self.cgroup).arg(&self.netns);
+        self.filtered(&mut command, program.as_ref());
         command
     }
 
     /// A command for people: names of pods resolve.
     pub fn command_with_hosts(&self, hosts: &Path, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new("sh");
-        command.args(["-c", ENTER_WITH_HOSTS]).arg(&self.cgroup).arg(&self.netns).arg(hosts).arg(program.as_ref());
+        command.args(["-c", ENTER_WITH_HOSTS]).arg(&self.cgroup).arg(&self.netns).arg(hosts);
+        self.filtered(&mut command, program.as_ref());
         command
+    }
+
+    fn filtered(&self, command: &mut Command, program: &Path) {
+        if let Some(Filter { marline, keeper }) = &self.filter {
+            command.arg(marline).args(["run", "--keeper"]).arg(keeper).arg("--");
+        }
+        command.arg(program);
     }
 }
 

@@ -110,7 +110,13 @@ pub(crate) fn up(args: &UpArgs) -> Result<()> {
     let mode = args.mode.map(Mode::from);
     let cluster = match found()? {
         Some(saved) => {
-            let spec = ClusterSpec { mode: saved.mode, pods: saved.pods, extra: Vec::new(), program: Some(program) };
+            let spec = ClusterSpec {
+                mode: saved.mode,
+                pods: saved.pods,
+                extra: Vec::new(),
+                direct: None,
+                program: Some(program),
+            };
             again(spec, mode)?
         }
         None => {
@@ -219,7 +225,7 @@ fn met() -> Result<Cluster> {
 }
 
 fn spec_of(saved: &Saved) -> ClusterSpec {
-    ClusterSpec { mode: saved.mode, pods: saved.pods.clone(), extra: Vec::new(), program: None }
+    ClusterSpec { mode: saved.mode, pods: saved.pods.clone(), extra: Vec::new(), direct: None, program: None }
 }
 
 fn fresh(spec: &ClusterSpec) -> Result<Cluster> {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::{Extra, Mode, NAMESPACE, TRUST_DOMAIN},
-    process::{Place, Process},
+    process::{Filter, Place, Process},
 };
 
 /// One of the two nodes.
@@ -129,6 +129,13 @@ impl Pod {
         format!("spiffe://{TRUST_DOMAIN}/ns/{NAMESPACE}/sa/{}", self.name)
     }
 
+    /// This pod with everything that is started in it under the filter that direct paths need.
+    #[must_use]
+    pub fn filtered(mut self, filter: Filter) -> Self {
+        self.place.filter = Some(filter);
+        self
+    }
+
     /// A command to run in this pod.
     pub fn command(&self, program: impl AsRef<Path>) -> Command {
         self.place.command(program)
@@ -162,6 +169,8 @@ pub struct ClusterSpec {
     pub pods: Vec<PodSpec>,
     /// More lines for `AgentConfig.spec` on both nodes.
     pub extra: Extra,
+    /// Whether there are direct paths: a keeper on each node, for the programs of pods from `Cluster::filtered`.
+    pub direct: Option<Direct>,
     /// The agent's program, if it is not the one that `agent::binary` finds.
     pub program: Option<PathBuf>,
 }
@@ -177,6 +186,22 @@ impl ClusterSpec {
             PodSpec::new("client-b", Side::B, Membership::Mesh),
             PodSpec::new("server-b", Side::B, Membership::Mesh),
         ];
-        Self { mode, pods, extra: Vec::new(), program: None }
+        Self { mode, pods, extra: Vec::new(), direct: None, program: None }
+    }
+}
+
+/// What the agents are told about direct paths, beside where the keeper is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Direct {
+    /// How long a connect may be held back for a handshake.
+    pub hold: String,
+    /// More lines for `AgentConfig.spec.direct`.
+    pub extra: Extra,
+}
+
+impl Default for Direct {
+    /// So long that a slow machine alone sends no connection the other way.
+    fn default() -> Self {
+        Self { hold: "10s".to_owned(), extra: Vec::new() }
     }
 }

@@ -1,0 +1,168 @@
+//! A mesh with direct paths, and the question that every scenario on it asks of both agents: which way did each connection take?
+//!
+//! `MARLINE_TEST_DIRECT=off` runs the same scenarios without filters and keepers, with everything expected to be proxied: so it
+//! shows whether a failure is the direct path's or the program's.
+
+use std::env;
+
+use anyhow::{Result, ensure};
+
+use crate::{
+    access_log::{Direction, Entry, Records},
+    agent,
+    cluster::{Cluster, ClusterSpec, Direct, Family, Pod},
+    config::Mode,
+    scenario::on_mesh,
+    wait::seconds,
+};
+
+/// Which way an end's bytes went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Through the program's own socket.
+    Direct,
+    /// Through the agent.
+    Proxied,
+}
+
+/// The ways of a connection's two ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ways {
+    pub client: Way,
+    pub server: Way,
+}
+
+impl Ways {
+    pub const DIRECT: Self = Self { client: Way::Direct, server: Way::Direct };
+    pub const CLIENT_ONLY: Self = Self { client: Way::Direct, server: Way::Proxied };
+    pub const SERVER_ONLY: Self = Self { client: Way::Proxied, server: Way::Direct };
+    pub const PROXIED: Self = Self { client: Way::Proxied, server: Way::Proxied };
+}
+
+/// How many connections a flow takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Count {
+    Exactly(usize),
+    /// Where a program decides: at least so many.
+    AtLeast(usize),
+}
+
+/// A flow of which both agents are asked.
+#[derive(Clone, Copy, Debug)]
+pub struct Route<'a> {
+    pub client: &'a Pod,
+    pub server: &'a Pod,
+    pub family: Family,
+    pub port: u16,
+    pub connections: Count,
+    pub ways: Ways,
+}
+
+/// What the agents wrote of one flow.
+#[derive(Clone, Debug)]
+pub struct Taken {
+    pub outbound: Vec<Entry>,
+    pub inbound: Vec<Entry>,
+}
+
+/// A two-node mesh with `client-a` on node a and `server-b` on node b, both filtered.
+pub struct Stage<'a> {
+    pub cluster: &'a Cluster,
+    pub client: Pod,
+    pub server: Pod,
+    /// Whether there are direct paths at all.
+    direct: bool,
+}
+
+/// Makes the mesh in STRICT mode, and runs the scenario on it.
+pub fn on_direct_mesh(scenario: impl FnOnce(&Stage<'_>) -> Result<()>) -> Result<()> {
+    let mut spec = ClusterSpec::pairs(Mode::Strict);
+    let direct = env::var("MARLINE_TEST_DIRECT").as_deref() != Ok("off");
+    if direct {
+        spec.program = Some(agent::binary_for_direct()?);
+        spec.direct = Some(Direct::default());
+    }
+    on_mesh(&spec, |cluster| {
+        let (client, server) = (cluster.filtered("client-a")?, cluster.filtered("server-b")?);
+        scenario(&Stage { cluster, client, server, direct })
+    })
+}
+
+impl<'a> Stage<'a> {
+    /// The same mesh with other pods at the ends.
+    #[must_use]
+    pub fn between(&self, client: &Pod, server: &Pod) -> Stage<'a> {
+        Stage { cluster: self.cluster, client: client.clone(), server: server.clone(), direct: self.direct }
+    }
+
+    /// From the client to the server, both ends direct, so many connections.
+    #[must_use]
+    pub fn route(&self, family: Family, port: u16, connections: usize) -> Route<'_> {
+        let (client, server) = (&self.client, &self.server);
+        Route { client, server, family, port, connections: Count::Exactly(connections), ways: Ways::DIRECT }
+    }
+
+    /// Runs a client, and then asks both agents.
+    pub fn flow<T>(&self, route: Route<'_>, run: impl FnOnce() -> Result<T>) -> Result<(T, Taken)> {
+        let before = self.now()?;
+        let seen = run()?;
+        Ok((seen, self.taken(before, route)?))
+    }
+
+    /// How long the access logs are: of the client's agent, and of the server's.
+    pub fn now(&self) -> Result<(usize, usize)> {
+        let length = |pod: &Pod| -> Result<usize> { Ok(self.cluster.agent(pod.side)?.entries()?.len()) };
+        Ok((length(&self.client)?, length(&self.server)?))
+    }
+
+    /// Waits until both agents have accounted for the flow's connections, which must have gone as the route tells.
+    pub fn taken(&self, (outbound, inbound): (usize, usize), route: Route<'_>) -> Result<Taken> {
+        let Route { client, server, family, port, connections, ways } = route;
+        let to = server.socket(family, port);
+        let what = format!("{} to {to}", client.name);
+        let written = |pod: &Pod, skip: usize, direction: Direction, way: Way| -> Result<Vec<Entry>> {
+            let least = match connections {
+                Count::Exactly(count) | Count::AtLeast(count) => count,
+            };
+            let entries = self
+                .cluster
+                .agent(pod.side)?
+                .wait_entries(&what, skip, least, |entry| entry.direction == direction && entry.connects(client, to))?;
+            let good = !matches!(connections, Count::Exactly(count) if count != entries.len());
+            ensure!(good, "{what}: {connections:?} expected, {} written", entries.len());
+            entries.iter().try_for_each(|entry| self.check(entry, way, client, server))?;
+            Ok(entries)
+        };
+        Ok(Taken {
+            outbound: written(client, outbound, Direction::Outbound, ways.client)?,
+            inbound: written(server, inbound, Direction::Inbound, ways.server)?,
+        })
+    }
+
+    fn check(&self, entry: &Entry, way: Way, client: &Pod, server: &Pod) -> Result<()> {
+        let way = if self.direct { way } else { Way::Proxied };
+        ensure!(entry.ended_by_programs(), "not allowed, or cut: {entry:#?}");
+        let proven = entry.source.identity.as_ref() == Some(&client.identity())
+            && entry.destination.identity.as_ref() == Some(&server.identity());
+        ensure!(proven, "not the pods' identities: {entry:#?}");
+        let taken = match (entry.path.as_deref(), entry.path_reason.as_deref()) {
+            (Some("direct"), None) => way == Way::Direct,
+            (Some("proxied"), Some(_)) => way == Way::Proxied,
+            // An agent without direct paths has nothing to explain.
+            (None | Some("proxied"), None) => !self.direct,
+            _ => false,
+        };
+        ensure!(taken, "expected to be {way:?}: {entry:#?}");
+        let sealed = way == Way::Proxied || !agent::kernel_keeps_records()? || entry.records == Records::Ktls;
+        ensure!(sealed, "direct, but not by kernel TLS: {entry:#?}");
+        Ok(())
+    }
+
+    /// Waits until a program has said something in its log.
+    pub fn wait_said(&self, process: &crate::process::Process, text: &str) -> Result<()> {
+        crate::wait::wait_for(format!("{} to say {text}", process.name()), seconds(20), || {
+            let said = process.log();
+            Ok(if said.contains(text) { crate::wait::Look::Done(()) } else { crate::wait::Look::NotYet(said) })
+        })
+    }
+}
