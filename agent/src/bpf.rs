@@ -17,6 +17,7 @@ use std::{
 use aya::{Ebpf, maps::MapError};
 use marline_common::{Address, Counter, Endpoint, POD_READY, POD_REFUSED, PodEndpoint, PodEntry};
 
+mod direct;
 mod error;
 mod load;
 mod log;
@@ -24,6 +25,7 @@ mod pins;
 pub mod probe;
 pub mod selftest;
 
+pub use direct::Gate;
 pub use error::BpfError;
 use load::Maps;
 use pins::{Pins, inbound_link};
@@ -66,6 +68,8 @@ pub struct PodListeners<'a> {
     /// with a local address of the pod.
     pub inbound4: Option<BorrowedFd<'a>>,
     pub inbound6: Option<BorrowedFd<'a>>,
+    /// An IPv6 listener at ::ffff:127.0.0.1, for the ports of [`Capture::map_clients`]: to it IPv4 clients are v4-mapped.
+    pub inbound4_mapped: Option<BorrowedFd<'a>>,
     /// All addresses of the pod but loopback. Connections to any other address of the namespace are refused.
     pub addresses: &'a [IpAddr],
 }
@@ -134,7 +138,7 @@ impl Capture {
     /// pod again, with other addresses or listeners, closes it likewise.
     pub fn enrol(&self, pod: &PodListeners<'_>) -> Result<Enrolment, BpfError> {
         let netns = pod.netns.cookie();
-        for listener in [pod.inbound4, pod.inbound6].into_iter().flatten() {
+        for listener in [pod.inbound4, pod.inbound6, pod.inbound4_mapped].into_iter().flatten() {
             if socket_netns(listener).map_err(BpfError::Socket)? != netns {
                 return Err(BpfError::ForeignListener { netns: pod.netns.path().to_path_buf() });
             }
@@ -175,6 +179,11 @@ impl Capture {
                 None => absent_is_fine(maps.listeners.remove(&key)),
             }
             .map_err(BpfError::map("LISTENERS"))?;
+            match pod.inbound4_mapped.filter(|_| address.is_ipv4()) {
+                Some(listener) => maps.listeners_mapped.insert(key, listener.as_raw_fd(), 0),
+                None => absent_is_fine(maps.listeners_mapped.remove(&key)),
+            }
+            .map_err(BpfError::map("LISTENERS_MAPPED"))?;
         }
         drop(maps);
         Ok(Enrolment { capture: self.clone(), netns })
@@ -206,7 +215,7 @@ impl Capture {
                 Ok(_) | Err(MapError::KeyNotFound) => {}
                 Err(source) => return Err(BpfError::Map { name: "ADDRESSES", source }),
             }
-            absent_is_fine(maps.listeners.remove(&key)).map_err(BpfError::map("LISTENERS"))?;
+            forget_listeners(&mut maps, &key)?;
             maps.addresses.insert(key, netns.cookie(), 0).map_err(BpfError::map("ADDRESSES"))?;
         }
         Ok(())
@@ -219,6 +228,7 @@ impl Capture {
         for address in addresses_of(&maps, netns)? {
             forget_address(&mut maps, &address)?;
         }
+        forget_mapped(&mut maps, Some(netns))?;
         absent_is_fine(maps.pods.remove(&netns)).map_err(BpfError::map("PODS"))
     }
 
@@ -273,7 +283,7 @@ impl Capture {
     }
 
     /// How many entries the maps hold now, by the map's name. Goes through all of them.
-    pub fn occupancy(&self) -> [(&'static str, u64); 5] {
+    pub fn occupancy(&self) -> [(&'static str, u64); 6] {
         fn count<K>(keys: impl Iterator<Item = Result<K, MapError>>) -> u64 {
             keys.filter(Result::is_ok).count() as u64
         }
@@ -284,6 +294,7 @@ impl Capture {
             ("origins", count(maps.origins.keys())),
             ("clients", count(maps.clients.keys())),
             ("refused", count(maps.refused.keys())),
+            ("direct", count(maps.direct_facts.keys())),
         ]
     }
 
@@ -378,7 +389,7 @@ fn close_all(maps: &mut Maps) -> Result<(), BpfError> {
     for client in clients {
         absent_is_fine(maps.clients.remove(&client)).map_err(BpfError::map("CLIENTS"))?;
     }
-    Ok(())
+    forget_mapped(maps, None)
 }
 
 fn addresses_of(maps: &Maps, netns: NetnsCookie) -> Result<Vec<Address>, BpfError> {
@@ -393,8 +404,22 @@ fn addresses_of(maps: &Maps, netns: NetnsCookie) -> Result<Vec<Address>, BpfErro
 }
 
 fn forget_address(maps: &mut Maps, address: &Address) -> Result<(), BpfError> {
-    absent_is_fine(maps.listeners.remove(address)).map_err(BpfError::map("LISTENERS"))?;
+    forget_listeners(maps, address)?;
     absent_is_fine(maps.addresses.remove(address)).map_err(BpfError::map("ADDRESSES"))
+}
+
+fn forget_listeners(maps: &mut Maps, address: &Address) -> Result<(), BpfError> {
+    absent_is_fine(maps.listeners.remove(address)).map_err(BpfError::map("LISTENERS"))?;
+    absent_is_fine(maps.listeners_mapped.remove(address)).map_err(BpfError::map("LISTENERS_MAPPED"))
+}
+
+/// Which ports of the pod, or of any, are on record for v4-mapped clients.
+fn forget_mapped(maps: &mut Maps, netns: Option<NetnsCookie>) -> Result<(), BpfError> {
+    let ports: Vec<_> = maps.mapped_ports.keys().collect::<Result<_, _>>().map_err(BpfError::map("MAPPED_PORTS"))?;
+    for port in ports.into_iter().filter(|port| netns.is_none_or(|netns| netns == port.netns)) {
+        absent_is_fine(maps.mapped_ports.remove(&port)).map_err(BpfError::map("MAPPED_PORTS"))?;
+    }
+    Ok(())
 }
 
 /// Removing what is not there is done already.

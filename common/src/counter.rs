@@ -51,6 +51,10 @@ counters! {
     EgressDropped = "egress_dropped",
     /// UDP packets that left a pod: they are outside the mesh.
     UdpPassed = "udp_passed",
+    /// Segments of a socket in handshake that held something else than what the agent announced. The socket is poisoned then.
+    DirectDropped = "direct_dropped",
+    /// A socket in handshake was connected a second time, or elsewhere.
+    DirectRefused = "direct_refused",
 }
 
 const _: () = assert!(Counter::ALL.len() <= crate::MAX_COUNTERS as usize);

@@ -6,10 +6,12 @@
 
 mod address;
 mod counter;
+mod direct;
 mod limits;
 
 pub use address::{Address, Endpoint};
 pub use counter::Counter;
+pub use direct::*;
 pub use limits::*;
 
 /// A network namespace, as the kernel numbers it: unique until the next boot, never reused. The name of a pod in every map.
@@ -92,5 +94,6 @@ mod user {
             )+
         };
     }
-    pod!(NetnsCookie, PodEntry, PodEndpoint, Origin, Address, Endpoint);
+    pod!(NetnsCookie, PodEntry, PodEndpoint, PodPort, Origin, Address, Endpoint);
+    pod!(DirectEntry, GateEntry, Transcript, DirectFacts);
 }

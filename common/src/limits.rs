@@ -13,6 +13,10 @@ pub const MAX_CLIENTS: u32 = 262_144;
 pub const MAX_REFUSED: u32 = 16384;
 /// Self-tests under way.
 pub const MAX_PROBES: u32 = 1024;
+/// Ports whose IPv4 clients are given to the v4-mapped listener. Beyond it they are not, and are served through the proxy.
+pub const MAX_MAPPED_PORTS: u32 = 16384;
+/// Direct connections whose facts are kept for the agent's successor. Beyond it connections are not made direct.
+pub const MAX_DIRECT: u32 = 65536;
 /// Slots for counters: more than there are, so that a version with more of them can adopt the maps of its predecessor.
 pub const MAX_COUNTERS: u32 = 64;
 /// How long connect() itself repeats a refusal.

@@ -9,14 +9,15 @@ use marline_common::{Address, Counter};
 
 use crate::{
     context::{IPPROTO_TCP, IPPROTO_UDP, LOOPBACK_IFINDEX, read, read_pointer},
+    direct::{self, Standing},
     maps::{ADDRESSES, COUNTERS},
 };
 
 const PASS: i32 = 1;
 const DROP: i32 = 0;
 
-const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
-const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
+pub(crate) const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
+pub(crate) const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
 
 #[inline(always)]
 pub(crate) fn count(counter: Counter) {
@@ -29,11 +30,21 @@ pub(crate) fn count(counter: Counter) {
 /// TCP of an enrolled pod stays in the pod: it goes to the agent's listeners or to the pod's own services. This holds also for
 /// sockets that the connect hooks never saw: those connected before enrolment, and whatever finds another way to connect.
 ///
+/// A socket that the agent connected is judged by `direct`, wherever its packets go.
+///
 /// The pod is told by the packet's source address, which is all that Linux 6.1 offers here. The agent's own sockets live
 /// outside the pods' cgroup, so they never come this way.
 #[cgroup_skb]
 pub fn egress(ctx: SkBuffContext) -> i32 {
     let skb = ctx.skb.skb;
+    match direct::standing(&ctx) {
+        Standing::Other => {}
+        Standing::Pass => return PASS,
+        Standing::Drop => {
+            count(Counter::DirectDropped);
+            return DROP;
+        }
+    }
     // What goes to the loopback device comes back to this namespace, the pod's own address included.
     if read!(skb as __sk_buff, ifindex) == LOOPBACK_IFINDEX {
         return PASS;

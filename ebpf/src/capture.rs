@@ -23,6 +23,7 @@ use crate::{
         AF_INET, ECONNREFUSED, EPROTONOSUPPORT, IPPROTO_MPTCP, IPPROTO_TCP, SOCK_STREAM, read, read_address6,
         read_pointer, write,
     },
+    direct::{self, Connect},
     maps::{CLIENTS, ORIGINS, PODS, PROBES, REFUSED, SOCKETS},
 };
 
@@ -82,6 +83,19 @@ fn verdict(ctx: &SockAddrContext, destination: &Endpoint) -> Verdict {
     let Some(pod) = (unsafe { PODS.get(netns) }) else {
         return Verdict::Pass;
     };
+    match direct::connect(ctx, destination) {
+        Connect::Other => {}
+        // SAFETY: the context's own socket, which may have been redirected before.
+        Connect::Agents => unsafe {
+            let _ = SOCKETS.delete(socket(ctx));
+            return Verdict::Pass;
+        },
+        Connect::NotAgents => {
+            count(Counter::DirectRefused);
+            debug!(ctx, "refused a second or another connection of a socket that the agent handshakes on");
+            return Verdict::Refuse;
+        }
+    }
     if stays_in_pod(netns, &destination.address) {
         // The socket may have been redirected before and be used again.
         // SAFETY: the context's own socket.
@@ -240,7 +254,7 @@ pub fn getpeername6(ctx: SockAddrContext) -> i32 {
     PASS
 }
 
-/// The original destination of a redirected socket, the true client of an accepted one.
+/// The original destination of a redirected socket or of a direct one, the true client of an accepted one.
 #[inline(always)]
 fn true_peer(ctx: &SockAddrContext, shown: Endpoint) -> Option<Endpoint> {
     // SAFETY: the context's own socket.
@@ -248,6 +262,9 @@ fn true_peer(ctx: &SockAddrContext, shown: Endpoint) -> Option<Endpoint> {
     if !entry.is_null() {
         // SAFETY: not null, and lives as long as the socket.
         return Some(unsafe { (*entry).destination });
+    }
+    if let Some(shown) = direct::shown(ctx) {
+        return Some(shown);
     }
     // SAFETY: the agent replaces entries whole, and the map frees none before the program is done.
     unsafe { CLIENTS.get(PodEndpoint::new(netns(ctx), shown)) }.copied()
@@ -308,7 +325,7 @@ fn netns(ctx: &SockAddrContext) -> NetnsCookie {
 }
 
 #[inline(always)]
-fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
+pub(crate) fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
     let sa = ctx.sock_addr;
     read_pointer!(sa as bpf_sock_addr, __bindgen_anon_1)
 }

@@ -3,12 +3,12 @@
 //! Attached to the network namespace of each pod. Runs where the kernel looks for a listener, so once per connection.
 use aya_ebpf::{bindings::bpf_sk_lookup, macros::sk_lookup, programs::SkLookupContext};
 use aya_log_ebpf::debug;
-use marline_common::{Address, Counter, Endpoint, POD_READY, PodEndpoint};
+use marline_common::{Address, Counter, Endpoint, POD_READY, PodEndpoint, PodPort};
 
 use crate::{
     account::count,
     context::{AF_INET, IPPROTO_TCP, LOOPBACK_IFINDEX, read, read_address6},
-    maps::{ADDRESSES, LISTENERS, PODS, PROBES},
+    maps::{ADDRESSES, LISTENERS, LISTENERS_MAPPED, MAPPED_PORTS, PODS, PROBES},
 };
 
 const DROP: u32 = 0;
@@ -49,14 +49,23 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
     }
     // SAFETY: only the state is used, one aligned word.
     let ready = unsafe { PODS.get(netns) }.is_some_and(|pod| pod.state == POD_READY);
+    let port = (read!(lookup as bpf_sk_lookup, local_port) as u16).to_be();
     if !ready {
-        let port = (read!(lookup as bpf_sk_lookup, local_port) as u16).to_be();
         let probe = PodEndpoint::new(netns, Endpoint::new(local, port));
         // SAFETY: the value is not read.
         if unsafe { PROBES.get(probe) }.is_none() {
             count(Counter::InboundRefusedNotReady);
             return DROP;
         }
+    }
+    // Where there is no such listener, the application is served through the plain one.
+    // SAFETY: the value is not read.
+    if local.is_v4()
+        && unsafe { MAPPED_PORTS.get(PodPort::new(netns, port)) }.is_some()
+        && LISTENERS_MAPPED.redirect_sk_lookup(&ctx, local, REPLACE).is_ok()
+    {
+        count(Counter::InboundSteered);
+        return PASS;
     }
     if LISTENERS.redirect_sk_lookup(&ctx, local, REPLACE).is_err() {
         count(Counter::InboundRefusedNoListener);

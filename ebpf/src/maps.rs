@@ -6,8 +6,9 @@ use aya_ebpf::{
     maps::{HashMap, LruHashMap, PerCpuArray, SockHash},
 };
 use marline_common::{
-    Address, Endpoint, MAX_ADDRESSES, MAX_CLIENTS, MAX_COUNTERS, MAX_ORIGINS, MAX_PODS, MAX_PROBES, MAX_REFUSED,
-    NetnsCookie, Origin, PodEndpoint, PodEntry, SocketEntry,
+    Address, DirectEntry, DirectFacts, Endpoint, GateEntry, MAX_ADDRESSES, MAX_CLIENTS, MAX_COUNTERS, MAX_DIRECT,
+    MAX_MAPPED_PORTS, MAX_ORIGINS, MAX_PODS, MAX_PROBES, MAX_REFUSED, NetnsCookie, Origin, PodEndpoint, PodEntry,
+    PodPort, SocketEntry, Transcript,
 };
 
 /// Enrolled pods. Written by the agent.
@@ -24,6 +25,14 @@ pub(crate) static ADDRESSES: HashMap<Address, NetnsCookie> = HashMap::with_max_e
 /// verified once. Two pods of one agent therefore cannot share an address; the agent refuses to enrol the second.
 #[map]
 pub(crate) static LISTENERS: SockHash<Address> = SockHash::with_max_entries(MAX_ADDRESSES, 0);
+
+/// The agent's inbound listeners for IPv4 clients of dual-stack applications: IPv6 sockets, to which such clients are v4-mapped.
+#[map]
+pub(crate) static LISTENERS_MAPPED: SockHash<Address> = SockHash::with_max_entries(MAX_ADDRESSES, 0);
+
+/// The ports of pods where those applications listen. Written by the agent.
+#[map]
+pub(crate) static MAPPED_PORTS: HashMap<PodPort, u32> = HashMap::with_max_entries(MAX_MAPPED_PORTS, BPF_F_NO_PREALLOC);
 
 /// Redirected sockets and where they wanted to go. In the socket itself: it can be neither forged nor flooded nor outlived.
 #[btf_map]
@@ -44,6 +53,22 @@ pub(crate) static REFUSED: LruHashMap<PodEndpoint, u64> = LruHashMap::with_max_e
 /// Destinations of the agent's own probes, which pass before a pod is ready. Written by the agent.
 #[map]
 pub(crate) static PROBES: HashMap<PodEndpoint, u32> = HashMap::with_max_entries(MAX_PROBES, BPF_F_NO_PREALLOC);
+
+/// Direct sockets and where they stand. Written by the agent, and deleted by whoever connects the socket anew.
+#[btf_map]
+pub(crate) static DIRECT: SkStorage<DirectEntry> = SkStorage::new();
+
+/// What was seen of the ones in handshake. Written by the programs.
+#[btf_map]
+pub(crate) static GATES: SkStorage<GateEntry> = SkStorage::new();
+
+/// What may leave them. Written by the agent.
+#[btf_map]
+pub(crate) static TRANSCRIPTS: SkStorage<Transcript> = SkStorage::new();
+
+/// What the agent's successor must know of direct connections, by socket cookie. Only the agent reads and writes it.
+#[map]
+pub(crate) static DIRECT_FACTS: HashMap<u64, DirectFacts> = HashMap::with_max_entries(MAX_DIRECT, BPF_F_NO_PREALLOC);
 
 #[map]
 pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_COUNTERS, 0);

@@ -229,6 +229,7 @@ fn idle_listeners(bed: &Bed, agent: &Agent) -> [TcpListener; 4] {
         outbound6: Some(out6.local_addr().unwrap().port()),
         inbound4: Some(in4.as_fd()),
         inbound6: Some(in6.as_fd()),
+        inbound4_mapped: None,
         addresses: &bed.a.addresses(),
     };
     agent.capture.enrol(&pod).unwrap().ready().unwrap();

@@ -55,6 +55,10 @@ pub enum BpfError {
     AddressTaken { address: IpAddr, netns: PathBuf, owner: u64 },
     #[error("a socket's network namespace cannot be read")]
     Socket(#[source] io::Error),
+    #[error("{what} is longer than the {limit} bytes that there is room for")]
+    TooLong { what: &'static str, limit: usize },
+    #[error("somebody else has written to the socket or connected it while the agent was at work on it")]
+    Poisoned,
     #[error("no pod is enrolled under the namespace cookie {}", netns.0)]
     NotEnrolled { netns: NetnsCookie },
 }

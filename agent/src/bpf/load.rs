@@ -3,15 +3,16 @@ use std::{fs::File, os::fd::AsFd, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader, Pod, include_bytes_aligned,
-    maps::{HashMap, Map, MapData, MapType, PerCpuArray, SockHash},
+    maps::{HashMap, Map, MapData, MapType, PerCpuArray, SkStorage, SockHash},
     programs::{
         CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSock, CgroupSockAddr, ProgramError, SkLookup, SockOps,
         links::FdLink,
     },
 };
 use marline_common::{
-    Address, Endpoint, MAX_ADDRESSES, MAX_CLIENTS, MAX_COUNTERS, MAX_ORIGINS, MAX_PODS, MAX_PROBES, MAX_REFUSED,
-    Origin, PodEndpoint, PodEntry, SocketEntry,
+    Address, DirectEntry, DirectFacts, Endpoint, GateEntry, MAX_ADDRESSES, MAX_CLIENTS, MAX_COUNTERS, MAX_DIRECT,
+    MAX_MAPPED_PORTS, MAX_ORIGINS, MAX_PODS, MAX_PROBES, MAX_REFUSED, Origin, PodEndpoint, PodEntry, PodPort,
+    SocketEntry, Transcript,
 };
 
 use super::{error::BpfError, log, pins::Pins};
@@ -26,15 +27,21 @@ const INBOUND: &str = "inbound";
 /// The shape of a map that outlives its agent: name, type, size of key and value, capacity.
 type Layout = (&'static str, MapType, usize, usize, u32);
 
-const PINNED: [Layout; 9] = [
+const PINNED: [Layout; 15] = [
     ("PODS", MapType::Hash, size_of::<NetnsCookie>(), size_of::<PodEntry>(), MAX_PODS),
     ("ADDRESSES", MapType::Hash, size_of::<Address>(), size_of::<NetnsCookie>(), MAX_ADDRESSES),
     ("LISTENERS", MapType::SockHash, size_of::<Address>(), size_of::<u32>(), MAX_ADDRESSES),
+    ("LISTENERS_MAPPED", MapType::SockHash, size_of::<Address>(), size_of::<u32>(), MAX_ADDRESSES),
+    ("MAPPED_PORTS", MapType::Hash, size_of::<PodPort>(), size_of::<u32>(), MAX_MAPPED_PORTS),
     ("SOCKETS", MapType::SkStorage, size_of::<u32>(), size_of::<SocketEntry>(), 0),
     ("ORIGINS", MapType::LruHash, size_of::<PodEndpoint>(), size_of::<Origin>(), MAX_ORIGINS),
     ("CLIENTS", MapType::Hash, size_of::<PodEndpoint>(), size_of::<Endpoint>(), MAX_CLIENTS),
     ("REFUSED", MapType::LruHash, size_of::<PodEndpoint>(), size_of::<u64>(), MAX_REFUSED),
     ("PROBES", MapType::Hash, size_of::<PodEndpoint>(), size_of::<u32>(), MAX_PROBES),
+    ("DIRECT", MapType::SkStorage, size_of::<u32>(), size_of::<DirectEntry>(), 0),
+    ("GATES", MapType::SkStorage, size_of::<u32>(), size_of::<GateEntry>(), 0),
+    ("TRANSCRIPTS", MapType::SkStorage, size_of::<u32>(), size_of::<Transcript>(), 0),
+    ("DIRECT_FACTS", MapType::Hash, size_of::<u64>(), size_of::<DirectFacts>(), MAX_DIRECT),
     ("COUNTERS", MapType::PerCpuArray, size_of::<u32>(), size_of::<u64>(), MAX_COUNTERS),
 ];
 
@@ -43,10 +50,16 @@ pub(super) struct Maps {
     pub(super) pods: HashMap<MapData, NetnsCookie, PodEntry>,
     pub(super) addresses: HashMap<MapData, Address, NetnsCookie>,
     pub(super) listeners: SockHash<MapData, Address>,
+    pub(super) listeners_mapped: SockHash<MapData, Address>,
+    pub(super) mapped_ports: HashMap<MapData, PodPort, u32>,
     pub(super) origins: HashMap<MapData, PodEndpoint, Origin>,
     pub(super) clients: HashMap<MapData, PodEndpoint, Endpoint>,
     pub(super) refused: HashMap<MapData, PodEndpoint, u64>,
     pub(super) probes: HashMap<MapData, PodEndpoint, u32>,
+    pub(super) direct: SkStorage<MapData, DirectEntry>,
+    pub(super) gates: SkStorage<MapData, GateEntry>,
+    pub(super) transcripts: SkStorage<MapData, Transcript>,
+    pub(super) direct_facts: HashMap<MapData, u64, DirectFacts>,
     pub(super) counters: PerCpuArray<MapData, u64>,
 }
 
@@ -82,10 +95,16 @@ pub(super) fn maps(ebpf: &mut Ebpf) -> Result<Maps, BpfError> {
         pods: hash(ebpf, "PODS")?,
         addresses: hash(ebpf, "ADDRESSES")?,
         listeners: take(ebpf, "LISTENERS")?.try_into().map_err(BpfError::map("LISTENERS"))?,
+        listeners_mapped: take(ebpf, "LISTENERS_MAPPED")?.try_into().map_err(BpfError::map("LISTENERS_MAPPED"))?,
+        mapped_ports: hash(ebpf, "MAPPED_PORTS")?,
         origins: hash(ebpf, "ORIGINS")?,
         clients: hash(ebpf, "CLIENTS")?,
         refused: hash(ebpf, "REFUSED")?,
         probes: hash(ebpf, "PROBES")?,
+        direct: take(ebpf, "DIRECT")?.try_into().map_err(BpfError::map("DIRECT"))?,
+        gates: take(ebpf, "GATES")?.try_into().map_err(BpfError::map("GATES"))?,
+        transcripts: take(ebpf, "TRANSCRIPTS")?.try_into().map_err(BpfError::map("TRANSCRIPTS"))?,
+        direct_facts: hash(ebpf, "DIRECT_FACTS")?,
         counters: take(ebpf, "COUNTERS")?.try_into().map_err(BpfError::map("COUNTERS"))?,
     })
 }

@@ -199,7 +199,8 @@ impl Agent {
 
     /// Enrols a pod and accepts from its listeners, without opening it.
     pub(crate) fn serve(&self, pod: &Pod, addresses: &[IpAddr]) -> Served {
-        let [out4, out6, in4, in6] = ["127.0.0.1:0", "[::1]:0", "127.0.0.1:0", "[::1]:0"].map(|at| {
+        let loopback = ["127.0.0.1:0", "[::1]:0", "127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"];
+        let [out4, out6, in4, in6, in4_mapped] = loopback.map(|at| {
             let listener = pod.netns.run(|| StdListener::bind(at)).expect("entered").expect("bound");
             listener.set_nonblocking(true).expect("a socket");
             listener
@@ -213,6 +214,7 @@ impl Agent {
                 outbound6: port(&out6),
                 inbound4: Some(in4.as_fd()),
                 inbound6: Some(in6.as_fd()),
+                inbound4_mapped: Some(in4_mapped.as_fd()),
                 addresses,
             })
             .expect("the pod is enrolled");
@@ -227,7 +229,7 @@ impl Agent {
                 }
             });
         }
-        for listener in [in4, in6] {
+        for listener in [in4, in6, in4_mapped] {
             let listener = TcpListener::from_std(listener).expect("a listener");
             let worker = self.worker(pod);
             self.runtime.spawn(async move {

@@ -262,6 +262,7 @@ fn two_pods_cannot_have_one_address() {
         outbound6: None,
         inbound4: Some(listeners.as_fd()),
         inbound6: None,
+        inbound4_mapped: None,
         addresses: &[A4],
     });
     assert!(matches!(stolen, Err(BpfError::AddressTaken { .. })), "{stolen:?}");
