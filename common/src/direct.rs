@@ -62,7 +62,7 @@ pub struct DirectFacts {
     pub bytes: [u8; MAX_DIRECT_FACTS],
 }
 
-pub const MAX_DIRECT_FACTS: usize = 508;
+pub const MAX_DIRECT_FACTS: usize = 2044;
 
 /// A port of a pod, in network byte order. The key of `MAPPED_PORTS`.
 #[repr(C)]
@@ -88,5 +88,5 @@ const _: () = assert!(size_of::<DirectEntry>() == 48);
 const _: () = assert!(size_of::<GateEntry>() == 16);
 const _: () = assert!(size_of::<Transcript>() == 8 + MAX_ANNOUNCED + ANNOUNCED_CHUNK);
 const _: () = assert!(size_of::<Transcript>() <= 8192 - 128);
-const _: () = assert!(size_of::<DirectFacts>() == 512);
+const _: () = assert!(size_of::<DirectFacts>() == 2048);
 const _: () = assert!(size_of::<PodPort>() == 16);
