@@ -22,6 +22,9 @@ pub enum Records {
     Ktls,
     Userspace,
     Plaintext,
+    /// A build without records on direct connections: for tests of the mechanism alone.
+    #[serde(rename = "without-records")]
+    Without,
     None,
 }
 

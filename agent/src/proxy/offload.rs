@@ -87,7 +87,7 @@ impl Records {
     /// The name in a connection's record.
     pub fn name_in(&self, mode: Mode) -> &'static str {
         match self {
-            Self::Plain(_) if mode == Mode::Mtls => "WITHOUT RECORDS",
+            Self::Plain(_) if mode == Mode::Mtls => "without-records",
             other => other.name(),
         }
     }
