@@ -9,6 +9,7 @@ mod demo;
 mod deps;
 mod lint;
 mod load;
+mod seccomp;
 mod signals;
 mod step;
 mod test;
@@ -57,6 +58,8 @@ enum Cmd {
     Down,
     /// Build the agent and run it on this host
     Load(load::Args),
+    /// Write the seccomp profiles for containers anew
+    Seccomp(seccomp::Args),
     /// Run a command inside a stock Debian kernel that has kernel TLS
     Vm(vm::Args),
     #[command(hide = true)]
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
         Cmd::Down => (cluster::down().map(|()| 0), 1),
         Cmd::Load(args) => (load::run(&args).map(|()| 0), 1),
         Cmd::Lint(args) => (lint::run(&args).map(|()| 0), 1),
+        Cmd::Seccomp(args) => (seccomp::run(&args).map(|()| 0), 1),
         Cmd::Vm(args) => (vm::run(&args), vm::EXIT_NO_VM),
         Cmd::VmGuest { spec } => vm::guest::main(&spec),
         Cmd::VmShare(args) => (vm::share::run(&args).map(|()| 0), 1),

@@ -146,7 +146,8 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     Ok(i32::from(failed > 0 || passed == 0))
 }
 
-const NEEDS: [deps::Need; 12] = [
+const NEEDS: [deps::Need; 13] = [
+    need("crun", "crun"),
     need("ip", "iproute2"),
     need("nginx", "nginx-light"),
     need("redis-server", "redis-server"),

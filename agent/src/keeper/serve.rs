@@ -39,7 +39,7 @@ use crate::sys::{
     seccomp::{Answer, Listener},
 };
 
-/// Peers that have connected and not said what they have to say; further ones wait in the socket's queue.
+/// Peers that have connected and not said what they have to say; who has been silent for longest makes room for further ones.
 const SENDERS: usize = 64;
 /// Agents that wait for their turn.
 const WAITING: usize = 8;
@@ -161,10 +161,8 @@ impl Keeper {
         let mut at = |time: Instant| wake = Some(wake.map_or(time, |wake| wake.min(time)));
         let mut asked = Vec::new();
         if self.rest.is_none() {
-            // Those beyond wait in the sockets' queues.
-            if self.senders.len() < SENDERS {
-                asked.push((Whose::Runtimes, PollFd::new(self.runtimes.as_fd(), PollFlags::POLLIN)));
-            }
+            asked.push((Whose::Runtimes, PollFd::new(self.runtimes.as_fd(), PollFlags::POLLIN)));
+            // Those beyond wait in the socket's queue.
             if self.waiting.len() < WAITING {
                 asked.push((Whose::Agents, PollFd::new(self.agents.as_fd(), PollFlags::POLLIN)));
             }
@@ -232,10 +230,11 @@ impl Keeper {
 
     fn hear_senders(&mut self, heard: &[usize], now: Instant) {
         let mut silent = Vec::new();
+        let crowd = self.senders.len().saturating_sub(SENDERS);
         for (index, mut sender) in std::mem::take(&mut self.senders).into_iter().enumerate() {
             let progress = match heard.contains(&index) {
                 true => sender.go_on(),
-                false if sender.deadline <= now => Progress::Bad(Refusal::Late),
+                false if sender.deadline <= now || index < crowd => Progress::Bad(Refusal::Late),
                 false => Progress::More,
             };
             match progress {
@@ -388,10 +387,12 @@ fn cannot(what: &'static str, path: &Path, source: io::Error) -> KeeperError {
 
 /// A descriptor per container, and to be the last that is killed when memory is short: with the keeper goes every pod's network.
 fn generous_limits() {
-    let limits = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most))
-        .map_err(io::Error::from);
-    if let Err(error) = limits.and_then(|()| fs::write("/proc/self/oom_score_adj", "-999")) {
-        tracing::warn!(%error, "the keeper's own limits stay as they are");
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files cannot be raised");
+    }
+    if let Err(error) = fs::write("/proc/self/oom_score_adj", "-999") {
+        tracing::warn!(%error, "the keeper is as likely as others to be killed when memory is short");
     }
 }
