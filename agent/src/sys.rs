@@ -10,5 +10,6 @@ pub mod slots;
 pub mod socket;
 pub mod splice;
 pub mod tcp_info;
+pub mod unsent;
 pub mod wakeup;
 pub mod watched;

@@ -108,7 +108,10 @@ fn prepare(args: &Args) -> Result<(), RunError> {
         _ => RunError::Filter(error),
     })?;
     let container = Container { pid: process::id(), id: format!("{name} {}", process::id()), metadata: "run".into() };
-    Ok(offer.hand_over(descriptor.as_fd(), &container)?)
+    let handed = offer.hand_over(descriptor.as_fd(), &container);
+    // Both close with exec or exit. A close() of our own would be held, and there may be nobody to answer it.
+    std::mem::forget((offer, descriptor));
+    Ok(handed?)
 }
 
 /// Moves this process to where the identity's pod is.

@@ -60,6 +60,11 @@ impl Link {
         }
     }
 
+    /// Tells the keeper that what the kernel redirects is served: calls that have waited for an agent go on.
+    pub fn ready(&self) -> Result<(), KeeperError> {
+        pass::send(self.shared.socket.get_ref(), b"ready", &[]).map(drop).map_err(KeeperError::Link)
+    }
+
     /// The next descriptor: those that the keeper held before come first. None when the keeper is gone; what was held works on,
     /// and can be given to a new keeper with [`super::Offer`].
     pub async fn next(&self) -> Result<Option<Held>, KeeperError> {

@@ -3,7 +3,6 @@
 
 use std::{
     io::{self, Read},
-    net::Shutdown,
     os::{fd::BorrowedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     time::Duration,
@@ -38,7 +37,7 @@ impl Offer {
     }
 
     /// Returns when the keeper holds it.
-    pub fn hand_over(self, descriptor: BorrowedFd<'_>, container: &Container) -> Result<(), OfferError> {
+    pub fn hand_over(&self, descriptor: BorrowedFd<'_>, container: &Container) -> Result<(), OfferError> {
         let Container { pid, id, metadata } = container;
         let state = serde_json::json!({
             "ociVersion": "1.0.2", "fds": ["seccompFd"], "pid": pid, "metadata": metadata,
@@ -49,7 +48,6 @@ impl Offer {
         if sent != text.len() {
             return Err(OfferError::Lost(io::ErrorKind::WriteZero.into()));
         }
-        self.0.shutdown(Shutdown::Write).map_err(OfferError::Lost)?;
         let mut answer = Vec::new();
         (&self.0).take(512).read_to_end(&mut answer).map_err(OfferError::Lost)?;
         match answer.split_first() {

@@ -36,7 +36,9 @@ use self::sender::{Progress, Refusal, Sender};
 use super::{Container, KeeperError, ToAgent, VERSION, agent_socket, ledger, seccomp_socket};
 use crate::sys::{
     pass,
-    seccomp::{Answer, Listener},
+    process::Caller,
+    seccomp::{Answer, Call, Listener, Notification},
+    unsent,
 };
 
 /// Peers that have connected and not said what they have to say; who has been silent for longest makes room for further ones.
@@ -80,6 +82,8 @@ struct Kept {
     listener: Listener,
     container: Container,
     since: Instant,
+    /// Calls that were received while there was no agent, and when each is answered at the latest.
+    waiting: Vec<(u64, Instant)>,
 }
 
 struct Agent {
@@ -148,6 +152,7 @@ impl Keeper {
                 Whose::Waiting(number) => drop(self.waiting.remove(&number)),
             }
         }
+        self.let_go(false, now);
         self.hear_senders(&heard, now);
         self.choose_agent();
         self.tell_agent(now);
@@ -180,14 +185,12 @@ impl Keeper {
             asked.push((Whose::Agent, PollFd::new(agent.socket.as_fd(), events)));
         }
         for (id, kept) in &self.held {
-            let deadline = self.deadline(kept);
-            // That the last task is gone is always told.
-            let mut events = PollFlags::empty();
-            match deadline {
-                Some(deadline) if deadline > now => at(deadline),
-                Some(_) if self.rest.is_none() => events = PollFlags::POLLIN,
-                _ => {}
+            if let Some((_, deadline)) = kept.waiting.first() {
+                at(*deadline);
             }
+            // That the last task is gone is always told.
+            let receives = self.agent.is_none() && self.rest.is_none();
+            let events = if receives { PollFlags::POLLIN } else { PollFlags::empty() };
             asked.push((Whose::Kept(*id), PollFd::new(kept.listener.as_fd(), events)));
         }
         let timeout = wake.map_or(PollTimeout::NONE, |wake| {
@@ -247,7 +250,7 @@ impl Keeper {
                 Progress::Offered(container, listener) => {
                     let id = self.number();
                     tracing::info!(id, container = %container.id, pid = container.pid, "a filter's descriptor is held");
-                    self.held.insert(id, Kept { listener, container, since: now });
+                    self.held.insert(id, Kept { listener, container, since: now, waiting: Vec::new() });
                     sender.answer(None);
                 }
             }
@@ -263,31 +266,60 @@ impl Keeper {
             return;
         }
         // An agent may have come in this very turn: then it is the one who receives.
-        if self.deadline(kept).is_none_or(|deadline| deadline > now) {
-            return;
-        }
+        let Some(deadline) = self.deadline(kept) else { return };
+        let Some(kept) = self.held.get_mut(&id) else { return };
         for _ in 0..AT_ONCE {
-            let answered = match kept.listener.recv() {
+            let taken = match kept.listener.recv() {
                 Ok(None) => return,
-                Ok(Some(call)) => kept.listener.answer(call.id, Answer::Continue),
+                Ok(Some(call)) if call.call.ends() => {
+                    last_room(&kept.listener, &call);
+                    kept.listener.answer(call.id, Answer::Continue)
+                }
+                Ok(Some(call)) if deadline <= now => kept.listener.answer(call.id, Answer::Continue),
+                Ok(Some(call)) => {
+                    kept.waiting.push((call.id, deadline));
+                    Ok(true)
+                }
                 Err(error) => Err(error),
             };
-            if let Err(error) = answered {
-                self.breathe("a call that waits for an agent cannot be answered", &error);
+            if let Err(error) = taken {
+                self.breathe("a call that waits for an agent cannot be received or answered", &error);
                 return;
             }
         }
     }
 
+    /// Lets calls go that have waited long enough, or, if an agent is ready to serve what the kernel redirects, all of them.
+    fn let_go(&mut self, all: bool, now: Instant) {
+        for kept in self.held.values_mut() {
+            let listener = &kept.listener;
+            kept.waiting.retain(|(id, deadline)| {
+                let stays = !all && *deadline > now;
+                if !stays && let Err(error) = listener.answer(*id, Answer::Continue) {
+                    tracing::error!(%error, "a call that has waited for an agent cannot be answered");
+                }
+                stays
+            });
+        }
+    }
+
     fn hear_agent(&mut self, events: PollFlags) {
         let Some(agent) = &self.agent else { return };
+        let mut said = false;
         let gone = events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR)
             || events.contains(PollFlags::POLLIN)
                 && match pass::recv(&agent.socket, &mut [0; 64]) {
-                    // Nothing it could say is expected.
-                    Ok(message) => message.len == 0,
+                    // All that it has to say is that it is ready.
+                    Ok(message) => {
+                        said = message.len > 0;
+                        !said
+                    }
                     Err(error) => error.kind() != io::ErrorKind::WouldBlock,
                 };
+        if said && !gone {
+            self.let_go(true, Instant::now());
+            return;
+        }
         if !gone {
             return;
         }
@@ -357,6 +389,19 @@ impl Agent {
             self.next = id + 1;
         }
         Ok(())
+    }
+}
+
+/// What an agent would do before a socket of an application ends: see `sys::unsent`.
+fn last_room(listener: &Listener, held: &Notification) {
+    let Ok(caller) = Caller::of(held.tid) else { return };
+    if !listener.valid(held.id) {
+        return;
+    }
+    match held.call {
+        Call::Close { fd } | Call::Shutdown { fd, .. } => drop(unsent::before_close(&caller, fd)),
+        Call::CloseRange { first, last } => unsent::before_closing(&caller, first, last),
+        _ => {}
     }
 }
 

@@ -30,6 +30,7 @@ use crate::{
 };
 
 mod client;
+mod close;
 mod parts;
 mod server;
 mod socket;
@@ -245,10 +246,29 @@ pub(super) async fn run(ctx: Arc<Context>) {
 }
 
 async fn take(ctx: &Arc<Context>, link: &Link) -> Result<(), KeeperError> {
-    while let Some(held) = link.next().await? {
-        tokio::spawn(listen(ctx.clone(), Arc::new(held)));
+    let mut changes = ctx.pods_changed.subscribe();
+    let mut told = false;
+    loop {
+        // Calls that have waited for an agent go on when what the kernel makes of them is served.
+        if !told && served(ctx) {
+            told = true;
+            link.ready()?;
+        }
+        tokio::select! {
+            held = link.next() => match held? {
+                Some(held) => drop(tokio::spawn(listen(ctx.clone(), Arc::new(held)))),
+                None => return Ok(()),
+            },
+            _ = changes.changed(), if !told => {}
+        }
     }
-    Ok(())
+}
+
+/// Whether every local pod is served. One that cannot be does not keep the others' calls waiting: the keeper's patience ends.
+fn served(ctx: &Context) -> bool {
+    let Some(direct) = &ctx.direct else { return false };
+    let enrolled: Vec<_> = lock(&direct.pods).values().map(|pod| pod.netns.path().to_path_buf()).collect();
+    ctx.state.load().local.iter().all(|local| enrolled.contains(&local.netns))
 }
 
 /// That a pod has a filter, for as long as it lives.
@@ -278,6 +298,7 @@ impl Drop for Filtered<'_> {
 async fn listen(ctx: Arc<Context>, held: Arc<Held>) {
     let Some(direct) = &ctx.direct else { return };
     let filtered = Filtered::new(direct, &held);
+    let netns = filtered.as_ref().map(|filtered| filtered.1);
     tracing::info!(container = %held.container.id, pid = held.container.pid, "a filter's calls are served");
     loop {
         match held.recv().await {
@@ -291,7 +312,11 @@ async fn listen(ctx: Arc<Context>, held: Arc<Held>) {
                         let wanted = server::Wanted { fd, address, length, flags };
                         tokio::spawn(async move { server::accept(&ctx, pending, wanted).await });
                     }
-                    Call::Other => {
+                    Call::Shutdown { fd, how } if direct.watch.any(netns) => {
+                        tokio::spawn(close::shutting(pending, fd, how));
+                    }
+                    ending if ending.ends() && direct.watch.any(netns) => close::closing(pending, ending),
+                    _ => {
                         let _ = pending.answer(Answer::Continue);
                     }
                 }

@@ -1,4 +1,4 @@
-//! The seccomp filter that sends connect, accept and accept4 to whoever holds its notify descriptor, and that descriptor.
+//! The seccomp filter that sends connect, accept and whatever ends a socket to whoever holds its notify descriptor, and that descriptor.
 //!
 //! What the answers are is the holder's matter. Only one process may receive from a descriptor at a time: the kernel's
 //! receive waits, and of two that saw the same notification one would wait for the next.
@@ -68,6 +68,17 @@ pub enum Call {
         address: u64,
         length: u64,
         flags: i32,
+    },
+    Close {
+        fd: i32,
+    },
+    CloseRange {
+        first: u32,
+        last: u32,
+    },
+    Shutdown {
+        fd: i32,
+        how: i32,
     },
     /// A filter that this project did not write sends other calls, too.
     Other,
@@ -215,6 +226,13 @@ impl Notification {
             libc::SYS_accept4 if raw.data.arch == NATIVE => {
                 Call::Accept { fd: args[0] as i32, address: args[1], length: args[2], flags: args[3] as i32 }
             }
+            libc::SYS_close if raw.data.arch == NATIVE => Call::Close { fd: args[0] as i32 },
+            libc::SYS_close_range if raw.data.arch == NATIVE => {
+                Call::CloseRange { first: args[0] as u32, last: args[1] as u32 }
+            }
+            libc::SYS_shutdown if raw.data.arch == NATIVE => {
+                Call::Shutdown { fd: args[0] as i32, how: args[1] as i32 }
+            }
             _ => Call::Other,
         };
         Self { id: raw.id, tid: raw.pid, call }
@@ -243,6 +261,24 @@ fn load(program: &libc::sock_fprog) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
+/// What is held. Closing is, because kernel TLS loses what a close comes too soon for: see `sys::unsent`. Not the end of a process, which
+/// must not depend on anybody: what it has not closed is closed as the kernel does it.
+const HELD: [libc::c_long; 6] = [
+    libc::SYS_connect,
+    libc::SYS_accept,
+    libc::SYS_accept4,
+    libc::SYS_close,
+    libc::SYS_close_range,
+    libc::SYS_shutdown,
+];
+
+impl Call {
+    /// Whether the caller waits for nothing but the agent's word.
+    pub fn ends(self) -> bool {
+        matches!(self, Self::Close { .. } | Self::CloseRange { .. } | Self::Shutdown { .. })
+    }
+}
+
 /// Loads of `seccomp_data`'s `nr` and `arch`, comparisons with constants and returns alone: what the kernel can work out
 /// beforehand for each call.
 fn filter() -> Vec<libc::sock_filter> {
@@ -258,7 +294,7 @@ fn filter() -> Vec<libc::sock_filter> {
     let mut filter = vec![load(ARCH), skip_if(libc::BPF_JEQ, NATIVE), give(libc::SECCOMP_RET_ALLOW), load(NR)];
     #[cfg(target_arch = "x86_64")]
     filter.extend([skip_unless(libc::BPF_JGE, X32), give(libc::SECCOMP_RET_ALLOW)]);
-    for call in [libc::SYS_connect, libc::SYS_accept, libc::SYS_accept4] {
+    for call in HELD {
         filter.extend([skip_unless(libc::BPF_JEQ, call as u32), give(libc::SECCOMP_RET_USER_NOTIF)]);
     }
     filter.push(give(libc::SECCOMP_RET_ALLOW));

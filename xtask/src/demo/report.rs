@@ -273,6 +273,7 @@ fn name_of(records: Records) -> &'static str {
         Records::Ktls => "ktls",
         Records::Userspace => "userspace",
         Records::Plaintext => "plaintext",
+        Records::Without => "without-records",
         Records::None => "none",
     }
 }

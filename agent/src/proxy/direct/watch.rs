@@ -64,6 +64,8 @@ pub struct Kept {
 #[derive(Default)]
 pub(super) struct Watch {
     live: Mutex<HashMap<u64, Live>>,
+    /// How many there are in each namespace.
+    counts: Mutex<HashMap<NetnsCookie, usize>>,
     /// Namespaces whose sockets' ends are listened for.
     followed: Mutex<HashSet<NetnsCookie>>,
 }
@@ -115,7 +117,7 @@ pub(super) fn established(
     let kept = serde_json::to_vec(&kept).map_err(WatchError::from)?;
     ctx.capture.keep_direct(ends.cookie, &kept).map_err(WatchError::from)?;
     account.handed_over(records);
-    lock(&direct.watch.live).insert(ends.cookie, Live { account, netns: pod.netns.cookie(), ends });
+    direct.watch.enter(ends.cookie, Live { account, netns: pod.netns.cookie(), ends });
     sever_by_name(pod, &live, ends);
     // The rules may have changed since the decision.
     if let Some(revoked) = authorize::revoked_by(&ctx.state.load(), live.direction, &live.facts()) {
@@ -175,6 +177,26 @@ pub(super) fn follow(ctx: &Arc<Context>, pod: &Arc<Pod>) {
 }
 
 impl Watch {
+    /// Whether there are direct connections in a namespace; in one that is not known there may be.
+    pub fn any(&self, netns: Option<NetnsCookie>) -> bool {
+        netns.is_none_or(|netns| lock(&self.counts).contains_key(&netns))
+    }
+
+    fn enter(&self, cookie: u64, live: Live) {
+        *lock(&self.counts).entry(live.netns).or_default() += 1;
+        lock(&self.live).insert(cookie, live);
+    }
+
+    fn leave(&self, netns: NetnsCookie) {
+        let mut counts = lock(&self.counts);
+        if let Some(count) = counts.get_mut(&netns) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&netns);
+            }
+        }
+    }
+
     /// Whether the ends of connections in this namespace are heard of: else there are no direct ones.
     pub fn follows(&self, netns: NetnsCookie) -> bool {
         lock(&self.followed).contains(&netns)
@@ -199,7 +221,8 @@ async fn listen(ctx: Weak<Context>, pod: Arc<Pod>, mut ends: Destruction) {
 
 fn ended(ctx: &Context, cookie: u64, counts: Option<Counts>) {
     let Some(direct) = &ctx.direct else { return };
-    let Some(Live { account, ends, .. }) = lock(&direct.watch.live).remove(&cookie) else { return };
+    let Some(Live { account, ends, netns }) = lock(&direct.watch.live).remove(&cookie) else { return };
+    direct.watch.leave(netns);
     if let Err(error) = ctx.capture.forget_direct(cookie) {
         tracing::warn!("a connection's record cannot be removed: {}", with_causes(&error));
     }
@@ -223,6 +246,7 @@ fn missed(ctx: &Context, pod: &Pod) {
         .extract_if(|cookie, live| live.netns == netns && !there.contains(cookie))
         .collect();
     for (cookie, live) in gone {
+        direct.watch.leave(netns);
         let _ = ctx.capture.forget_direct(cookie);
         live.account.unobserved();
     }
@@ -264,7 +288,7 @@ fn adopt(ctx: &Arc<Context>, pod: &Arc<Pod>) -> io::Result<()> {
             continue;
         }
         let live = account.live.clone();
-        lock(&direct.watch.live).insert(cookie, Live { account, netns: pod.netns.cookie(), ends });
+        direct.watch.enter(cookie, Live { account, netns: pod.netns.cookie(), ends });
         sever_by_name(pod, &live, ends);
         if let Some(revoked) = authorize::revoked_by(&ctx.state.load(), live.direction, &live.facts()) {
             revoked.enforce(&live);
