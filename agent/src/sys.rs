@@ -1,5 +1,6 @@
 //! Socket and kernel calls, behind safe functions.
 pub mod clock;
+pub mod diag;
 pub mod netns;
 pub mod options;
 pub mod socket;
