@@ -128,6 +128,9 @@ pub fn written(socket: impl AsFd, opening: Opening) -> io::Result<u64> {
     let socket = socket.as_fd();
     for _ in 0..TRIES {
         let before = counts(socket)?;
+        if matches!(before.state, TcpState::CLOSED | TcpState::LISTENING | TcpState::SYN_SENT) {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
         let queued = socket::unacknowledged(socket)? as u64;
         // Nothing was acknowledged in between: both are of one moment.
         if counts(socket)?.bytes_acked == before.bytes_acked {

@@ -27,10 +27,36 @@ impl TcpState {
     pub const ESTABLISHED: Self = Self(1);
     pub const SYN_SENT: Self = Self(2);
     pub const SYN_RECEIVED: Self = Self(3);
+    pub const FIN_WAIT1: Self = Self(4);
+    pub const FIN_WAIT2: Self = Self(5);
     pub const TIME_WAIT: Self = Self(6);
     /// Not connected yet, or no more.
     pub const CLOSED: Self = Self(7);
+    pub const CLOSE_WAIT: Self = Self(8);
+    pub const LAST_ACK: Self = Self(9);
     pub const LISTENING: Self = Self(10);
+    pub const CLOSING: Self = Self(11);
+
+    /// Whether the peer's FIN has come, of the last state that a socket had before it was closed. In FIN_WAIT2 it may have: the FIN takes
+    /// a socket from there to its end.
+    pub fn fin_received(self) -> Option<bool> {
+        match self {
+            Self::CLOSE_WAIT | Self::LAST_ACK | Self::CLOSING | Self::TIME_WAIT => Some(true),
+            Self::ESTABLISHED | Self::SYN_SENT | Self::SYN_RECEIVED | Self::FIN_WAIT1 => Some(false),
+            _ => None,
+        }
+    }
+}
+
+/// Bytes that a connection moved, as TCP has them: without SYN and FIN, with TLS's records as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Payload {
+    /// What the peer's kernel has acknowledged.
+    pub sent: u64,
+    /// What came in order, also if nobody has read it.
+    pub received: u64,
+    /// Otherwise `received` may be one too many: it is not known whether a FIN is in it.
+    pub exact: bool,
 }
 
 /// TCP's own counts of one socket.
@@ -51,6 +77,23 @@ pub struct Counts {
 }
 
 impl Counts {
+    /// What of the counts is payload. `None` where they are blank: close() of a socket with SO_LINGER 0, and connect() to AF_UNSPEC, wipe them
+    /// (tcp.c, tcp_disconnect).
+    pub fn payload(&self, opening: Opening, fin_received: Option<bool>) -> Option<Payload> {
+        if self.segments_in == 0 {
+            return None;
+        }
+        let acked = self.bytes_acked.saturating_sub(opening.syn());
+        // A FIN is the last to be acknowledged: it was if there is one more than all the payload that was ever sent.
+        let once = self.bytes_sent.saturating_sub(self.bytes_retransmitted);
+        let sent = if acked == once + 1 { once } else { acked };
+        let received = match fin_received {
+            Some(true) => self.bytes_received.saturating_sub(1),
+            Some(false) | None => self.bytes_received,
+        };
+        Some(Payload { sent, received, exact: fin_received.is_some() })
+    }
+
     /// `None` where the kernel gave less than the counts of bytes (before 4.1) or nothing.
     pub fn parse(info: &[u8]) -> Option<Self> {
         Some(Self {
@@ -107,6 +150,26 @@ mod tests {
         assert_eq!(Counts::parse(&info), Some(counts));
         // The C library's structure ends before the counts; where it does not, they lie in the same order.
         assert_eq!(offset_of!(libc::tcp_info, tcpi_total_retrans), 100);
+    }
+
+    #[test]
+    fn syn_and_fin_are_no_payload() {
+        let counts = Counts {
+            bytes_acked: 1002,
+            bytes_received: 501,
+            bytes_sent: 1300,
+            bytes_retransmitted: 300,
+            segments_in: 9,
+            ..Counts::default()
+        };
+        let payload = |sent, received, exact| Some(Payload { sent, received, exact });
+        assert_eq!(counts.payload(Opening::Active, Some(true)), payload(1000, 500, true));
+        assert_eq!(counts.payload(Opening::Active, Some(false)), payload(1000, 501, true));
+        assert_eq!(counts.payload(Opening::Active, None), payload(1000, 501, false));
+        // The FIN was not acknowledged, or none was sent; then, the last of the payload neither.
+        assert_eq!(Counts { bytes_acked: 1001, ..counts }.payload(Opening::Active, None), payload(1000, 501, false));
+        assert_eq!(Counts { bytes_acked: 900, ..counts }.payload(Opening::Passive, None), payload(900, 501, false));
+        assert_eq!(Counts::default().payload(Opening::Passive, None), None, "wiped");
     }
 
     proptest! {

@@ -27,6 +27,18 @@ pub struct DiagSocket {
     pub counts: Option<Counts>,
 }
 
+impl DiagSocket {
+    /// Whether the peer's FIN is in the count of bytes received. Kernel TLS never reads it, so that where all records were read it alone
+    /// is left (seen on 6.1 and 6.12); reads of a plain socket take it.
+    pub fn fin_received(&self, kernel_tls: bool) -> Option<bool> {
+        match self.unread {
+            0 if kernel_tls => Some(false),
+            1 if kernel_tls => Some(true),
+            _ => None,
+        }
+    }
+}
+
 /// What a socket is told apart by. The addresses may be in use again, and of a socket that is gone they may be blank: the
 /// cookie is its own for as long as the kernel runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
