@@ -8,8 +8,6 @@ use marline_tests::{
 };
 
 const MARKER: &str = "marker-of-the-data";
-/// For iperf3, in its own words.
-const SIZE: &str = "4000000";
 
 #[test]
 fn redis_keeps_what_it_is_given_by_many_clients() -> Result<()> {
@@ -42,20 +40,18 @@ fn postgresql_forks_a_server_for_each_session() -> Result<()> {
 fn iperf3_moves_bytes_both_ways_over_parallel_streams() -> Result<()> {
     on_direct_mesh(|stage| {
         let iperf = Iperf::new(&stage.server, MARKER);
-        for family in Family::BOTH {
-            let (client, address) = (&stage.client, stage.server.address(family));
-            for (streams, words, connections) in [
-                (1, &["-n", SIZE][..], 2),
-                (1, &["-n", SIZE, "-R"][..], 2),
-                (4, &["-n", SIZE][..], 5),
-                (4, &["-n", SIZE, "-R"][..], 5),
-                // By time: with a size, the end of one direction would end the other.
-                (2, &["-t", "1", "--bidir"][..], 5),
-            ] {
-                let route = stage.route(family, iperf.port(), connections);
-                exact(stage, route, || iperf.streams(client, address, streams, words))
-                    .with_context(|| format!("{streams} streams {words:?}"))?;
-            }
+        for (family, streams, direction, connections) in [
+            (Family::V4, 1, None, 2),
+            (Family::V4, 4, Some("-R"), 5),
+            (Family::V6, 4, None, 5),
+            (Family::V6, 1, Some("-R"), 2),
+            (Family::V6, 2, Some("--bidir"), 5),
+        ] {
+            // For a second: of a few bytes its receiver may have counted none when its sender is done.
+            let words: Vec<&str> = ["-t", "1"].into_iter().chain(direction).collect();
+            let route = stage.route(family, iperf.port(), connections);
+            exact(stage, route, || iperf.streams(&stage.client, stage.server.address(family), streams, &words))
+                .with_context(|| format!("{streams} streams {words:?}"))?;
         }
         Ok(())
     })

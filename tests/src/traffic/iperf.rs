@@ -41,7 +41,7 @@ impl Iperf {
         Ok(seen)
     }
 
-    /// Over so many streams, with iperf3's own words for how much (`-n 1000000`, `-t 1`) and for the direction (`-R`, `--bidir`). One
+    /// Over so many streams, with iperf3's own words for how much (`-t 1`) and for the direction (`-R`, `--bidir`). One
     /// more connection is for control.
     pub fn streams(&self, client: &Pod, address: IpAddr, streams: u8, words: &[&str]) -> Result<Seen> {
         let mut command = self.server.command("iperf3");
