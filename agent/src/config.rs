@@ -19,8 +19,8 @@ use std::{
 };
 
 pub use agent::{
-    AccessLogConfig, AccessLogFormat, AgentConfig, DirectConfig, DirectMode, CaConfig, CaptureConfig, PumpMode, RecordsConfig, RecordsMode,
-    Timeouts,
+    AccessLogConfig, AccessLogFormat, AgentConfig, CaConfig, CaptureConfig, DirectConfig, DirectMode, PumpMode,
+    RecordsConfig, RecordsMode, Timeouts,
 };
 pub use finding::{ConfigErrors, Finding};
 

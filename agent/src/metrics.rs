@@ -60,7 +60,11 @@ impl Metrics {
         registry.register("istio_tcp_connections_closed", "Connections ended, by verdict and reason", closed.clone());
         registry.register("istio_tcp_sent_bytes", "Application bytes sent to the peer", sent.clone());
         registry.register("istio_tcp_received_bytes", "Application bytes received from the peer", received.clone());
-        registry.register("marline_connections_carried", "Connections by who keeps their records and by the path of their bytes", carried.clone());
+        registry.register(
+            "marline_connections_carried",
+            "Connections by who keeps their records and by the path of their bytes",
+            carried.clone(),
+        );
         registry.register("marline_handshakes", "TLS handshakes by result and reason", handshakes.clone());
         registry.register_with_unit(
             "marline_handshake_duration",

@@ -25,8 +25,8 @@ use crate::{
 pub mod account;
 pub mod authorize;
 mod capture;
-pub mod direct;
 pub mod connections;
+pub mod direct;
 pub mod handshake;
 pub mod identify;
 mod inbound;

@@ -3,8 +3,10 @@
 //! Every client compares what it received with what was sent, byte by byte or by checksum: `Seen::exact`.
 
 pub mod banner;
+pub mod haproxy;
 pub mod iperf;
 pub mod nginx;
+pub mod postgres;
 pub mod redis;
 
 use std::{fs::File, io::Write, net::IpAddr, path::Path};

@@ -83,6 +83,22 @@ pub(crate) fn agent(release: bool) -> Result<PathBuf> {
     agent.ok_or_else(|| step.fail("cargo did not say where the binary is"))
 }
 
+/// Builds the agent that uses no records on direct connections, and returns its path: for tests of the mechanism where the kernel
+/// has no TLS, and for measuring it. It encrypts nothing there.
+pub(crate) fn agent_without_records(release: bool) -> Result<PathBuf> {
+    ebpf()?;
+    let step = Step::begin("building the agent without records");
+    let mut cargo = workspace::cargo();
+    cargo.args(["build", "--package", "marline", "--bin", "marline-without-records"]);
+    cargo.args(["--features", "without-records"]);
+    if release {
+        cargo.arg("--release");
+    }
+    let mut built = artifacts(&step, &mut cargo)?.into_iter();
+    let agent = built.find(|artifact| artifact.name == "marline-without-records").map(|artifact| artifact.executable);
+    agent.ok_or_else(|| step.fail("cargo did not say where the binary is"))
+}
+
 /// An executable that cargo built.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Artifact {

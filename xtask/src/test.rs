@@ -3,6 +3,7 @@
 //! Not cargo-nextest: it is not on a fresh machine, and building it would cost more than it brings here, since scenarios run one after
 //! the other anyway. Finding binaries is cargo's, one run is `runner`'s, the count `tally`'s, the end `summary`'s.
 
+mod programs;
 mod runner;
 mod suite;
 mod summary;
@@ -24,9 +25,7 @@ use self::{
     tally::Tally,
 };
 use crate::{
-    build,
-    deps::{self, need},
-    lint,
+    build, lint,
     signals::Interrupted,
     step::{self, Step},
     vm::{self, Kernel, Vm},
@@ -100,25 +99,30 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     if args.list {
         return list(&suites, args).map(|()| 0);
     }
+    // Whoever reads the log of a failure that does not come back will want the backtrace.
+    let mut told = vec![
+        ("MARLINE_BIN".to_owned(), agent.display().to_string()),
+        ("RUST_BACKTRACE".to_owned(), env::var("RUST_BACKTRACE").unwrap_or_else(|_| "1".to_owned())),
+    ];
     let scenarios = args.everything() || args.native || args.vm.is_some();
     if scenarios {
         ensure!(
             Uid::effective().is_root(),
             "scenarios need root: network namespaces, cgroups and eBPF (--unit does not)"
         );
-        deps::ensure("run the scenarios", &NEEDS)?;
+        told.extend(programs::prepare(&suites)?);
+        if args.everything() || args.native {
+            // For a kernel without TLS, as this one may be.
+            let agent = build::agent_without_records(false)?;
+            told.push(("MARLINE_BIN_WITHOUT_RECORDS".to_owned(), agent.display().to_string()));
+        }
     }
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot read this kernel's name")?;
     let settings = |kernel: &str, timeout, place: &str| Settings {
         kernel: kernel.to_owned(),
         filter: args.filter.clone(),
         timeout,
-        env: vec![
-            ("MARLINE_TEST_ENV".to_owned(), place.to_owned()),
-            ("MARLINE_BIN".to_owned(), agent.display().to_string()),
-            // Whoever reads the log of a failure that does not come back will want it.
-            ("RUST_BACKTRACE".to_owned(), env::var("RUST_BACKTRACE").unwrap_or_else(|_| "1".to_owned())),
-        ],
+        env: [&[("MARLINE_TEST_ENV".to_owned(), place.to_owned())][..], &told].concat(),
     };
     let mut native = settings(release.trim(), NATIVE_SUITE, "native");
     let end = Instant::now() + NATIVE_ALL;
@@ -145,22 +149,6 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     }
     Ok(i32::from(failed > 0 || passed == 0))
 }
-
-const NEEDS: [deps::Need; 13] = [
-    need("crun", "crun"),
-    need("ip", "iproute2"),
-    need("nginx", "nginx-light"),
-    need("redis-server", "redis-server"),
-    need("redis-cli", "redis-tools"),
-    need("iperf3", "iperf3"),
-    need("sshd", "openssh-server"),
-    need("ssh", "openssh-client"),
-    need("curl", "curl"),
-    need("tcpdump", "tcpdump"),
-    need("openssl", "openssl"),
-    need("python3", "python3-minimal"),
-    need("socat", "socat"),
-];
 
 fn build_suites() -> Result<Vec<Suite>> {
     let step = Step::begin("building the tests").way_out("mend the code: cargo test --workspace --no-run");

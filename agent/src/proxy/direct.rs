@@ -14,12 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{
-    Context,
-    connections::lock,
-    offload::Capabilities,
-    pod::Pod,
-};
+use super::{Context, connections::lock, offload::Capabilities, pod::Pod};
 use crate::{
     keeper::{Held, KeeperError, Link},
     sys::{

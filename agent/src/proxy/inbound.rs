@@ -167,7 +167,9 @@ async fn open(
 fn accept(ctx: &Context, pod: &Pod, port: u16) -> Accept {
     match &ctx.direct {
         None => Accept::Plain,
-        Some(direct) if direct.ready(pod.netns.cookie()) && direct.heard(pod.netns.cookie(), port) => Accept::DirectReady,
+        Some(direct) if direct.ready(pod.netns.cookie()) && direct.heard(pod.netns.cookie(), port) => {
+            Accept::DirectReady
+        }
         Some(_) => Accept::DirectClients,
     }
 }

@@ -16,7 +16,9 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{Context, capture::Listeners, connections::lock, direct::Enrolled, identify::ClientAddr, inbound, outbound};
+use super::{
+    Context, capture::Listeners, connections::lock, direct::Enrolled, identify::ClientAddr, inbound, outbound,
+};
 use crate::{
     bpf::{
         BpfError,
@@ -199,14 +201,26 @@ async fn serve(
     families.extend(listeners.outbound6.is_some().then_some(Family::V6));
     let Listeners { outbound4, outbound6, inbound4, inbound4_mapped, inbound6 } = listeners;
     for listener in [Some(outbound4), outbound6].into_iter().flatten() {
-        loops.spawn(accept(ctx.clone(), pod.clone(), listener, pod.outbound.clone(), |ctx, pod, stream, client, turn| {
-            tokio::spawn(outbound::serve(ctx, pod, stream, client, turn));
-        }));
+        loops.spawn(accept(
+            ctx.clone(),
+            pod.clone(),
+            listener,
+            pod.outbound.clone(),
+            |ctx, pod, stream, client, turn| {
+                tokio::spawn(outbound::serve(ctx, pod, stream, client, turn));
+            },
+        ));
     }
     for listener in [Some(inbound4), inbound4_mapped, inbound6].into_iter().flatten() {
-        loops.spawn(accept(ctx.clone(), pod.clone(), listener, pod.inbound.clone(), |ctx, pod, stream, client, turn| {
-            tokio::spawn(inbound::serve(ctx, pod, stream, client, turn));
-        }));
+        loops.spawn(accept(
+            ctx.clone(),
+            pod.clone(),
+            listener,
+            pod.inbound.clone(),
+            |ctx, pod, stream, client, turn| {
+                tokio::spawn(inbound::serve(ctx, pod, stream, client, turn));
+            },
+        ));
     }
     let probed = ProbedPod { netns: &pod.netns, outbound: &families, addresses };
     tokio::select! {

@@ -230,9 +230,7 @@ impl Notification {
             libc::SYS_close_range if raw.data.arch == NATIVE => {
                 Call::CloseRange { first: args[0] as u32, last: args[1] as u32 }
             }
-            libc::SYS_shutdown if raw.data.arch == NATIVE => {
-                Call::Shutdown { fd: args[0] as i32, how: args[1] as i32 }
-            }
+            libc::SYS_shutdown if raw.data.arch == NATIVE => Call::Shutdown { fd: args[0] as i32, how: args[1] as i32 },
             _ => Call::Other,
         };
         Self { id: raw.id, tid: raw.pid, call }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use anyhow::{Context, Result, ensure};
 
-use super::Seen;
+use super::{Seen, write_marked};
 use crate::{cluster::Pod, process::Process, wait::seconds};
 
 const PORT: u16 = 6379;
@@ -40,5 +40,26 @@ impl Redis {
         ensure!(answer.starts_with("OK"), "redis-cli to {address}: {}", answer.trim());
         let exact = answer.lines().eq(["OK", value.as_str()]);
         Ok(Seen { port: PORT, exact, note: format!("SET and GET of {} bytes", value.len()) })
+    }
+
+    /// A value of so many bytes, set from a file and compared with it by checksum; a connection for each way.
+    pub fn big_value(&self, client: &Pod, address: IpAddr, size: u64) -> Result<Seen> {
+        let (host, port, file) = (address.to_string(), PORT.to_string(), client.directory.join("redis.value"));
+        write_marked(&file, &self.marker, size)?;
+        let script = r#"set -o pipefail; redis-cli -h "$0" -p "$1" -x SET big < "$2" >&2 &&
+            redis-cli -h "$0" -p "$1" --raw GET big | head -c -1 | cmp - "$2" && echo same"#;
+        let said = client.succeed("bash", &["-c", script, &host, &port, &file.to_string_lossy()], seconds(60))?;
+        Ok(Seen { port: PORT, exact: said.trim() == "same", note: format!("a value of {size} bytes") })
+    }
+
+    /// redis-benchmark with SET, then GET, from so many clients each. It asks for the server's settings first, by one more connection.
+    pub fn benchmark(&self, client: &Pod, address: IpAddr, clients: usize, requests: u32) -> Result<Seen> {
+        let words =
+            [&address.to_string(), &PORT.to_string(), &clients.to_string(), &requests.to_string()].map(String::clone);
+        let [host, port, clients, requests] = &words;
+        let arguments = ["-h", host, "-p", port, "-c", clients, "-n", requests, "-d", "1000", "-t", "set,get", "--csv"];
+        let said = client.succeed("redis-benchmark", &arguments, seconds(60))?;
+        let exact = ["\"SET\",", "\"GET\","].iter().all(|test| said.contains(test)) && !said.contains("rror");
+        Ok(Seen { port: PORT, exact, note: said.lines().skip(1).collect::<Vec<_>>().join("; ") })
     }
 }

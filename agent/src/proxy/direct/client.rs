@@ -1,12 +1,7 @@
 //! A connect() that is held: the agent connects the application's own socket, does the handshake on it, gives the records to
 //! the kernel and lets go. Whatever speaks against it before that leaves the call to the kernel, which redirects it as ever.
 
-use std::{
-    io,
-    os::fd::OwnedFd,
-    sync::Arc,
-    time::Instant,
-};
+use std::{io, os::fd::OwnedFd, sync::Arc, time::Instant};
 
 use tokio::time::timeout;
 
@@ -172,7 +167,9 @@ impl Try<'_> {
         };
         match stop {
             Stop::Refused(refusal) => {
-                account.live.learn(|facts| facts.source = identify::of(Some(&self.pod.workload), self.source(&borrowed)));
+                account
+                    .live
+                    .learn(|facts| facts.source = identify::of(Some(&self.pod.workload), self.source(&borrowed)));
                 account.count();
                 let errno = errno(&refusal);
                 account.refused(refusal.reason(), &refusal);
@@ -246,7 +243,8 @@ impl Try<'_> {
         let sent = borrowed.written();
         account.live.learn(|facts| facts.source = identify::of(Some(&self.pod.workload), local));
         let (socket, gate) = borrowed.into_parts();
-        let ends = Ends { cookie: self.cookie, local, remote: self.destination, opening: Opening::Active, sent, received };
+        let ends =
+            Ends { cookie: self.cookie, local, remote: self.destination, opening: Opening::Active, sent, received };
         if let Err(error) = watch::established(ctx, &self.pod, account, permit, ends, records) {
             tracing::warn!("a direct connection cannot be followed: {}", with_causes(&*error));
             return Err(libc::ECONNABORTED);
@@ -300,4 +298,3 @@ fn errno(refusal: &Refusal) -> i32 {
         _ => libc::ECONNREFUSED,
     }
 }
-

@@ -19,7 +19,8 @@ pub(super) fn read(bytes: &[u8]) -> Option<SocketAddr> {
         libc::AF_INET6 if bytes.len() >= 24 => {
             let octets: [u8; 16] = *bytes.get(8..)?.first_chunk()?;
             let flow = u32::from_ne_bytes(*bytes.get(4..)?.first_chunk()?);
-            let scope = bytes.get(24..).and_then(|rest| rest.first_chunk()).map_or(0, |scope| u32::from_ne_bytes(*scope));
+            let scope =
+                bytes.get(24..).and_then(|rest| rest.first_chunk()).map_or(0, |scope| u32::from_ne_bytes(*scope));
             Some(SocketAddrV6::new(Ipv6Addr::from(octets), port, flow, scope).into())
         }
         _ => None,

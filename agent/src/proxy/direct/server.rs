@@ -206,8 +206,7 @@ pub(super) async fn accept(ctx: &Arc<Context>, call: Pending, wanted: Wanted) {
         return;
     };
     let netns = socket_netns(listener.as_fd()).ok();
-    if options::unsuited(&listener, Purpose::Accept).is_some()
-        || netns.is_none_or(|netns| direct.pod(netns).is_none())
+    if options::unsuited(&listener, Purpose::Accept).is_some() || netns.is_none_or(|netns| direct.pod(netns).is_none())
     {
         let _ = call.answer(Answer::Continue);
         return;

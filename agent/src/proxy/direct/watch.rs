@@ -242,9 +242,8 @@ fn missed(ctx: &Context, pod: &Pod) {
     let Some(direct) = &ctx.direct else { return };
     let Ok(there) = cookies(pod) else { return };
     let netns = pod.netns.cookie();
-    let gone: Vec<_> = lock(&direct.watch.live)
-        .extract_if(|cookie, live| live.netns == netns && !there.contains(cookie))
-        .collect();
+    let gone: Vec<_> =
+        lock(&direct.watch.live).extract_if(|cookie, live| live.netns == netns && !there.contains(cookie)).collect();
     for (cookie, live) in gone {
         direct.watch.leave(netns);
         let _ = ctx.capture.forget_direct(cookie);
@@ -273,14 +272,8 @@ fn adopt(ctx: &Arc<Context>, pod: &Arc<Pod>) -> io::Result<()> {
         let mut account = Account::attempt(&ctx.connections, &ctx.metrics, &ctx.log, kept.direction);
         account.count();
         let opening = if kept.direction == Direction::Outbound { Opening::Active } else { Opening::Passive };
-        let ends = Ends {
-            cookie,
-            local: kept.local,
-            remote: kept.remote,
-            opening,
-            sent: kept.sent,
-            received: kept.received,
-        };
+        let ends =
+            Ends { cookie, local: kept.local, remote: kept.remote, opening, sent: kept.sent, received: kept.received };
         account.live.learn(|facts| kept.teach(facts, pod));
         if !there.contains(&cookie) {
             let _ = ctx.capture.forget_direct(cookie);

