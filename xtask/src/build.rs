@@ -83,6 +83,16 @@ pub(crate) fn agent(release: bool) -> Result<PathBuf> {
     agent.ok_or_else(|| step.fail("cargo did not say where the binary is"))
 }
 
+/// Builds the load program of the benchmarks, with optimisations, and returns its path.
+pub(crate) fn load() -> Result<PathBuf> {
+    let step = Step::begin("building the load program (release)");
+    let mut cargo = workspace::cargo();
+    cargo.args(["build", "--release", "--package", "marline-tests", "--bin", "bench_load"]);
+    let built = artifacts(&step, &mut cargo)?;
+    let load = built.into_iter().find(|artifact| artifact.name == "bench_load").map(|artifact| artifact.executable);
+    load.ok_or_else(|| step.fail("cargo did not say where the binary is"))
+}
+
 /// An executable that cargo built.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Artifact {
