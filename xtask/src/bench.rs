@@ -4,6 +4,7 @@
 
 mod bed;
 mod measure;
+mod place;
 mod plan;
 mod report;
 mod stats;
@@ -20,7 +21,8 @@ use serde::{Deserialize, Serialize};
 use self::{
     bed::{Bed, Mode, Programs},
     measure::Rounds,
-    report::{Place, Report},
+    place::Place,
+    report::Report,
     stats::Series,
 };
 use crate::{
@@ -162,6 +164,7 @@ pub(crate) fn guest(plan: &Path) -> Result<i32> {
     let text = fs::read_to_string(plan).with_context(|| format!("cannot read {}", plan.display()))?;
     let plan: Plan = serde_json::from_str(&text).context("cannot understand the plan")?;
     let here = Here::this();
+    place::load_cipher();
     let all = Rounds::in_turn(&plan.modes, &plan.programs, &plan::counted(plan.quick), plan.rounds)?;
     let report = report(all, &here, true, plan.rounds, plan.quick);
     fs::write(&plan.result, report.json()?).with_context(|| format!("cannot write {}", plan.result.display()))?;
@@ -169,13 +172,7 @@ pub(crate) fn guest(plan: &Path) -> Result<i32> {
 }
 
 fn report(mut all: Rounds, here: &Here, counted: bool, rounds: usize, quick: bool) -> Report {
-    let place = Place {
-        kernel: here.release.clone(),
-        ktls: here.describe(),
-        processor: processor(),
-        processors: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
-        counted,
-    };
+    let place = Place::here(here, counted);
     let (carried, others, idle) =
         (std::mem::take(&mut all.carried), std::mem::take(&mut all.others), std::mem::take(&mut all.idle));
     Report {
@@ -187,13 +184,6 @@ fn report(mut all: Rounds, here: &Here, counted: bool, rounds: usize, quick: boo
         idle: Series::of(idle),
         rows: report::rows(all.measured()),
     }
-}
-
-fn processor() -> String {
-    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let line = text.lines().find(|line| line.starts_with("model name"));
-    let name = line.and_then(|line| line.split_once(':')).map(|(_, name)| name.trim());
-    name.unwrap_or("unknown processor").to_owned()
 }
 
 #[cfg(test)]

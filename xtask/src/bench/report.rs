@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     bed::Mode,
+    place::Place,
     plan::Figure,
     stats::{Compared, Series},
 };
@@ -23,17 +24,6 @@ pub(super) struct Measured {
 pub(crate) struct Carried {
     pub mode: Mode,
     pub connections: BTreeMap<String, usize>,
-}
-
-/// Where it was measured.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Place {
-    pub kernel: String,
-    pub ktls: String,
-    pub processor: String,
-    pub processors: usize,
-    /// Whether time is instructions here.
-    pub counted: bool,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -129,9 +119,10 @@ impl Report {
     fn heading(&self) -> String {
         let place = &self.place;
         let mut text = format!(
-            "\nkernel {} ({}), {} x {}{}\n{} rounds{}{}\n",
+            "\nkernel {} ({}{}), {} x {}{}\n{} rounds{}{}\n",
             place.kernel,
             place.ktls,
+            place.cipher.as_ref().map(|cipher| format!(" with {cipher}")).unwrap_or_default(),
             place.processors,
             place.processor,
             if place.counted { ", counting instructions" } else { "" },
