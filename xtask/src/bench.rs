@@ -46,6 +46,11 @@ one node to a pod on the other. All modes are up at the same time, and each work
   none        the same pods without any agent
   proxied     an agent on each node; where the kernel has TLS it keeps the records, else the agents do (the output says which)
   userspace   the same, but the agents keep the records in any case; by default only where that is not what `proxied` is anyway
+  direct      the programs' own sockets carry TLS, under `marline run`; connects are held for as long as it takes, so that all are direct
+
+A kernel without TLS cannot have `direct`. There `direct-without-records` takes its place, and `proxied-without-records` stands beside
+it: an agent of its own build that uses no records after a direct handshake. They show what the mechanism costs, and encrypt NOTHING;
+every line about them says so.
 
 Workloads: a new connection for each request, one at a time and 8 at once (connect() to the first byte of the answer); requests and answers
 of 1 KB over 16 warm connections, due 1,000 times a second whatever becomes of those before, latencies counted from when they
@@ -90,19 +95,16 @@ struct Plan {
 pub(crate) fn run(args: &Args) -> Result<i32> {
     cluster::require_root()?;
     deps::ensure("make nodes of namespaces", &NEEDS)?;
-    let programs = Programs { agent: build::agent(true)?, load: build::load()? };
+    let here = Here::this();
+    // A stock Debian kernel has kernel TLS.
+    let modes = chosen(&args.only, args.vm.is_some() || here.has_ktls());
+    let without_records =
+        if modes.iter().any(|mode| mode.without_records()) { Some(build::agent_without_records()?) } else { None };
+    let programs = Programs { agent: build::agent(true)?, without_records, load: build::load()? };
     let rounds = args.rounds.unwrap_or(if args.quick || args.vm.is_some() { 3 } else { 5 }) as usize;
     let report = match args.vm {
-        Some(kernel) => {
-            // A stock Debian kernel has kernel TLS.
-            let modes = chosen(&args.only, true);
-            in_vm(kernel, Plan { programs, modes, rounds, quick: args.quick, result: PathBuf::new() })?
-        }
-        None => {
-            let here = Here::this();
-            let modes = chosen(&args.only, here.has_ktls());
-            on_this_kernel(&here, &programs, &modes, rounds, args.quick)?
-        }
+        Some(kernel) => in_vm(kernel, Plan { programs, modes, rounds, quick: args.quick, result: PathBuf::new() })?,
+        None => on_this_kernel(&here, &programs, &modes, rounds, args.quick)?,
     };
     if let Some(file) = &args.json {
         fs::write(file, report.json()?).with_context(|| format!("cannot write {}", file.display()))?;
@@ -113,11 +115,21 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
 
 const NEEDS: [deps::Need; 2] = [need("ip", "iproute2"), need("nsenter", "util-linux")];
 
-/// Those that were asked for, or all that differ on this kernel.
+/// Those that were asked for, or all that differ on such a kernel. Without kernel TLS nothing can be direct but the mechanism.
 fn chosen(only: &[Mode], ktls: bool) -> Vec<Mode> {
-    let all = [Mode::None, Mode::Proxied, Mode::Userspace];
-    let wanted = |mode: &Mode| if only.is_empty() { ktls || *mode != Mode::Userspace } else { only.contains(mode) };
-    all.into_iter().filter(wanted).collect()
+    let all: &[Mode] = if ktls {
+        &[Mode::None, Mode::Proxied, Mode::Userspace, Mode::Direct]
+    } else {
+        &[Mode::None, Mode::Proxied, Mode::ProxiedWithoutRecords, Mode::DirectWithoutRecords]
+    };
+    if only.is_empty() {
+        return all.to_vec();
+    }
+    let possible = |mode: &Mode| if ktls || *mode != Mode::Direct { *mode } else { Mode::DirectWithoutRecords };
+    let mut modes: Vec<Mode> = only.iter().map(possible).collect();
+    modes.sort_unstable();
+    modes.dedup();
+    modes
 }
 
 fn on_this_kernel(here: &Here, programs: &Programs, modes: &[Mode], rounds: usize, quick: bool) -> Result<Report> {
@@ -191,9 +203,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn without_kernel_tls_proxied_is_userspace_already() {
-        assert_eq!(chosen(&[], true), [Mode::None, Mode::Proxied, Mode::Userspace]);
-        assert_eq!(chosen(&[], false), [Mode::None, Mode::Proxied]);
-        assert_eq!(chosen(&[Mode::Userspace, Mode::None], false), [Mode::None, Mode::Userspace]);
+    fn without_kernel_tls_only_the_mechanism_can_be_direct() {
+        assert_eq!(chosen(&[], true), [Mode::None, Mode::Proxied, Mode::Userspace, Mode::Direct]);
+        assert!(!chosen(&[], false).contains(&Mode::Direct));
+        assert_eq!(chosen(&[Mode::Direct, Mode::None], false), [Mode::None, Mode::DirectWithoutRecords]);
+        assert_eq!(chosen(&[Mode::Direct, Mode::Direct], true), [Mode::Direct]);
+    }
+
+    #[test]
+    fn nobody_can_take_what_has_no_records_for_encryption() {
+        for mode in [Mode::ProxiedWithoutRecords, Mode::DirectWithoutRecords] {
+            assert!(mode.without_records() && mode.label().contains("WITHOUT RECORDS"));
+        }
     }
 }

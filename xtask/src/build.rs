@@ -83,6 +83,21 @@ pub(crate) fn agent(release: bool) -> Result<PathBuf> {
     agent.ok_or_else(|| step.fail("cargo did not say where the binary is"))
 }
 
+/// Builds the agent that uses no records on direct connections, with optimisations, and returns its path. It encrypts nothing there.
+pub(crate) fn agent_without_records() -> Result<PathBuf> {
+    ebpf()?;
+    let step = Step::begin("building the agent without records (release)");
+    let mut cargo = workspace::cargo();
+    cargo.args(["build", "--release", "--package", "marline", "--bin", "marline-without-records"]);
+    cargo.args(["--features", "without-records"]);
+    let built = artifacts(&step, &mut cargo)?;
+    let agent = built
+        .into_iter()
+        .find(|artifact| artifact.name == "marline-without-records")
+        .map(|artifact| artifact.executable);
+    agent.ok_or_else(|| step.fail("cargo did not say where the binary is"))
+}
+
 /// Builds the load program of the benchmarks, with optimisations, and returns its path.
 pub(crate) fn load() -> Result<PathBuf> {
     let step = Step::begin("building the load program (release)");

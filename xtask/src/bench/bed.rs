@@ -10,9 +10,9 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use marline_tests::{
-    access_log::{Records, Verdict},
+    access_log::{Entry, Records, Verdict},
     bench::{Answer, Order, Work},
-    cluster::{Cluster, ClusterSpec, Family, Membership, Pod, PodSpec, Side},
+    cluster::{Cluster, ClusterSpec, Direct, Family, Membership, Pod, PodSpec, Side},
     config::Mode as Mtls,
     process::{Process, succeed},
     wait::seconds,
@@ -31,6 +31,12 @@ pub(crate) enum Mode {
     Proxied,
     /// Two agents that keep the TLS records themselves
     Userspace,
+    /// The programs' own sockets carry TLS, and the agents are not on the way
+    Direct,
+    /// As `proxied`, by the agent that can do without records
+    ProxiedWithoutRecords,
+    /// As `direct` up to the handshake, and after it NO RECORDS: the mechanism alone
+    DirectWithoutRecords,
 }
 
 impl Mode {
@@ -39,12 +45,28 @@ impl Mode {
             Self::None => "none",
             Self::Proxied => "proxied",
             Self::Userspace => "userspace",
+            Self::Direct => "direct",
+            Self::ProxiedWithoutRecords => "proxied-without-records",
+            Self::DirectWithoutRecords => "direct-without-records",
         }
     }
 
-    /// As every line about it calls it.
-    pub(super) fn label(self) -> String {
-        self.name().to_owned()
+    /// As every line about it calls it: nobody shall take it for encryption.
+    pub(super) fn label(self) -> &'static str {
+        match self {
+            Self::ProxiedWithoutRecords => "proxied WITHOUT RECORDS",
+            Self::DirectWithoutRecords => "direct WITHOUT RECORDS",
+            _ => self.name(),
+        }
+    }
+
+    pub(super) fn is_direct(self) -> bool {
+        matches!(self, Self::Direct | Self::DirectWithoutRecords)
+    }
+
+    /// Whether it takes the agent that can do without records.
+    pub(super) fn without_records(self) -> bool {
+        matches!(self, Self::ProxiedWithoutRecords | Self::DirectWithoutRecords)
     }
 }
 
@@ -52,6 +74,8 @@ impl Mode {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Programs {
     pub agent: PathBuf,
+    /// Only there if a mode takes it.
+    pub without_records: Option<PathBuf>,
     pub load: PathBuf,
 }
 
@@ -75,11 +99,12 @@ impl Bed {
     pub(super) fn open(mode: Mode, programs: &Programs) -> Result<Self> {
         let pods =
             vec![PodSpec::new(CLIENT, Side::A, Membership::Mesh), PodSpec::new(SERVER, Side::B, Membership::Mesh)];
-        let extra = match mode {
-            Mode::None | Mode::Proxied => Vec::new(),
-            Mode::Userspace => vec!["  records: userspace".to_owned()],
-        };
-        let spec = ClusterSpec { mode: Mtls::Strict, pods, extra, program: Some(programs.agent.clone()) };
+        let extra = if mode == Mode::Userspace { vec!["  records: userspace".to_owned()] } else { Vec::new() };
+        let agent = if mode.without_records() { programs.without_records.as_ref() } else { Some(&programs.agent) };
+        let program = Some(agent.context("the agent without records has not been built")?.clone());
+        // As the harness has it, connects are held so long that a slow machine alone sends none the other way.
+        let direct = mode.is_direct().then(Direct::default);
+        let spec = ClusterSpec { mode: Mtls::Strict, pods, extra, direct, program };
         let mut cluster = Cluster::create(&spec)?;
         let (client, server) = (cluster.pod(CLIENT)?, cluster.pod(SERVER)?);
         let mut watch = BTreeMap::from([
@@ -88,11 +113,14 @@ impl Bed {
         ]);
         if mode != Mode::None {
             cluster.start_agents().with_context(|| cluster.report())?;
-            let agents = cluster.agents();
+            let (agents, keepers) = (cluster.agents(), cluster.keepers());
             watch
                 .extend(agents.map(|agent| (format!("{AGENTS} {}", agent.side().letter()), agent.cgroup().to_owned())));
+            watch.extend(
+                keepers.map(|it| (format!("{AGENTS}'s keeper {}", it.side().letter()), it.cgroup().to_owned())),
+            );
         }
-        let process = serve(&server, &programs.load)?;
+        let process = serve(&cluster.filtered(SERVER)?, &programs.load)?;
         Ok(Self { mode, cluster, load: programs.load.clone(), watch, _server: process })
     }
 
@@ -102,7 +130,7 @@ impl Bed {
 
     /// Has the client do a piece of work.
     pub(super) fn run(&self, work: Work) -> Result<Answer> {
-        let (client, server) = (self.cluster.pod(CLIENT)?, self.cluster.pod(SERVER)?);
+        let (client, server) = (self.cluster.filtered(CLIENT)?, self.cluster.pod(SERVER)?);
         let order = Order { address: server.socket(FAMILY, PORT), work, watch: self.watch.clone() };
         let mut command = client.command(&self.load);
         let text = succeed(command.arg("run").arg(serde_json::to_string(&order)?), limit(work))
@@ -110,7 +138,8 @@ impl Bed {
         serde_json::from_str(&text).with_context(|| format!("the load program answered {text}"))
     }
 
-    /// How the agents say that they carried the connections so far, and how many each way; that they refused one is an error.
+    /// How the agents say that they carried the connections so far, and how many. That they refused one is an error, and so is a
+    /// direct mode that was not: its figures would be another's.
     pub(super) fn carriers(&self) -> Result<BTreeMap<String, usize>> {
         let to = self.cluster.pod(SERVER)?.socket(FAMILY, PORT);
         let mut carriers = BTreeMap::new();
@@ -119,18 +148,32 @@ impl Bed {
                 if entry.verdict == Verdict::Refused {
                     bail!("agent {} refused a connection: {entry:?}", agent.side().letter());
                 }
-                let records = match entry.records {
-                    Records::Ktls => "kernel",
-                    Records::Userspace => "userspace",
-                    Records::Plaintext => "none",
-                    Records::None => "unknown",
-                };
-                let pump = entry.pump.unwrap_or_else(|| "no pump".into());
-                *carriers.entry(format!("records {records}, {pump}")).or_default() += 1;
+                *carriers.entry(carrier(&entry)).or_default() += 1;
             }
+        }
+        let all: usize = carriers.values().sum();
+        let direct: usize = carriers.iter().filter(|(way, _)| way.starts_with(DIRECT)).map(|(_, count)| count).sum();
+        if self.mode.is_direct() && 100 * direct < 99 * all {
+            bail!("only {direct} of {all} ends of connections were direct: {carriers:?}\n{}", self.cluster.report());
         }
         Ok(carriers)
     }
+}
+
+/// What the access log calls a connection that the agent is not on the way of.
+const DIRECT: &str = "direct";
+
+/// One end of one connection in the agent's words.
+fn carrier(entry: &Entry) -> String {
+    let records = match entry.records {
+        Records::Ktls => "in the kernel",
+        Records::Userspace => "in the agent",
+        Records::Plaintext | Records::None => "NONE",
+    };
+    let path = entry.path.as_deref().unwrap_or("proxied");
+    let reason = entry.path_reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default();
+    let pump = entry.pump.as_ref().map(|pump| format!(", pump {pump}")).unwrap_or_default();
+    format!("{path}{reason}, records {records}{pump}")
 }
 
 fn serve(pod: &Pod, load: &Path) -> Result<Process> {

@@ -67,7 +67,7 @@ pub(super) fn rows(measured: Vec<Measured>) -> Vec<Row> {
         to_proxied: beside(figure, *mode, Mode::Proxied, series),
         figure: figure.clone(),
         mode: *mode,
-        label: mode.label(),
+        label: mode.label().to_owned(),
         series: series.clone(),
     };
     all.iter().map(row).collect()
