@@ -91,6 +91,12 @@ impl Agent {
         self.side
     }
 
+    /// What it runs in, alone.
+    #[must_use]
+    pub fn cgroup(&self) -> &Path {
+        &self.place.cgroup
+    }
+
     /// Nothing if no agent runs.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {

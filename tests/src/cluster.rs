@@ -277,6 +277,10 @@ impl Cluster {
         Ok(self.keepers.entry(side).or_insert(keeper))
     }
 
+    pub fn keepers(&self) -> impl Iterator<Item = &Keeper> {
+        self.keepers.values()
+    }
+
     pub fn keeper_mut(&mut self, side: Side) -> Result<&mut Keeper> {
         self.keepers.get_mut(&side).ok_or_else(|| anyhow!("no keeper was started on node {}", side.letter()))
     }

@@ -56,6 +56,17 @@ impl Keeper {
         Self { side, place, log: log.to_owned(), process: None }
     }
 
+    #[must_use]
+    pub fn side(&self) -> Side {
+        self.side
+    }
+
+    /// What it runs in, alone.
+    #[must_use]
+    pub fn cgroup(&self) -> &Path {
+        &self.place.cgroup
+    }
+
     /// Nothing if no keeper runs.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {

@@ -83,20 +83,29 @@ pub(crate) fn agent(release: bool) -> Result<PathBuf> {
     agent.ok_or_else(|| step.fail("cargo did not say where the binary is"))
 }
 
-/// Builds the agent that uses no records on direct connections, and returns its path: for tests of the mechanism where the kernel
-/// has no TLS, and for measuring it. It encrypts nothing there.
-pub(crate) fn agent_without_records(release: bool) -> Result<PathBuf> {
+/// Builds the agent that uses no records on direct connections, with optimisations, and returns its path. It encrypts nothing there.
+pub(crate) fn agent_without_records() -> Result<PathBuf> {
     ebpf()?;
-    let step = Step::begin("building the agent without records");
+    let step = Step::begin("building the agent without records (release)");
     let mut cargo = workspace::cargo();
-    cargo.args(["build", "--package", "marline", "--bin", "marline-without-records"]);
+    cargo.args(["build", "--release", "--package", "marline", "--bin", "marline-without-records"]);
     cargo.args(["--features", "without-records"]);
-    if release {
-        cargo.arg("--release");
-    }
-    let mut built = artifacts(&step, &mut cargo)?.into_iter();
-    let agent = built.find(|artifact| artifact.name == "marline-without-records").map(|artifact| artifact.executable);
+    let built = artifacts(&step, &mut cargo)?;
+    let agent = built
+        .into_iter()
+        .find(|artifact| artifact.name == "marline-without-records")
+        .map(|artifact| artifact.executable);
     agent.ok_or_else(|| step.fail("cargo did not say where the binary is"))
+}
+
+/// Builds the load program of the benchmarks, with optimisations, and returns its path.
+pub(crate) fn load() -> Result<PathBuf> {
+    let step = Step::begin("building the load program (release)");
+    let mut cargo = workspace::cargo();
+    cargo.args(["build", "--release", "--package", "marline-tests", "--bin", "bench_load"]);
+    let built = artifacts(&step, &mut cargo)?;
+    let load = built.into_iter().find(|artifact| artifact.name == "bench_load").map(|artifact| artifact.executable);
+    load.ok_or_else(|| step.fail("cargo did not say where the binary is"))
 }
 
 /// An executable that cargo built.

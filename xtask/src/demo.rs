@@ -3,7 +3,7 @@
 //! nodes and pods in the harness.
 
 mod flows;
-mod kernel;
+pub(crate) mod kernel;
 mod report;
 
 use std::{
@@ -134,7 +134,7 @@ fn on_this_kernel(args: &Args, kernel: &kernel::Kernel) -> Result<i32> {
         Cluster::create(&spec)
     };
     let mut cluster = cluster.map_err(|error| step.fail(format!("{error:#}")))?;
-    clean_up_when_interrupted(signals, cluster.name().to_owned());
+    clean_up_when_interrupted(signals, vec![cluster.name().to_owned()]);
     let outcome = demonstrate(&mut cluster, kernel);
     let report = outcome.map_err(|error| {
         Step::quiet("the demo").way_out("the agents' logs are above").fail(format!("{}{error:#}", cluster.report()))
@@ -168,14 +168,14 @@ fn demonstrate(cluster: &mut Cluster, kernel: &kernel::Kernel) -> Result<report:
     Ok(report::judge(kernel, flows, &wire, tls_stat))
 }
 
-/// Namespaces and agents would outlive an interrupted demo.
-fn clean_up_when_interrupted(signals: Signals, name: String) {
+/// Namespaces and agents would outlive what was interrupted.
+pub(crate) fn clean_up_when_interrupted(signals: Signals, clusters: Vec<String>) {
     thread::spawn(move || {
         loop {
             if let Some(signal) = signals.pending() {
                 let interrupted = Interrupted(signal);
                 step::note(&format!("{interrupted}: removing the mesh"));
-                if let Err(error) = remains::remove(&name) {
+                for error in clusters.iter().filter_map(|name| remains::remove(name).err()) {
                     step::report(&error);
                 }
                 std::process::exit(128 + signal as i32);

@@ -3,6 +3,7 @@
 //! Exit codes: 0 all is well; 1 something did not pass, or a step failed; 2 the command line is wrong; 128+N
 //! signal N ended it. `vm` hands on its command's code.
 
+mod bench;
 mod build;
 mod cluster;
 mod demo;
@@ -46,6 +47,8 @@ enum Cmd {
     Test(test::Args),
     /// Check format, clippy, the rules of the house, and the licences of dependencies
     Lint(lint::Args),
+    /// Measure what the mesh costs, beside no mesh
+    Bench(bench::Args),
     /// Watch real programs talk through the mesh without knowing it
     Demo(demo::Args),
     /// Make a two-node mesh on this box, or bring the one that is there up to date
@@ -65,6 +68,8 @@ enum Cmd {
     #[command(hide = true)]
     TestGuest { plan: PathBuf },
     #[command(hide = true)]
+    BenchGuest { plan: PathBuf },
+    #[command(hide = true)]
     VmGuest { spec: PathBuf },
     #[command(hide = true)]
     VmShare(vm::share::Args),
@@ -81,6 +86,8 @@ fn main() -> ExitCode {
         Cmd::BuildEbpf => (build::ebpf().map(|()| 0), 1),
         Cmd::Test(args) => (test::run(&args), 1),
         Cmd::TestGuest { plan } => (test::guest(&plan), 1),
+        Cmd::Bench(args) => (bench::run(&args), 1),
+        Cmd::BenchGuest { plan } => (bench::guest(&plan), 1),
         Cmd::Demo(args) => (demo::run(&args), 1),
         Cmd::Up(args) => (cluster::up(&args).map(|()| 0), 1),
         Cmd::Exec(args) => (cluster::exec(&args), cluster::EXIT_NO_EXEC),

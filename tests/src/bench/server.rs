@@ -1,0 +1,56 @@
+//! The server of the load program: a thread for each connection. The first byte of a block says what the client wants.
+
+use std::{
+    io::{self, Read, Write},
+    net::{Ipv6Addr, TcpListener, TcpStream},
+    thread,
+};
+
+use super::BLOCK;
+
+/// A block that is to be answered with a block.
+pub(super) const EXCHANGE: u8 = b'x';
+/// A block after which bytes come until the client's end, to be answered with their number.
+pub(super) const BULK: u8 = b'b';
+
+/// How much is read and written at once where bytes flow one way.
+pub(super) const CHUNK: usize = 128 * 1024;
+
+/// Serves both families until it is killed.
+pub fn serve(port: u16) -> io::Result<()> {
+    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))?;
+    for connection in listener.incoming() {
+        let connection = connection?;
+        // How a client goes is its own matter: it tells by itself what went wrong.
+        thread::spawn(move || answer(connection));
+    }
+    Ok(())
+}
+
+fn answer(mut connection: TcpStream) -> io::Result<()> {
+    connection.set_nodelay(true)?;
+    let mut block = [0; BLOCK];
+    loop {
+        match connection.read_exact(&mut block) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            outcome => outcome?,
+        }
+        match block[0] {
+            EXCHANGE => connection.write_all(&block)?,
+            BULK => return swallow(connection),
+            _ => return Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+}
+
+fn swallow(mut connection: TcpStream) -> io::Result<()> {
+    // The client begins to count when it has this.
+    connection.write_all(&[BULK; BLOCK])?;
+    let (mut chunk, mut total) = (vec![0; CHUNK], 0_u64);
+    loop {
+        match connection.read(&mut chunk)? {
+            0 => return connection.write_all(&total.to_be_bytes()),
+            count => total += count as u64,
+        }
+    }
+}

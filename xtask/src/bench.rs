@@ -1,0 +1,219 @@
+//! `cargo xtask bench`: the same work by the same programs in the same pods, with the mesh and without, side by side. Modes and their
+//! beds are in `bench/bed.rs`, what is measured in `bench/plan.rs`, rounds in `bench/measure.rs`, what they amount to in
+//! `bench/stats.rs`, the table in `bench/report.rs`. The load program and its figures are the harness's.
+
+mod bed;
+mod measure;
+mod place;
+mod plan;
+mod report;
+mod stats;
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use self::{
+    bed::{Bed, Mode, Programs},
+    measure::Rounds,
+    place::Place,
+    report::Report,
+    stats::Series,
+};
+use crate::{
+    build, cluster,
+    demo::{clean_up_when_interrupted, kernel::Kernel as Here},
+    deps::{self, need},
+    signals::Signals,
+    step::Step,
+    vm::{Kernel, Vm},
+    workspace,
+};
+
+/// Emulated and counted, a mode takes some minutes.
+const VM_TIME: Duration = Duration::from_secs(60 * 60);
+
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = "\
+Builds the agent with optimisations, makes two nodes of network namespaces for each mode, and lets one load program talk from a pod on
+one node to a pod on the other. All modes are up at the same time, and each workload goes through all of them, round by round.
+
+  none        the same pods without any agent
+  proxied     an agent on each node; where the kernel has TLS it keeps the records, else the agents do (the output says which)
+  userspace   the same, but the agents keep the records in any case; by default only where that is not what `proxied` is anyway
+  direct      the programs' own sockets carry TLS, under `marline run`; connects are held for as long as it takes, so that all are direct
+
+A kernel without TLS cannot have `direct`. There `direct-without-records` takes its place, and `proxied-without-records` stands beside
+it: an agent of its own build that uses no records after a direct handshake. They show what the mechanism costs, and encrypt NOTHING;
+every line about them says so.
+
+Workloads: a new connection for each request, one at a time and 8 at once (connect() to the first byte of the answer); requests and answers
+of 1 KB over 16 warm connections, due 1,000 times a second whatever becomes of those before, latencies counted from when they
+were due; much data one way. Processor time is that of the pods' and agents' cgroups; for bulk also that of the whole machine, whoever
+spent it. A ratio is shown only where the medians are further apart than the rounds of either mode are among themselves.
+
+With --vm the same, smaller, runs in Debian's kernel under emulation, where time is counted in instructions: repeatable on a noisy
+machine, and a measure of work, not of speed.
+
+  cargo xtask bench --quick
+  cargo xtask bench --only none,proxied --rounds 9 --json bench.json
+  cargo xtask bench --vm 6.12")]
+pub(crate) struct Args {
+    /// How many rounds [default: 5, quick or in the VM 3]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: Option<u32>,
+    /// Less of everything
+    #[arg(long)]
+    quick: bool,
+    /// Only these modes
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "MODE,..")]
+    only: Vec<Mode>,
+    /// Count instructions in a VM with this kernel instead
+    #[arg(long, value_enum, value_name = "KERNEL")]
+    vm: Option<Kernel>,
+    /// Write all figures as JSON, too
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// Orders for `guest`.
+#[derive(Serialize, Deserialize)]
+struct Plan {
+    programs: Programs,
+    modes: Vec<Mode>,
+    rounds: usize,
+    quick: bool,
+    result: PathBuf,
+}
+
+/// Returns the exit code.
+pub(crate) fn run(args: &Args) -> Result<i32> {
+    cluster::require_root()?;
+    deps::ensure("make nodes of namespaces", &NEEDS)?;
+    let here = Here::this();
+    // A stock Debian kernel has kernel TLS.
+    let modes = chosen(&args.only, args.vm.is_some() || here.has_ktls());
+    let without_records =
+        if modes.iter().any(|mode| mode.without_records()) { Some(build::agent_without_records()?) } else { None };
+    let programs = Programs { agent: build::agent(true)?, without_records, load: build::load()? };
+    let rounds = args.rounds.unwrap_or(if args.quick || args.vm.is_some() { 3 } else { 5 }) as usize;
+    let report = match args.vm {
+        Some(kernel) => in_vm(kernel, Plan { programs, modes, rounds, quick: args.quick, result: PathBuf::new() })?,
+        None => on_this_kernel(&here, &programs, &modes, rounds, args.quick)?,
+    };
+    if let Some(file) = &args.json {
+        fs::write(file, report.json()?).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    print!("{}", report.text());
+    Ok(0)
+}
+
+const NEEDS: [deps::Need; 2] = [need("ip", "iproute2"), need("nsenter", "util-linux")];
+
+/// Those that were asked for, or all that differ on such a kernel. Without kernel TLS nothing can be direct but the mechanism.
+fn chosen(only: &[Mode], ktls: bool) -> Vec<Mode> {
+    let all: &[Mode] = if ktls {
+        &[Mode::None, Mode::Proxied, Mode::Userspace, Mode::Direct]
+    } else {
+        &[Mode::None, Mode::Proxied, Mode::ProxiedWithoutRecords, Mode::DirectWithoutRecords]
+    };
+    if only.is_empty() {
+        return all.to_vec();
+    }
+    let possible = |mode: &Mode| if ktls || *mode != Mode::Direct { *mode } else { Mode::DirectWithoutRecords };
+    let mut modes: Vec<Mode> = only.iter().map(possible).collect();
+    modes.sort_unstable();
+    modes.dedup();
+    modes
+}
+
+fn on_this_kernel(here: &Here, programs: &Programs, modes: &[Mode], rounds: usize, quick: bool) -> Result<Report> {
+    let signals = Signals::take()?;
+    let mut beds = Vec::new();
+    for &mode in modes {
+        let step =
+            Step::begin(format!("preparing the mode {}", mode.name())).way_out("the agents' logs above tell why");
+        beds.push(Bed::open(mode, programs).map_err(|error| step.fail(format!("{error:#}")))?);
+    }
+    clean_up_when_interrupted(signals, beds.iter().map(|bed| bed.name().to_owned()).collect());
+    let all = Rounds::interleaved(&beds, &plan::timed(quick), rounds)?;
+    Ok(report(all, here, false, rounds, quick))
+}
+
+/// Runs this very program inside, and fetches its results.
+fn in_vm(kernel: Kernel, mut plan: Plan) -> Result<Report> {
+    let program = env::current_exe().context("cannot find this program's own file")?;
+    let out = workspace::vm_out();
+    fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
+    let file = |what: &str| out.join(format!("bench-{what}-{}.json", kernel.name()));
+    plan.result = file("result");
+    if plan.result.exists() {
+        // An old result must not be taken for the answer.
+        fs::remove_file(&plan.result).with_context(|| format!("cannot remove {}", plan.result.display()))?;
+    }
+    fs::write(file("plan"), serde_json::to_string(&plan)?).context("cannot write the plan")?;
+    let mut vm = Vm::new(kernel);
+    vm.icount = true;
+    vm.timeout = VM_TIME;
+    vm.cwd = workspace::root();
+    let words = [program.display().to_string(), "bench-guest".to_owned(), file("plan").display().to_string()];
+    let step = Step::quiet("measuring in the VM").way_out("the guest's words are above");
+    match vm.run(&words)? {
+        0 => {}
+        code => return Err(step.fail(format!("the command in it ended with exit code {code}"))),
+    }
+    let text = fs::read_to_string(&plan.result).map_err(|error| step.fail(format!("no results: {error}")))?;
+    serde_json::from_str(&text).context("cannot understand the results")
+}
+
+/// Measures by a plan; started inside the VM.
+pub(crate) fn guest(plan: &Path) -> Result<i32> {
+    let text = fs::read_to_string(plan).with_context(|| format!("cannot read {}", plan.display()))?;
+    let plan: Plan = serde_json::from_str(&text).context("cannot understand the plan")?;
+    let here = Here::this();
+    place::load_cipher();
+    let all = Rounds::in_turn(&plan.modes, &plan.programs, &plan::counted(plan.quick), plan.rounds)?;
+    let report = report(all, &here, true, plan.rounds, plan.quick);
+    fs::write(&plan.result, report.json()?).with_context(|| format!("cannot write {}", plan.result.display()))?;
+    Ok(0)
+}
+
+fn report(mut all: Rounds, here: &Here, counted: bool, rounds: usize, quick: bool) -> Report {
+    let place = Place::here(here, counted);
+    let (carried, others, idle) =
+        (std::mem::take(&mut all.carried), std::mem::take(&mut all.others), std::mem::take(&mut all.idle));
+    Report {
+        place,
+        rounds,
+        quick,
+        carried,
+        others: Series::of(others),
+        idle: Series::of(idle),
+        rows: report::rows(all.measured()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_kernel_tls_only_the_mechanism_can_be_direct() {
+        assert_eq!(chosen(&[], true), [Mode::None, Mode::Proxied, Mode::Userspace, Mode::Direct]);
+        assert!(!chosen(&[], false).contains(&Mode::Direct));
+        assert_eq!(chosen(&[Mode::Direct, Mode::None], false), [Mode::None, Mode::DirectWithoutRecords]);
+        assert_eq!(chosen(&[Mode::Direct, Mode::Direct], true), [Mode::Direct]);
+    }
+
+    #[test]
+    fn nobody_can_take_what_has_no_records_for_encryption() {
+        for mode in [Mode::ProxiedWithoutRecords, Mode::DirectWithoutRecords] {
+            assert!(mode.without_records() && mode.label().contains("WITHOUT RECORDS"));
+        }
+    }
+}

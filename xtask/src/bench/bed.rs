@@ -1,0 +1,190 @@
+//! Modes, and the bed of each: two nodes with a client on one and a server on the other, the same programs in the same pods,
+//! and between them what the mode is about. Nodes, pods and agents are the harness's.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use marline_tests::{
+    access_log::{Entry, Records, Verdict},
+    bench::{Answer, Order, Work},
+    cluster::{Cluster, ClusterSpec, Direct, Family, Membership, Pod, PodSpec, Side},
+    config::Mode as Mtls,
+    process::{Process, succeed},
+    wait::seconds,
+};
+use serde::{Deserialize, Serialize};
+
+use super::plan::AGENTS;
+
+/// What is between the client and the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Mode {
+    /// No mesh: the same pods, and no agent
+    None,
+    /// Two agents; the kernel keeps the TLS records if it can
+    Proxied,
+    /// Two agents that keep the TLS records themselves
+    Userspace,
+    /// The programs' own sockets carry TLS, and the agents are not on the way
+    Direct,
+    /// As `proxied`, by the agent that can do without records
+    ProxiedWithoutRecords,
+    /// As `direct` up to the handshake, and after it NO RECORDS: the mechanism alone
+    DirectWithoutRecords,
+}
+
+impl Mode {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Proxied => "proxied",
+            Self::Userspace => "userspace",
+            Self::Direct => "direct",
+            Self::ProxiedWithoutRecords => "proxied-without-records",
+            Self::DirectWithoutRecords => "direct-without-records",
+        }
+    }
+
+    /// As every line about it calls it: nobody shall take it for encryption.
+    pub(super) fn label(self) -> &'static str {
+        match self {
+            Self::ProxiedWithoutRecords => "proxied WITHOUT RECORDS",
+            Self::DirectWithoutRecords => "direct WITHOUT RECORDS",
+            _ => self.name(),
+        }
+    }
+
+    pub(super) fn is_direct(self) -> bool {
+        matches!(self, Self::Direct | Self::DirectWithoutRecords)
+    }
+
+    /// Whether it takes the agent that can do without records.
+    pub(super) fn without_records(self) -> bool {
+        matches!(self, Self::ProxiedWithoutRecords | Self::DirectWithoutRecords)
+    }
+}
+
+/// The programs that beds are made of.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Programs {
+    pub agent: PathBuf,
+    /// Only there if a mode takes it.
+    pub without_records: Option<PathBuf>,
+    pub load: PathBuf,
+}
+
+const PORT: u16 = 7000;
+const CLIENT: &str = "client-a";
+const SERVER: &str = "server-b";
+/// Over IPv4: what is compared is the same for both families.
+const FAMILY: Family = Family::V4;
+
+/// A mode that is ready to be measured, until it is dropped.
+pub(super) struct Bed {
+    pub mode: Mode,
+    cluster: Cluster,
+    load: PathBuf,
+    watch: BTreeMap<String, PathBuf>,
+    // Before the cluster would be gone it is killed with the cluster's cgroups.
+    _server: Process,
+}
+
+impl Bed {
+    pub(super) fn open(mode: Mode, programs: &Programs) -> Result<Self> {
+        let pods =
+            vec![PodSpec::new(CLIENT, Side::A, Membership::Mesh), PodSpec::new(SERVER, Side::B, Membership::Mesh)];
+        let extra = if mode == Mode::Userspace { vec!["  records: userspace".to_owned()] } else { Vec::new() };
+        let agent = if mode.without_records() { programs.without_records.as_ref() } else { Some(&programs.agent) };
+        let program = Some(agent.context("the agent without records has not been built")?.clone());
+        // As the harness has it, connects are held so long that a slow machine alone sends none the other way.
+        let direct = mode.is_direct().then(Direct::default);
+        let spec = ClusterSpec { mode: Mtls::Strict, pods, extra, direct, program };
+        let mut cluster = Cluster::create(&spec)?;
+        let (client, server) = (cluster.pod(CLIENT)?, cluster.pod(SERVER)?);
+        let mut watch = BTreeMap::from([
+            ("client".to_owned(), client.place.cgroup.clone()),
+            ("server".to_owned(), server.place.cgroup.clone()),
+        ]);
+        if mode != Mode::None {
+            cluster.start_agents().with_context(|| cluster.report())?;
+            let (agents, keepers) = (cluster.agents(), cluster.keepers());
+            watch
+                .extend(agents.map(|agent| (format!("{AGENTS} {}", agent.side().letter()), agent.cgroup().to_owned())));
+            watch.extend(
+                keepers.map(|it| (format!("{AGENTS}'s keeper {}", it.side().letter()), it.cgroup().to_owned())),
+            );
+        }
+        let process = serve(&cluster.filtered(SERVER)?, &programs.load)?;
+        Ok(Self { mode, cluster, load: programs.load.clone(), watch, _server: process })
+    }
+
+    pub(super) fn name(&self) -> &str {
+        self.cluster.name()
+    }
+
+    /// Has the client do a piece of work.
+    pub(super) fn run(&self, work: Work) -> Result<Answer> {
+        let (client, server) = (self.cluster.filtered(CLIENT)?, self.cluster.pod(SERVER)?);
+        let order = Order { address: server.socket(FAMILY, PORT), work, watch: self.watch.clone() };
+        let mut command = client.command(&self.load);
+        let text = succeed(command.arg("run").arg(serde_json::to_string(&order)?), limit(work))
+            .with_context(|| self.cluster.report())?;
+        serde_json::from_str(&text).with_context(|| format!("the load program answered {text}"))
+    }
+
+    /// How the agents say that they carried the connections so far, and how many. That they refused one is an error, and so is a
+    /// direct mode that was not: its figures would be another's.
+    pub(super) fn carriers(&self) -> Result<BTreeMap<String, usize>> {
+        let to = self.cluster.pod(SERVER)?.socket(FAMILY, PORT);
+        let mut carriers = BTreeMap::new();
+        for agent in self.cluster.agents() {
+            for entry in agent.entries()?.into_iter().filter(|entry| entry.destination.address == Some(to)) {
+                if entry.verdict == Verdict::Refused {
+                    bail!("agent {} refused a connection: {entry:?}", agent.side().letter());
+                }
+                *carriers.entry(carrier(&entry)).or_default() += 1;
+            }
+        }
+        let all: usize = carriers.values().sum();
+        let direct: usize = carriers.iter().filter(|(way, _)| way.starts_with(DIRECT)).map(|(_, count)| count).sum();
+        if self.mode.is_direct() && 100 * direct < 99 * all {
+            bail!("only {direct} of {all} ends of connections were direct: {carriers:?}\n{}", self.cluster.report());
+        }
+        Ok(carriers)
+    }
+}
+
+/// What the access log calls a connection that the agent is not on the way of.
+const DIRECT: &str = "direct";
+
+/// One end of one connection in the agent's words.
+fn carrier(entry: &Entry) -> String {
+    let records = match entry.records {
+        Records::Ktls => "in the kernel",
+        Records::Userspace => "in the agent",
+        Records::Plaintext | Records::None => "NONE",
+    };
+    let path = entry.path.as_deref().unwrap_or("proxied");
+    let reason = entry.path_reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default();
+    let pump = entry.pump.as_ref().map(|pump| format!(", pump {pump}")).unwrap_or_default();
+    format!("{path}{reason}, records {records}{pump}")
+}
+
+fn serve(pod: &Pod, load: &Path) -> Result<Process> {
+    pod.serve("bench_load", pod.command(load).arg("serve").arg(PORT.to_string()), PORT)
+}
+
+/// Far more than any mode needs: it is there to end what hangs.
+fn limit(work: Work) -> Duration {
+    let own = match work {
+        Work::Requests { seconds, .. } => u64::from(seconds),
+        _ => 0,
+    };
+    seconds(120) + Duration::from_secs(own)
+}
