@@ -117,6 +117,20 @@ pub fn disconnect(socket: impl AsFd) -> io::Result<()> {
     check(result)
 }
 
+/// SO_RCVLOWAT.
+pub fn receive_lowat(socket: impl AsFd) -> io::Result<i32> {
+    int(socket.as_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT)
+}
+
+pub fn set_receive_lowat(socket: impl AsFd, bytes: i32) -> io::Result<()> {
+    set(socket.as_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, &bytes.to_ne_bytes())
+}
+
+/// SO_RCVTIMEO, which also bounds accept(); none is no bound.
+pub fn receive_timeout(socket: impl AsFd) -> io::Result<Option<std::time::Duration>> {
+    SockRef::from(&socket).read_timeout()
+}
+
 /// Whether calls on the socket wait, as the application has chosen.
 pub fn blocks(socket: impl AsFd) -> io::Result<bool> {
     let flags = OFlag::from_bits_retain(fcntl(socket.as_fd(), FcntlArg::F_GETFL)?);

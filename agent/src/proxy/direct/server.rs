@@ -11,7 +11,7 @@ use std::{
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{io::Interest, net::TcpStream, sync::oneshot};
@@ -214,7 +214,14 @@ pub(super) async fn accept(ctx: &Arc<Context>, call: Pending, wanted: Wanted) {
     if let Some(netns) = netns {
         note(ctx, netns, &listener);
     }
-    let waiter = Waiter { call, caller, wanted };
+    // The kernel has the words for what it would not accept.
+    if wanted.flags & !(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) != 0 {
+        let _ = call.answer(Answer::Continue);
+        return;
+    }
+    let limit = options::receive_timeout(&listener).ok().flatten();
+    let deadline = limit.map(|limit| Instant::now() + limit);
+    let waiter = Waiter { call, caller, wanted, deadline };
     match options::blocks(&listener) {
         Ok(true) => direct.server.waiting.enter(ctx, waiter, &listener),
         _ => {
@@ -268,7 +275,7 @@ pub(super) fn take(ctx: &Arc<Context>, mut waiter: Waiter, listener: &OwnedFd) -
     {
         // An application that listens for IPv6 must not be given an IPv4 socket; the next one will be fit.
         if v6 == offer.v6 {
-            let Waiter { call, caller, wanted } = waiter;
+            let Waiter { call, caller, wanted, .. } = waiter;
             if offer.sender.send(Handover { call, caller, wanted, template: socket, v6 }).is_err() {
                 tracing::debug!("a ready connection was gone when it was accepted");
             }
@@ -276,7 +283,7 @@ pub(super) fn take(ctx: &Arc<Context>, mut waiter: Waiter, listener: &OwnedFd) -
         }
         drop(offer);
     }
-    let Waiter { call, caller, wanted } = &mut waiter;
+    let Waiter { call, caller, wanted, .. } = &mut waiter;
     if let Err(error) = hand(call, caller, *wanted, socket, client, v6) {
         tracing::warn!(%error, "an accepted connection could not be given to its application");
     }

@@ -21,12 +21,19 @@ pub(super) struct Borrowed {
     socket: AsyncFd<OwnedFd>,
     gate: Gate,
     written: u64,
+    /// What the application wants to have before it is told: the handshake is told of every byte.
+    lowat: Option<i32>,
 }
 
 impl Borrowed {
     pub fn new(socket: OwnedFd, gate: Gate) -> io::Result<Self> {
+        let lowat = options::receive_lowat(&socket)?;
+        let lowat = (lowat > 1).then_some(lowat);
+        if lowat.is_some() {
+            options::set_receive_lowat(&socket, 1)?;
+        }
         let socket = watched(socket, Interest::READABLE | Interest::WRITABLE)?;
-        Ok(Self { socket, gate, written: 0 })
+        Ok(Self { socket, gate, written: 0, lowat })
     }
 
     pub async fn connect(&self, to: SocketAddr) -> io::Result<()> {
@@ -40,7 +47,9 @@ impl Borrowed {
                 return Err(error);
             }
             match SockRef::from(&self.socket).peer_addr() {
-                Ok(_) => return Ok(()),
+                // The socket learns that it is connected from one more call, which is the agent's to make: to the application it is
+                // connected when connect() returns.
+                Ok(_) => return options::connect_now(&self.socket, to).map(drop),
                 Err(error) if error.kind() == io::ErrorKind::NotConnected => {}
                 Err(error) => return Err(error),
             }
@@ -60,7 +69,13 @@ impl Borrowed {
 
     /// The runtime's hold on the socket is given up; the gate and the duplicate are left.
     pub fn into_parts(self) -> (OwnedFd, Gate) {
-        (self.socket.into_inner(), self.gate)
+        let socket = self.socket.into_inner();
+        if let Some(lowat) = self.lowat
+            && let Err(error) = options::set_receive_lowat(&socket, lowat)
+        {
+            tracing::debug!(%error, "a socket's low-water mark is not as it was");
+        }
+        (socket, self.gate)
     }
 }
 

@@ -27,6 +27,8 @@ pub(super) struct Waiter {
     pub call: Pending,
     pub caller: Caller,
     pub wanted: Wanted,
+    /// SO_RCVTIMEO bounds accept().
+    pub deadline: Option<std::time::Instant>,
 }
 
 pub(super) struct Waiting {
@@ -115,16 +117,21 @@ impl Waiting {
         for waiting in queues.waiters.values_mut() {
             let mut staying = VecDeque::with_capacity(waiting.len());
             for waiter in waiting.drain(..) {
+                let late = waiter.deadline.is_some_and(|deadline| deadline <= std::time::Instant::now());
                 let stays = waiter.call.valid() && !waiter.caller.interrupted().unwrap_or(true);
-                if stays { staying.push_back(waiter) } else { over.push(waiter) }
+                match (late, stays) {
+                    (true, _) => over.push((waiter, Answer::Errno(libc::EAGAIN))),
+                    (false, true) => staying.push_back(waiter),
+                    (false, false) => over.push((waiter, Answer::Continue)),
+                }
             }
             *waiting = staying;
         }
         queues.waiters.retain(|_, waiting| !waiting.is_empty());
         let left = queues.waiters.values().map(VecDeque::len).sum();
         drop(queues);
-        for waiter in over {
-            let _ = waiter.call.answer(Answer::Continue);
+        for (waiter, answer) in over {
+            let _ = waiter.call.answer(answer);
         }
         left
     }

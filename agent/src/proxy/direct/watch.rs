@@ -25,10 +25,11 @@ use crate::{
         pump::PumpError,
     },
     sys::{
-        diag::{Destruction, Diag, Event, SocketId},
+        diag::{Destruction, Diag, DiagSocket, Event, SocketId},
         netns::NetnsCookie,
-        tcp_info::{Counts, Opening, TcpState},
+        tcp_info::{Opening, TcpState},
     },
+    tls::config::WITHOUT_RECORDS,
     words::{Direction, Endpoint, Mode, Path, TlsFacts, with_causes},
 };
 
@@ -208,7 +209,7 @@ async fn listen(ctx: Weak<Context>, pod: Arc<Pod>, mut ends: Destruction) {
         let event = ends.next().await;
         let Some(ctx) = ctx.upgrade() else { return };
         match event {
-            Ok(Event::Destroyed(socket)) => ended(&ctx, socket.id.cookie, socket.counts),
+            Ok(Event::Destroyed(socket)) => ended(&ctx, &socket),
             Ok(Event::Lost) => missed(&ctx, &pod),
             Err(error) => {
                 tracing::error!(%error, "the ends of direct connections cannot be heard of");
@@ -219,20 +220,26 @@ async fn listen(ctx: Weak<Context>, pod: Arc<Pod>, mut ends: Destruction) {
     }
 }
 
-fn ended(ctx: &Context, cookie: u64, counts: Option<Counts>) {
+fn ended(ctx: &Context, socket: &DiagSocket) {
+    let cookie = socket.id.cookie;
     let Some(direct) = &ctx.direct else { return };
     let Some(Live { account, ends, netns }) = lock(&direct.watch.live).remove(&cookie) else { return };
     direct.watch.leave(netns);
     if let Err(error) = ctx.capture.forget_direct(cookie) {
         tracing::warn!("a connection's record cannot be removed: {}", with_causes(&error));
     }
-    let Some(counts) = counts else { return account.unobserved() };
-    let moved = &account.live.moved;
-    moved.sent.store((counts.bytes_sent - counts.bytes_retransmitted).saturating_sub(ends.sent), Ordering::Relaxed);
-    moved.received.store(counts.bytes_received.saturating_sub(ends.received), Ordering::Relaxed);
-    let result = match account.live.revoked() {
-        Some(reason) => Err(PumpError::Revoked(reason)),
-        None => Ok(()),
+    let fin = socket.fin_received(!WITHOUT_RECORDS);
+    let payload = socket.counts.and_then(|counts| counts.payload(ends.opening, fin));
+    if let Some(payload) = payload {
+        let moved = &account.live.moved;
+        moved.sent.store(payload.sent.saturating_sub(ends.sent), Ordering::Relaxed);
+        moved.received.store(payload.received.saturating_sub(ends.received), Ordering::Relaxed);
+    }
+    let result = match (account.live.revoked(), payload) {
+        (Some(reason), _) => Err(PumpError::Revoked(reason)),
+        (None, Some(_)) => Ok(()),
+        // An abortive close wipes the counts.
+        (None, None) => Err(PumpError::Application(io::ErrorKind::ConnectionReset.into())),
     };
     account.finished(&result);
 }
