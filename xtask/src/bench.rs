@@ -99,7 +99,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     // A stock Debian kernel has kernel TLS.
     let modes = chosen(&args.only, args.vm.is_some() || here.has_ktls());
     let without_records =
-        if modes.iter().any(|mode| mode.without_records()) { Some(build::agent_without_records()?) } else { None };
+        if modes.iter().any(|mode| mode.without_records()) { Some(build::agent_without_records(true)?) } else { None };
     let programs = Programs { agent: build::agent(true)?, without_records, load: build::load()? };
     let rounds = args.rounds.unwrap_or(if args.quick || args.vm.is_some() { 3 } else { 5 }) as usize;
     let report = match args.vm {

@@ -83,13 +83,20 @@ pub(crate) fn agent(release: bool) -> Result<PathBuf> {
     agent.ok_or_else(|| step.fail("cargo did not say where the binary is"))
 }
 
-/// Builds the agent that uses no records on direct connections, with optimisations, and returns its path. It encrypts nothing there.
-pub(crate) fn agent_without_records() -> Result<PathBuf> {
+/// Builds the agent that uses no records on direct connections, and returns its path. It encrypts nothing there.
+pub(crate) fn agent_without_records(release: bool) -> Result<PathBuf> {
     ebpf()?;
-    let step = Step::begin("building the agent without records (release)");
+    let step = Step::begin(if release {
+        "building the agent without records (release)"
+    } else {
+        "building the agent without records"
+    });
     let mut cargo = workspace::cargo();
-    cargo.args(["build", "--release", "--package", "marline", "--bin", "marline-without-records"]);
+    cargo.args(["build", "--package", "marline", "--bin", "marline-without-records"]);
     cargo.args(["--features", "without-records"]);
+    if release {
+        cargo.arg("--release");
+    }
     let built = artifacts(&step, &mut cargo)?;
     let agent = built
         .into_iter()

@@ -271,7 +271,7 @@ impl Keeper {
         for _ in 0..AT_ONCE {
             let taken = match kept.listener.recv() {
                 Ok(None) => return,
-                Ok(Some(call)) if call.call.ends() => {
+                Ok(Some(call)) if call.call.goes_on() => {
                     last_room(&kept.listener, &call);
                     kept.listener.answer(call.id, Answer::Continue)
                 }

@@ -310,7 +310,8 @@ async fn listen(ctx: Arc<Context>, held: Arc<Held>) {
                     Call::Shutdown { fd, how } if direct.watch.any(netns) => {
                         tokio::spawn(close::shutting(pending, fd, how));
                     }
-                    ending if ending.ends() && direct.watch.any(netns) => close::closing(pending, ending),
+                    Call::Listen { fd } => server::listens(&ctx, pending, fd),
+                    ending if ending.goes_on() && direct.watch.any(netns) => close::closing(pending, ending),
                     _ => {
                         let _ = pending.answer(Answer::Continue);
                     }

@@ -69,6 +69,9 @@ pub enum Call {
         length: u64,
         flags: i32,
     },
+    Listen {
+        fd: i32,
+    },
     Close {
         fd: i32,
     },
@@ -226,6 +229,7 @@ impl Notification {
             libc::SYS_accept4 if raw.data.arch == NATIVE => {
                 Call::Accept { fd: args[0] as i32, address: args[1], length: args[2], flags: args[3] as i32 }
             }
+            libc::SYS_listen if raw.data.arch == NATIVE => Call::Listen { fd: args[0] as i32 },
             libc::SYS_close if raw.data.arch == NATIVE => Call::Close { fd: args[0] as i32 },
             libc::SYS_close_range if raw.data.arch == NATIVE => {
                 Call::CloseRange { first: args[0] as u32, last: args[1] as u32 }
@@ -259,21 +263,22 @@ fn load(program: &libc::sock_fprog) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
-/// What is held. Closing is, because kernel TLS loses what a close comes too soon for: see `sys::unsent`. Not the end of a process, which
+/// What is held. listen() is, because it tells which family the sockets must be of that accept() gives. Closing is, because kernel TLS loses what a close comes too soon for: see `sys::unsent`. Not the end of a process, which
 /// must not depend on anybody: what it has not closed is closed as the kernel does it.
-const HELD: [libc::c_long; 6] = [
+const HELD: [libc::c_long; 7] = [
     libc::SYS_connect,
     libc::SYS_accept,
     libc::SYS_accept4,
+    libc::SYS_listen,
     libc::SYS_close,
     libc::SYS_close_range,
     libc::SYS_shutdown,
 ];
 
 impl Call {
-    /// Whether the caller waits for nothing but the agent's word.
-    pub fn ends(self) -> bool {
-        matches!(self, Self::Close { .. } | Self::CloseRange { .. } | Self::Shutdown { .. })
+    /// Whether the kernel carries it out in any case: nobody waits for an agent with it.
+    pub fn goes_on(self) -> bool {
+        matches!(self, Self::Listen { .. } | Self::Close { .. } | Self::CloseRange { .. } | Self::Shutdown { .. })
     }
 }
 

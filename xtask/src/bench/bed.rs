@@ -168,7 +168,7 @@ fn carrier(entry: &Entry) -> String {
     let records = match entry.records {
         Records::Ktls => "in the kernel",
         Records::Userspace => "in the agent",
-        Records::Plaintext | Records::None => "NONE",
+        Records::Plaintext | Records::Without | Records::None => "NONE",
     };
     let path = entry.path.as_deref().unwrap_or("proxied");
     let reason = entry.path_reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default();

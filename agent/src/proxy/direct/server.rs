@@ -232,6 +232,18 @@ pub(super) async fn accept(ctx: &Arc<Context>, call: Pending, wanted: Wanted) {
     }
 }
 
+/// A listen(): what its connections must be is known before the first one comes.
+pub(super) fn listens(ctx: &Arc<Context>, call: Pending, fd: i32) {
+    let wanted = Wanted { fd, address: 0, length: 0, flags: 0 };
+    if let Some((_, listener)) = listener(&call, wanted)
+        && let Ok(netns) = socket_netns(listener.as_fd())
+        && socket2::SockRef::from(&listener).protocol().is_ok_and(|protocol| protocol == Some(socket2::Protocol::TCP))
+    {
+        note(ctx, netns, &listener);
+    }
+    let _ = call.answer(Answer::Continue);
+}
+
 /// The caller and a duplicate of its listener; `None` if it is gone or that is nothing to accept from.
 pub(super) fn listener(call: &Pending, wanted: Wanted) -> Option<(Caller, OwnedFd)> {
     let caller = Caller::of(call.notification.tid).ok()?;
