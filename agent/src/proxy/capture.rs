@@ -66,7 +66,7 @@ impl Listeners {
             outbound6: self.outbound6.as_ref().map(|l| l.local_addr().map(|a| a.port())).transpose()?,
             inbound4: Some(self.inbound4.as_fd()),
             inbound6: self.inbound6.as_ref().map(AsFd::as_fd),
-            inbound4_mapped: None,
+            inbound4_mapped: self.inbound4_mapped.as_ref().map(AsFd::as_fd),
             addresses,
         })
     }

@@ -260,6 +260,7 @@ fn note(ctx: &Context, netns: NetnsCookie, listener: &OwnedFd) {
     };
     lock(&direct.server.unheard).remove(&(netns, local.port()));
     let dual = local.is_ipv6() && !socket2::SockRef::from(listener).only_v6().unwrap_or(true);
+    tracing::debug!(%local, dual, "a listener");
     let (true, Some(pod)) = (local.is_ipv4() || dual, direct.pod(netns)) else { return };
     if lock(&pod.mapped).insert(local.port(), dual) != Some(dual)
         && let Err(error) = ctx.capture.map_clients(netns, local.port(), dual)
@@ -293,6 +294,7 @@ pub(super) fn take(ctx: &Arc<Context>, mut waiter: Waiter, listener: &OwnedFd) -
             }
             return Ok(());
         }
+        tracing::debug!(ready = offer.v6, wanted = v6, "a ready socket is of the wrong family");
         drop(offer);
     }
     let Waiter { call, caller, wanted, .. } = &mut waiter;
