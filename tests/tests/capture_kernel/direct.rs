@@ -5,7 +5,8 @@
 use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -267,6 +268,38 @@ fn data_in_a_syn_leaves_only_if_it_was_announced() {
             let (server, _) = listener.accept().unwrap();
             assert_eq!(received_before_reset(&socket, server), b"");
         }
+    }
+}
+
+#[test]
+fn bytes_are_found_behind_options_of_the_internet_protocol() {
+    let bed = Bed::new();
+    let (agent, _) = bed.ready_agent();
+    // Four bytes of "no operation"; eight of destination options and of hop-by-hop options that say nothing.
+    let v4 = "s.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, bytes([1, 1, 1, 0]))";
+    let v6 = "for name in (socket.IPV6_DSTOPTS, socket.IPV6_HOPOPTS): \
+              s.setsockopt(socket.IPPROTO_IPV6, name, bytes([0, 0, 1, 4, 0, 0, 0, 0]))";
+    for (to, options) in [(NODE4, v4), (NODE6, v6)] {
+        let to: SocketAddr = to.parse().unwrap();
+        let listener = bed.node.run(|| TcpListener::bind(to).unwrap()).unwrap();
+        let mut socket = bed.a.socket(to);
+        let theirs = OwnedFd::from(socket.try_clone().unwrap());
+        let script = format!("import socket; s = socket.socket(fileno=0)\n{options}");
+        let Ok(status) = Command::new("python3").args(["-c", &script]).stdin(theirs).status() else {
+            println!("SKIPPED: bytes_are_found_behind_options_of_the_internet_protocol: no python3 to set them");
+            return;
+        };
+        assert!(status.success());
+        let mut gate = agent.capture.direct(socket.as_fd(), to, to).unwrap();
+        socket.connect(&to.into()).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        gate.announce(b"hello").unwrap();
+        socket.write_all(b"hello").unwrap();
+        server.set_read_timeout(Some(PATIENCE)).unwrap();
+        server.read_exact(&mut [0; 5]).unwrap();
+        socket.write_all(b"secret").unwrap();
+        until("the poison", || gate.poisoned().unwrap());
+        assert_eq!(received_before_reset(&socket, server), b"");
     }
 }
 
