@@ -4,7 +4,7 @@
 //! serving connections is left to `proxy`, which pods there are to `state`. Links and maps are pinned: whatever becomes of
 //! the agent, an enrolled pod stays closed until an agent serves it or withdraws it.
 use std::{
-    fmt, io,
+    fmt,
     net::{IpAddr, SocketAddr},
     os::fd::{AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
@@ -18,6 +18,7 @@ use aya::{Ebpf, maps::MapError};
 use marline_common::{Address, Counter, Endpoint, POD_READY, POD_REFUSED, PodEndpoint, PodEntry};
 
 mod direct;
+mod entries;
 mod error;
 mod load;
 mod log;
@@ -26,6 +27,7 @@ pub mod probe;
 pub mod selftest;
 
 pub use direct::Gate;
+use entries::{absent_is_fine, addresses_of, close_all, forget_address, forget_listeners, forget_mapped};
 pub use error::BpfError;
 use load::Maps;
 use pins::{Pins, inbound_link};
@@ -371,62 +373,5 @@ impl Drop for ProbePass {
         if let Err(error) = absent_is_fine(self.capture.maps().probes.remove(&self.key)) {
             tracing::warn!(%error, "a probe's pass could not be removed");
         }
-    }
-}
-
-/// A predecessor's listeners are gone, whatever its entries say.
-fn close_all(maps: &mut Maps) -> Result<(), BpfError> {
-    let pods: Vec<_> = maps.pods.iter().collect::<Result<_, _>>().map_err(BpfError::map("PODS"))?;
-    for (netns, entry) in pods {
-        let entry = PodEntry { state: POD_REFUSED, ..entry };
-        maps.pods.insert(netns, entry, 0).map_err(BpfError::map("PODS"))?;
-    }
-    let probes: Vec<_> = maps.probes.keys().collect::<Result<_, _>>().map_err(BpfError::map("PROBES"))?;
-    for probe in probes {
-        absent_is_fine(maps.probes.remove(&probe)).map_err(BpfError::map("PROBES"))?;
-    }
-    let clients: Vec<_> = maps.clients.keys().collect::<Result<_, _>>().map_err(BpfError::map("CLIENTS"))?;
-    for client in clients {
-        absent_is_fine(maps.clients.remove(&client)).map_err(BpfError::map("CLIENTS"))?;
-    }
-    forget_mapped(maps, None)
-}
-
-fn addresses_of(maps: &Maps, netns: NetnsCookie) -> Result<Vec<Address>, BpfError> {
-    let mut found = Vec::new();
-    for entry in maps.addresses.iter() {
-        let (address, owner) = entry.map_err(BpfError::map("ADDRESSES"))?;
-        if owner == netns {
-            found.push(address);
-        }
-    }
-    Ok(found)
-}
-
-fn forget_address(maps: &mut Maps, address: &Address) -> Result<(), BpfError> {
-    forget_listeners(maps, address)?;
-    absent_is_fine(maps.addresses.remove(address)).map_err(BpfError::map("ADDRESSES"))
-}
-
-fn forget_listeners(maps: &mut Maps, address: &Address) -> Result<(), BpfError> {
-    absent_is_fine(maps.listeners.remove(address)).map_err(BpfError::map("LISTENERS"))?;
-    absent_is_fine(maps.listeners_mapped.remove(address)).map_err(BpfError::map("LISTENERS_MAPPED"))
-}
-
-/// Which ports of the pod, or of any, are on record for v4-mapped clients.
-fn forget_mapped(maps: &mut Maps, netns: Option<NetnsCookie>) -> Result<(), BpfError> {
-    let ports: Vec<_> = maps.mapped_ports.keys().collect::<Result<_, _>>().map_err(BpfError::map("MAPPED_PORTS"))?;
-    for port in ports.into_iter().filter(|port| netns.is_none_or(|netns| netns == port.netns)) {
-        absent_is_fine(maps.mapped_ports.remove(&port)).map_err(BpfError::map("MAPPED_PORTS"))?;
-    }
-    Ok(())
-}
-
-/// Removing what is not there is done already.
-fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
-    match result {
-        Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
     }
 }

@@ -6,8 +6,12 @@
 mod bed;
 #[path = "capture_kernel/closed.rs"]
 mod closed;
+#[path = "capture_kernel/direct.rs"]
+mod direct;
 #[path = "capture_kernel/helper.rs"]
 mod helper;
+#[path = "capture_kernel/used_again.rs"]
+mod used_again;
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},

@@ -15,7 +15,7 @@ use marline_common::{
     MAX_DIRECT_FACTS, POD_READY, PodPort, Transcript,
 };
 
-use super::{BpfError, Capture, absent_is_fine};
+use super::{BpfError, Capture, entries::absent_is_fine};
 use crate::sys::netns::{NetnsCookie, socket_netns};
 
 /// `BPF_EXIST`: only what is there is replaced.

@@ -10,6 +10,8 @@ use std::{
 use ktls::CryptoInfo;
 use rustls::{ConnectionTrafficSecrets, SupportedCipherSuite};
 
+use crate::sys::options;
+
 const SOL_TLS: libc::c_int = 282;
 const TLS_RX_EXPECT_NO_PAD: libc::c_int = 4;
 
@@ -87,6 +89,17 @@ pub fn records_sealed(socket: impl AsFd, suite: SupportedCipherSuite) -> io::Res
         return Err(io::Error::last_os_error());
     }
     info[..length].last_chunk().map(|sequence| u64::from_be_bytes(*sequence)).ok_or(io::ErrorKind::Unsupported.into())
+}
+
+/// Whether an attached socket stays the connection that it is, as kernels have it that refuse to disconnect it (6.15; 6.12.24 and
+/// 6.1.135 of the stable ones). Ends the connection where they do not. A socket that the agent's listener has accepted is of
+/// the agent's cgroup and not under the hooks: given to a pod, it must not become another connection.
+pub fn stays_connected(attached: impl AsFd) -> io::Result<bool> {
+    match options::disconnect(attached) {
+        Ok(()) => Ok(false),
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(true),
+        Err(error) => Err(error),
+    }
 }
 
 fn set(socket: impl AsFd, level: libc::c_int, name: libc::c_int, value: &[u8]) -> io::Result<()> {

@@ -24,13 +24,14 @@ use marline::{
     sys::netns::Netns,
 };
 use nix::sched::{CloneFlags, setns};
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpSocket, TcpStream},
     runtime::{Builder, Runtime},
 };
 
-use super::helper::{self, Helper};
+use super::helper::{self, Helper, PATIENCE};
 
 /// Two pods and the node that routes between them.
 pub(crate) struct Bed {
@@ -173,6 +174,21 @@ impl Pod {
 
     pub(crate) fn helper(&self) -> Helper {
         Helper::start(&self.cgroup, self.netns.path())
+    }
+
+    /// A socket of the pod that the test itself holds: as if it had taken a duplicate of a program's. What makes it the pod's is
+    /// the cgroup that this process is in at its birth.
+    pub(crate) fn socket(&self, family_of: SocketAddr) -> Socket {
+        let own = fs::read_to_string("/proc/self/cgroup").expect("proc is mounted");
+        let own = own.lines().find_map(|line| line.strip_prefix("0::/")).expect("cgroup2 is in use");
+        let home = cgroup2().join(own).join("cgroup.procs");
+        fs::write(self.cgroup.join("cgroup.procs"), "0").expect("the cgroup takes the test");
+        let make = || Socket::new(Domain::for_address(family_of), Type::STREAM, Some(Protocol::TCP));
+        let socket = self.netns.run(make).expect("the pod can be entered").expect("a socket");
+        fs::write(home, "0").expect("the test can go home");
+        socket.set_read_timeout(Some(PATIENCE)).expect("a socket");
+        socket.set_write_timeout(Some(PATIENCE)).expect("a socket");
+        socket
     }
 
     pub(crate) fn addresses(&self) -> [IpAddr; 2] {

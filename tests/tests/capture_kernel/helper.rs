@@ -19,7 +19,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 const ENVIRONMENT: &str = "MARLINE_TEST_HELPER";
 const MARK: &str = "@@ ";
-const PATIENCE: Duration = Duration::from_secs(8);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(8);
 
 /// A helper process in a pod.
 pub(crate) struct Helper {
