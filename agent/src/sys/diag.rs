@@ -44,8 +44,7 @@ impl Diag {
         Ok(Self { socket: Mutex::new(Asker { socket, sequence: 0 }) })
     }
 
-    /// The connection between two addresses; of a v4-mapped one either form will do. In TIME_WAIT it is found too, under another
-    /// cookie than it had.
+    /// The connection between two addresses; of a v4-mapped one either form will do. In TIME_WAIT it is found too, without counts.
     pub fn find(&self, local: SocketAddr, remote: SocketAddr) -> io::Result<Option<DiagSocket>> {
         let wanted = SocketId { local, remote, cookie: 0 };
         let mut found = None;
@@ -78,6 +77,11 @@ impl Diag {
         match self.ask(Kind::Destroy, id, ANY_STATE, |_| {}) {
             Ok(()) => Ok(true),
             Err(error) if gone(&error) => Ok(false),
+            // Also the word of older kernels for TIME_WAIT.
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => match self.find(id.local, id.remote)? {
+                Some(socket) if socket.counts.is_some() => Err(error),
+                _ => Ok(false),
+            },
             Err(error) => Err(error),
         }
     }
@@ -91,7 +95,7 @@ impl Diag {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// The socket is gone from the kernel, after the last process had closed it and the connection had ended or entered TIME_WAIT.
-    /// It is known by its cookie: its addresses may be blank.
+    /// It is known by its cookie: its addresses may be blank. Listeners and sockets that never connected are told of as well.
     Destroyed(Box<DiagSocket>),
     /// More came than was taken in time: some sockets are gone without a word.
     Lost,
@@ -149,8 +153,8 @@ const DESTROYED_V4: u32 = 1 << 0;
 const DESTROYED_V6: u32 = 1 << 2;
 /// The kernel fills no more than this at once.
 const BUFFER: usize = 32 << 10;
-/// A notification takes somewhat over 1 KiB of it.
-const QUEUE: usize = 8 << 20;
+/// Room for some 4,000 notifications: the kernel doubles it, and each takes about 1 KiB.
+const QUEUE: usize = 2 << 20;
 
 #[derive(Debug)]
 struct Asker {

@@ -88,6 +88,8 @@ pub fn copy(from: impl AsFd, to: impl AsFd) -> io::Result<()> {
     for &(level, name) in INHERITED {
         copy_one(from, to, level, name)?;
     }
+    // Not inherited, and set by IP_TOS.
+    set(to, libc::SOL_SOCKET, libc::SO_PRIORITY, &0_i32.to_ne_bytes())?;
     copy_buffers(from, to)?;
     // What a listener has here was set; what a connection has may have come about.
     if let (Ok(clamp @ 1..), Ok(Counts { state: TcpState::LISTENING, .. })) =
@@ -203,7 +205,7 @@ const TCP_RTO_MAX_MS: libc::c_int = 44;
 const TCP_RTO_MIN_US: libc::c_int = 45;
 const TCP_DELACK_MAX_US: libc::c_int = 46;
 
-/// What a child socket has from its listener (sk_clone and its callees). SO_PRIORITY comes after IP_TOS, which sets it.
+/// What a child socket has from its listener (sk_clone and its callees).
 const INHERITED: &[(libc::c_int, libc::c_int)] = &[
     (libc::IPPROTO_IP, libc::IP_TOS),
     (libc::IPPROTO_IP, libc::IP_TTL),
@@ -223,7 +225,6 @@ const INHERITED: &[(libc::c_int, libc::c_int)] = &[
     (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO),
     (libc::IPPROTO_IPV6, libc::IPV6_RECVHOPLIMIT),
     (libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS),
-    (libc::SOL_SOCKET, libc::SO_PRIORITY),
     (libc::SOL_SOCKET, libc::SO_MARK),
     (libc::SOL_SOCKET, libc::SO_REUSEPORT),
     (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
@@ -352,4 +353,20 @@ fn set(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, value: &[u
 
 fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use socket2::{Domain, Socket, Type};
+
+    use super::*;
+
+    // The other reasons are shown by `tests/tests/kernel_sockets`; nobody else has a safe way to set this one.
+    #[test]
+    fn a_socket_that_may_send_without_copying_is_unsuited() {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        assert_eq!(unsuited(&socket, Purpose::Connect), None);
+        set(socket.as_fd(), libc::SOL_SOCKET, libc::SO_ZEROCOPY, &1_i32.to_ne_bytes()).unwrap();
+        assert_eq!(unsuited(&socket, Purpose::Connect), Some("SO_ZEROCOPY"));
+    }
 }
