@@ -141,10 +141,8 @@ impl<'a> Stage<'a> {
 
     fn check(&self, entry: &Entry, way: Way, client: &Pod, server: &Pod) -> Result<()> {
         let way = if self.direct { way } else { Way::Proxied };
-        ensure!(entry.ended_by_programs(), "not allowed, or cut: {entry:#?}");
         let proven = entry.source.identity.as_ref() == Some(&client.identity())
             && entry.destination.identity.as_ref() == Some(&server.identity());
-        ensure!(proven, "not the pods' identities: {entry:#?}");
         let taken = match (entry.path.as_deref(), entry.path_reason.as_deref()) {
             (Some("direct"), None) => way == Way::Direct,
             (Some("proxied"), Some(_)) => way == Way::Proxied,
@@ -152,9 +150,9 @@ impl<'a> Stage<'a> {
             (None | Some("proxied"), None) => !self.direct,
             _ => false,
         };
-        ensure!(taken, "expected to be {way:?}: {entry:#?}");
         let sealed = way == Way::Proxied || !agent::kernel_keeps_records()? || entry.records == Records::Ktls;
-        ensure!(sealed, "direct, but not by kernel TLS: {entry:#?}");
+        let good = entry.ended_by_programs() && proven && taken && sealed;
+        ensure!(good, "expected to be {way:?}, by the programs' ends, with the pods' identities: {entry:?}");
         Ok(())
     }
 
