@@ -37,6 +37,10 @@ struct Row {
     source: String,
     destination: String,
     records: &'static str,
+    /// `direct` where the programs hold the connection themselves at both ends, else `proxied`.
+    path: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path_reason: Option<String>,
     verdict: &'static str,
     bytes: u64,
     exact: bool,
@@ -142,6 +146,9 @@ fn row(flow: &Done, keeper: Records, faults: &mut Vec<String>) -> Row {
     let source = if flow.expected == Expected::Mtls { source } else { format!("{} (no identity)", flow.client.name) };
     // What was refused had been sent as plaintext.
     let records = static_name(if flow.expected == Expected::Refused { "plaintext" } else { &records });
+    let direct = !entries.is_empty() && entries.iter().all(|entry| entry.path.as_deref() == Some("direct"));
+    let path = if direct { "direct" } else { "proxied" };
+    let path_reason = entries.iter().find_map(|entry| entry.path_reason.clone());
     let verdict = if verdict == "allowed" { "allowed" } else { "refused" };
     Row {
         name: flow.name.to_owned(),
@@ -149,6 +156,8 @@ fn row(flow: &Done, keeper: Records, faults: &mut Vec<String>) -> Row {
         source,
         destination,
         records,
+        path,
+        path_reason,
         verdict,
         bytes,
         exact,
@@ -224,15 +233,15 @@ impl Report {
     pub(super) fn text(&self) -> String {
         let mut text = format!("\nkernel {}{}\n\n", self.results.kernel, if self.results.in_vm { " (VM)" } else { "" });
         let header =
-            ["FLOW", "FAMILY", "SOURCE", "DESTINATION", "RECORDS", "BYTES", "VERDICT", "EXACT"].map(String::from);
+            ["FLOW", "FAMILY", "SOURCE", "DESTINATION", "RECORDS", "PATH", "BYTES", "VERDICT", "EXACT"].map(String::from);
         let mut lines = vec![header];
         for row in &self.results.flows {
             let (bytes, exact) = (row.bytes.to_string(), if row.exact { "yes" } else { "NO" });
-            let cells = [&row.name, row.family, &row.source, &row.destination, row.records, &bytes, row.verdict, exact];
+            let cells = [&row.name, row.family, &row.source, &row.destination, row.records, row.path, &bytes, row.verdict, exact];
             lines.push(cells.map(String::from));
         }
         let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or_default();
-        let widths: [usize; 8] = std::array::from_fn(width);
+        let widths: [usize; 9] = std::array::from_fn(width);
         for line in &lines {
             let cells = line.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}  "));
             text.push_str(cells.collect::<String>().trim_end());
