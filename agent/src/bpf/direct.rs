@@ -51,7 +51,7 @@ impl Capture {
             Err(source) => return Err(BpfError::Map { name: "PODS", source }),
         }
         maps.gates.insert(&socket, GateEntry::default(), 0).map_err(BpfError::map("GATES"))?;
-        maps.transcripts.insert(&socket, &Transcript::EMPTY, 0).map_err(BpfError::map("TRANSCRIPTS"))?;
+        maps.transcripts.insert(&socket, Transcript::EMPTY, 0).map_err(BpfError::map("TRANSCRIPTS"))?;
         maps.direct.insert(&socket, entry, 0).map_err(BpfError::map("DIRECT"))?;
         drop(maps);
         let transcript = Box::new(Transcript::EMPTY);
@@ -106,7 +106,7 @@ impl Gate {
         self.transcript.bytes[start..end].copy_from_slice(more);
         self.transcript.length = length;
         let mut maps = self.capture.maps();
-        maps.transcripts.insert(&self.socket, &*self.transcript, REPLACE).map_err(BpfError::map("TRANSCRIPTS"))
+        maps.transcripts.insert(&self.socket, self.transcript.as_ref(), REPLACE).map_err(BpfError::map("TRANSCRIPTS"))
     }
 
     /// How many bytes were announced in all.

@@ -84,6 +84,7 @@ fn a_socket_that_the_agent_gives_up_is_shut_until_it_is_connected_anew() {
     assert!(matches!(agent.event(), Event::Outbound { destination: Some(destination), .. } if destination == to));
     assert_eq!(socket.peer_addr().unwrap().as_socket(), Some(to));
     let (mut proxied, _) = service.accept().unwrap();
+    proxied.set_read_timeout(Some(super::helper::PATIENCE)).unwrap();
     socket.write_all(b"ahoy").unwrap();
     let mut received = [0; 4];
     proxied.read_exact(&mut received).unwrap();
