@@ -83,9 +83,9 @@ impl Bed {
         command
     }
 
-    /// A Python program under the filter.
+    /// A Python program under the filter; an isolated one: else Python itself may ask for the user's name, by a connect.
     pub(crate) fn python(&self, script: &str) -> Program {
-        Program::start(self.run().args(["python3", "-uc", script]))
+        Program::start(self.run().args(["python3", "-Iuc", script]))
     }
 
     /// The agent's side, in this process.
