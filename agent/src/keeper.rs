@@ -27,7 +27,8 @@ pub const DIRECTORY: &str = "/run/marline";
 /// What is known of the processes under one filter. The sender says it: a runtime or `marline run`, both root.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Container {
-    /// The first process; it may have ended.
+    /// The first process; it may have ended. 0 where the runtime has not said it, as crun does not for what it executes in a
+    /// container.
     pub pid: u32,
     pub id: String,
     /// `listenerMetadata` of the seccomp profile.

@@ -125,7 +125,7 @@ async fn a_containers_calls_are_held_and_the_runtimes_denials_are_kept() {
         return;
     }
     let bed = Bed::new(LONG);
-    let bundle = Bundle::new(&bed, "held", &["python3", "-uc", PROGRAM]);
+    let bundle = Bundle::new(&bed, "held", &["python3", "-Iuc", PROGRAM]);
     let mut program = Program::start(&mut bundle.run());
     let link = bed.link().await;
     let held = next(&link).await;
@@ -160,12 +160,13 @@ async fn what_is_executed_in_a_container_has_a_descriptor_of_its_own() {
     let link = bed.link().await;
     let first = next(&link).await;
     let connect = "import socket; print(socket.socket().connect_ex(('10.20.30.40', 513)))";
-    let executed = Program::start(Command::new("crun").args(["exec", &bundle.name, "python3", "-uc", connect]));
+    let executed = Program::start(Command::new("crun").args(["exec", &bundle.name, "python3", "-Iuc", connect]));
     let second = next(&link).await;
     assert_eq!(second.container.id, bundle.name);
-    assert_ne!(second.container.pid, first.container.pid);
     let pending = call(&second).await;
-    assert_eq!(pending.notification.tid, second.container.pid);
+    assert_ne!(pending.notification.tid, first.container.pid);
+    // crun 1.8 does not say it here.
+    assert!([0, pending.notification.tid].contains(&second.container.pid), "{:?}", second.container);
     pending.answer(Answer::Errno(libc::EHOSTDOWN)).unwrap();
     assert_eq!(executed.line(), libc::EHOSTDOWN.to_string());
     program.say("end");

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     sync::{
-        Arc,
+        Arc, OnceLock,
         mpsc::{self, Receiver},
     },
     thread,
@@ -18,7 +18,7 @@ use marline::{
 };
 use marline_tests::{
     agent,
-    process::Process,
+    process::{Process, succeed},
     wait::{Look, seconds, wait_for},
 };
 use nix::{
@@ -83,9 +83,9 @@ impl Bed {
         command
     }
 
-    /// A Python program under the filter.
+    /// A Python program under the filter; an isolated one: else Python itself may ask for the user's name, by a connect.
     pub(crate) fn python(&self, script: &str) -> Program {
-        Program::start(self.run().args(["python3", "-uc", script]))
+        Program::start(self.run().arg(python()).args(["-Iuc", script]))
     }
 
     /// The agent's side, in this process.
@@ -114,6 +114,15 @@ pub(crate) async fn next(link: &Link) -> Arc<Held> {
 /// The next call.
 pub(crate) async fn call(held: &Arc<Held>) -> Pending {
     soon(held.recv()).await.unwrap().expect("a task lives")
+}
+
+/// The interpreter itself: what is found by its name may be a script with connects of its own.
+pub(crate) fn python() -> &'static str {
+    static PYTHON: OnceLock<String> = OnceLock::new();
+    PYTHON.get_or_init(|| {
+        let mut command = Command::new("python3");
+        succeed(command.args(["-c", "import sys; print(sys.executable)"]), seconds(60)).unwrap().trim().to_owned()
+    })
 }
 
 pub(crate) fn marline() -> Command {

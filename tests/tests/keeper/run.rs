@@ -14,7 +14,7 @@ use marline_tests::{
     process::{output, succeed},
 };
 
-use crate::bed::{Bed, LONG, Program, call, marline, next};
+use crate::bed::{Bed, LONG, Program, call, marline, next, python};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -144,7 +144,8 @@ v = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); v.connect(u.getsockname())
 async fn children_and_what_they_become_are_under_the_filter() {
     let bed = Bed::new(LONG);
     let connect = "import socket; print(socket.socket().connect_ex((\"127.0.0.1\", 1)))";
-    let script = format!("python3 -c '{connect}' & wait; (exec python3 -c '{connect}')");
+    let python = python();
+    let script = format!("{python} -Ic '{connect}' & wait; (exec {python} -Ic '{connect}')");
     let program = Program::start(bed.run().args(["sh", "-c", &script]));
     let link = bed.link().await;
     let held = next(&link).await;
