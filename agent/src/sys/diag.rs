@@ -8,6 +8,7 @@ mod message;
 use std::{
     collections::VecDeque,
     io::{self, IoSliceMut},
+    mem,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsRawFd, OwnedFd},
     sync::{Mutex, PoisonError},
@@ -97,7 +98,7 @@ pub enum Event {
     /// The socket is gone from the kernel, after the last process had closed it and the connection had ended or entered TIME_WAIT.
     /// It is known by its cookie: its addresses may be blank. Listeners and sockets that never connected are told of as well.
     Destroyed(Box<DiagSocket>),
-    /// More came than was taken in time: some sockets are gone without a word.
+    /// More came than was taken in time: some sockets that are gone by now are so without a word. From here on none are missed again.
     Lost,
 }
 
@@ -107,6 +108,7 @@ pub struct Destruction {
     socket: AsyncFd<OwnedFd>,
     buffer: Box<[u8]>,
     waiting: VecDeque<Event>,
+    lost: bool,
 }
 
 impl Destruction {
@@ -121,7 +123,7 @@ impl Destruction {
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, DESTROYED_V4 | DESTROYED_V6))?;
         // SAFETY: an OwnedFd gives one descriptor, open until it is dropped; it is not replaced in here.
         let socket = unsafe { AsyncFd::register(socket) }?;
-        Ok(Self { socket, buffer: vec![0; BUFFER].into(), waiting: VecDeque::new() })
+        Ok(Self { socket, buffer: vec![0; BUFFER].into(), waiting: VecDeque::new(), lost: false })
     }
 
     /// Waits for the next one. Nothing is lost if the future is dropped.
@@ -132,12 +134,15 @@ impl Destruction {
             }
             let mut ready = self.socket.readable().await?;
             match ready.try_io(|socket| receive(socket.get_ref(), &mut self.buffer)) {
+                // Once its queue has run over the kernel drops everything until it is empty (af_netlink.c, netlink_rcv_wake): told before
+                // then, the loss would not be over.
+                Err(_would_block) if mem::take(&mut self.lost) => return Ok(Event::Lost),
                 Err(_would_block) => {}
                 Ok(Ok(datagram)) => self.waiting.extend(answers(datagram).filter_map(|(_, answer)| match answer {
                     Answer::Socket(socket) => Some(Event::Destroyed(socket)),
                     _ => None,
                 })),
-                Ok(Err(error)) if error.raw_os_error() == Some(libc::ENOBUFS) => return Ok(Event::Lost),
+                Ok(Err(error)) if error.raw_os_error() == Some(libc::ENOBUFS) => self.lost = true,
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(Err(error)) => return Err(error),
             }
