@@ -98,9 +98,10 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     let here = Here::this();
     // A stock Debian kernel has kernel TLS.
     let modes = chosen(&args.only, args.vm.is_some() || here.has_ktls());
-    let without_records =
-        if modes.iter().any(|mode| mode.without_records()) { Some(build::agent_without_records(true)?) } else { None };
-    let programs = Programs { agent: build::agent(true)?, without_records, load: build::load()? };
+    let agent = modes.iter().any(|mode| mode.takes_agent()).then(|| build::agent(true)).transpose()?;
+    let without = || build::agent_without_records(true);
+    let without_records = modes.iter().any(|mode| mode.without_records()).then(without).transpose()?;
+    let programs = Programs { agent, without_records, load: build::load()? };
     let rounds = args.rounds.unwrap_or(if args.quick || args.vm.is_some() { 3 } else { 5 }) as usize;
     let report = match args.vm {
         Some(kernel) => in_vm(kernel, Plan { programs, modes, rounds, quick: args.quick, result: PathBuf::new() })?,

@@ -21,8 +21,8 @@ use super::{
 };
 use crate::identity::{SpiffeId, Svid, TrustDomain};
 
-/// A build for benches and for tests of the mechanism, on kernels without records: what is agreed to be direct is not encrypted. Names of
-/// its own keep it from ever meeting a real agent so.
+/// A build for benches and for tests of the mechanism, on kernels without records: what is agreed under its names is not encrypted, be it
+/// direct or, to have something to compare that with, proxied. The names are its own: so it never meets a real agent.
 pub const WITHOUT_RECORDS: bool = cfg!(feature = "without-records");
 
 /// The client's application holds the TLS connection itself. It knows nothing of records: see `Ending::Fin`.
@@ -30,7 +30,7 @@ pub const DIRECT: &[u8] = if WITHOUT_RECORDS { b"marline/direct-without-records"
 /// The client's agent carries the bytes and accepts that the server's application may hold the connection itself.
 pub const FIN: &[u8] = if WITHOUT_RECORDS { b"marline/fin-without-records" } else { b"marline/fin" };
 /// An agent at each end.
-pub const MARLINE: &[u8] = b"marline";
+pub const MARLINE: &[u8] = if WITHOUT_RECORDS { b"marline-without-records" } else { b"marline" };
 /// What Istio's sidecars speak.
 pub const ISTIO: &[u8] = b"istio";
 /// Every name by which the mesh's TLS is told from an application's own.
@@ -80,7 +80,9 @@ impl Accept {
 
 /// How the two ends of a connection that agreed on `alpn` tell each other that a stream is over.
 pub fn ending(alpn: Option<&[u8]>) -> Ending {
-    if alpn.is_some_and(|name| [DIRECT, FIN].contains(&name)) { Ending::Fin } else { Ending::CloseNotify }
+    // What has no records has no alert either.
+    let fin = |name: &[u8]| [DIRECT, FIN].contains(&name) || (WITHOUT_RECORDS && name == MARLINE);
+    if alpn.is_some_and(fin) { Ending::Fin } else { Ending::CloseNotify }
 }
 
 /// Why there is no configuration, or no identity.

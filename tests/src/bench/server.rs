@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{Ipv6Addr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     thread,
 };
 
@@ -16,9 +16,9 @@ pub(super) const BULK: u8 = b'b';
 /// How much is read and written at once where bytes flow one way.
 pub(super) const CHUNK: usize = 128 * 1024;
 
-/// Serves both families until it is killed.
-pub fn serve(port: u16) -> io::Result<()> {
-    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))?;
+/// Serves at an address until it is killed.
+pub fn serve(address: SocketAddr) -> io::Result<()> {
+    let listener = TcpListener::bind(address)?;
     for connection in listener.incoming() {
         let connection = connection?;
         // How a client goes is its own matter: it tells by itself what went wrong.

@@ -1,6 +1,6 @@
 //! The load program of `cargo xtask bench`: the server and the client of every mode. What it does is in the harness's `bench`.
 //!
-//!     bench_load serve PORT      serve until killed
+//!     bench_load serve ADDRESS   serve until killed
 //!     bench_load run ORDER       an `Order` as JSON; an `Answer` as JSON on standard output
 
 use std::{env, process::ExitCode};
@@ -21,7 +21,7 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     let words: Vec<String> = env::args().skip(1).collect();
     match words.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
-        ["serve", port] => server::serve(port.parse().context("that is no port")?).context("serving"),
+        ["serve", address] => server::serve(address.parse().context("that is no address")?).context("serving"),
         ["run", order] => {
             let answer = client::run(&serde_json::from_str(order).context("that is no order")?)?;
             println!("{}", serde_json::to_string(&answer)?);

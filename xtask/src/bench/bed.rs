@@ -33,7 +33,7 @@ pub(crate) enum Mode {
     Userspace,
     /// The programs' own sockets carry TLS, and the agents are not on the way
     Direct,
-    /// As `proxied`, by the agent that can do without records
+    /// As `proxied` up to the handshake, and after it NO RECORDS: to compare the next with
     ProxiedWithoutRecords,
     /// As `direct` up to the handshake, and after it NO RECORDS: the mechanism alone
     DirectWithoutRecords,
@@ -64,7 +64,12 @@ impl Mode {
         matches!(self, Self::Direct | Self::DirectWithoutRecords)
     }
 
-    /// Whether it takes the agent that can do without records.
+    /// Whether it takes the agent that people run.
+    pub(super) fn takes_agent(self) -> bool {
+        self != Self::None && !self.without_records()
+    }
+
+    /// Whether it takes the agent that does without records.
     pub(super) fn without_records(self) -> bool {
         matches!(self, Self::ProxiedWithoutRecords | Self::DirectWithoutRecords)
     }
@@ -73,8 +78,8 @@ impl Mode {
 /// The programs that beds are made of.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Programs {
-    pub agent: PathBuf,
-    /// Only there if a mode takes it.
+    /// Agents are only there if a mode takes them.
+    pub agent: Option<PathBuf>,
     pub without_records: Option<PathBuf>,
     pub load: PathBuf,
 }
@@ -100,8 +105,7 @@ impl Bed {
         let pods =
             vec![PodSpec::new(CLIENT, Side::A, Membership::Mesh), PodSpec::new(SERVER, Side::B, Membership::Mesh)];
         let extra = if mode == Mode::Userspace { vec!["  records: userspace".to_owned()] } else { Vec::new() };
-        let agent = if mode.without_records() { programs.without_records.as_ref() } else { Some(&programs.agent) };
-        let program = Some(agent.context("the agent without records has not been built")?.clone());
+        let program = if mode.without_records() { &programs.without_records } else { &programs.agent }.clone();
         // As the harness has it, connects are held so long that a slow machine alone sends none the other way.
         let direct = mode.is_direct().then(Direct::default);
         let spec = ClusterSpec { mode: Mtls::Strict, pods, extra, direct, program };
@@ -154,7 +158,7 @@ impl Bed {
         let all: usize = carriers.values().sum();
         let direct: usize = carriers.iter().filter(|(way, _)| way.starts_with(DIRECT)).map(|(_, count)| count).sum();
         if self.mode.is_direct() && 100 * direct < 99 * all {
-            bail!("only {direct} of {all} ends of connections were direct: {carriers:?}\n{}", self.cluster.report());
+            bail!("only {direct} of {all} ends of connections were direct: {carriers:?}");
         }
         Ok(carriers)
     }
@@ -177,7 +181,7 @@ fn carrier(entry: &Entry) -> String {
 }
 
 fn serve(pod: &Pod, load: &Path) -> Result<Process> {
-    pod.serve("bench_load", pod.command(load).arg("serve").arg(PORT.to_string()), PORT)
+    pod.serve("bench_load", pod.command(load).arg("serve").arg(pod.socket(FAMILY, PORT).to_string()), PORT)
 }
 
 /// Far more than any mode needs: it is there to end what hangs.

@@ -64,13 +64,18 @@ pub(super) fn rows(measured: Vec<Measured>) -> Vec<Row> {
     };
     let row = |(figure, mode, series): &(Figure, Mode, Series)| Row {
         to_none: beside(figure, *mode, Mode::None, series),
-        to_proxied: beside(figure, *mode, Mode::Proxied, series),
+        to_proxied: beside(figure, *mode, proxied_of(*mode), series),
         figure: figure.clone(),
         mode: *mode,
         label: mode.label().to_owned(),
         series: series.clone(),
     };
     all.iter().map(row).collect()
+}
+
+/// What a mode is put beside as proxied: of those without records the other, which itself is put beside the real one.
+fn proxied_of(mode: Mode) -> Mode {
+    if mode == Mode::DirectWithoutRecords { Mode::ProxiedWithoutRecords } else { Mode::Proxied }
 }
 
 impl Report {
@@ -223,6 +228,15 @@ mod tests {
         assert_eq!(texts[0], [None, text("0.25")]);
         assert_eq!(texts[1], [text("4.00"), None]);
         assert_eq!(texts[2], [text("4.05"), text("no difference")]);
+    }
+
+    #[test]
+    fn what_does_not_encrypt_is_put_beside_what_does_not_either() {
+        let modes = [Mode::Proxied, Mode::ProxiedWithoutRecords, Mode::DirectWithoutRecords];
+        let rows =
+            rows(modes.into_iter().zip([8.0, 4.0, 1.0]).map(|(mode, value)| measured(mode, [value; 3])).collect());
+        let ratios: Vec<Option<f64>> = rows.iter().map(|row| row.to_proxied.map(|compared| compared.ratio)).collect();
+        assert_eq!(ratios, [None, Some(0.5), Some(0.25)]);
     }
 
     #[test]
