@@ -54,10 +54,15 @@ fn agent_process() {
 async fn a_connect_without_an_agent_waits_for_the_one_that_comes() {
     let bed = Bed::new(LONG);
     let mut program = bed.python(CONNECT);
-    program.say("1");
+    let (_listener, port) = listener();
+    program.say(&port);
     let link = bed.link().await;
     let held = next(&link).await;
     assert_eq!((held.container.pid, held.container.metadata.as_str()), (program.pid(), "run"));
+    assert_eq!(program.spoke(), None);
+    link.ready().unwrap();
+    assert_eq!(program.line(), "0", "the kernel connects when the agent serves what it redirects");
+    program.say("1");
     let pending = call(&held).await;
     assert!(matches!(pending.notification.call, Call::Connect { length: 16, .. }), "{pending:?}");
     assert_eq!(program.spoke(), None);

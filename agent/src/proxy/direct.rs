@@ -21,6 +21,7 @@ use crate::{
         netns::{Netns, NetnsCookie},
         seccomp::{Answer, Call},
     },
+    tls::{config, ktls},
     words::{PumpKind, with_causes},
 };
 
@@ -98,7 +99,16 @@ impl Why {
 
 /// Whether this kernel's records can be an application's. Where splice stalls, sendfile() of an application would.
 fn usable(kernel: &Capabilities) -> bool {
-    crate::tls::config::WITHOUT_RECORDS || (!kernel.suites.is_empty() && kernel.pump == PumpKind::Splice)
+    config::WITHOUT_RECORDS
+        || (!kernel.suites.is_empty() && kernel.pump == PumpKind::Splice && stays_connected().unwrap_or(false))
+}
+
+/// A socket that is handed out is not under the hooks: it must not become another connection.
+fn stays_connected() -> std::io::Result<bool> {
+    let listener = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
+    let socket = std::net::TcpStream::connect(listener.local_addr()?)?;
+    ktls::attach(&socket).map_err(std::io::Error::other)?;
+    ktls::stays_connected(&socket)
 }
 
 /// What all direct connections of an agent share.

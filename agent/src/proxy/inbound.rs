@@ -50,7 +50,7 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
         Err(refusal) => account.refused(refusal.reason(), &refusal),
         Ok(opened) => {
             let Opened { app, wire, records, mut permit, entry, offered, handshake: (sent, received) } = opened;
-            let mut why = reason(&ctx, &pod, permit.mode());
+            let mut why = reason(&ctx, &pod, local.port(), permit.mode(), records.kernel_keeps());
             if let Some(mut offered) = offered {
                 match offered.wait(&app, &mut permit).await {
                     Ok(handover) => {
@@ -72,13 +72,15 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
 }
 
 /// Why the connection cannot be offered to the application; of one that is offered, the offer tells.
-fn reason(ctx: &Context, pod: &Pod, mode: Mode) -> Option<Why> {
+fn reason(ctx: &Context, pod: &Pod, port: u16, mode: Mode, fit: bool) -> Option<Why> {
     let direct = ctx.direct.as_ref()?;
     Some(match mode {
         Mode::Plaintext => Why::Plaintext,
         Mode::Mtls if !direct.usable() => Why::Kernel,
         Mode::Mtls if !direct.filtered(pod.netns.cookie()) => Why::NoFilter,
         Mode::Mtls if !direct.ready(pod.netns.cookie()) => Why::Agent,
+        Mode::Mtls if !direct.heard(pod.netns.cookie(), port) => Why::NotNotified,
+        Mode::Mtls if !fit => Why::Kernel,
         Mode::Mtls => Why::PeerNotReady,
     })
 }
@@ -124,6 +126,8 @@ async fn open(
         let sni = Sni::default();
         let (roots, domain) = (ctx.identities.roots(), &snapshot.trust_domain);
         let config = config::server_config_noting(&svid, roots, domain, accept(ctx, pod, local.port()), sni.clone())?;
+        // A client may close as soon as it has spoken; too late then.
+        offload::prepare(&wire, ctx.settings.records, &ctx.kernel);
         let since = Instant::now();
         let secured = match handshake::accept(&mut wire, config, ctx.settings.handshake).await {
             // What speaks no TLS at all is for policy to refuse, which has the better words. A client whose hello was seen is past that:

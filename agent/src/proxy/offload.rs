@@ -109,6 +109,13 @@ impl Records {
     }
 }
 
+/// Readies a socket on which a handshake is about to begin, where its records will be the kernel's. What this cannot do, `offload` says.
+pub fn prepare(socket: impl AsFd, choice: RecordsChoice, kernel: &Capabilities) {
+    if choice != RecordsChoice::Userspace && !kernel.suites.is_empty() {
+        let _ = ktls::attach(&socket);
+    }
+}
+
 /// Takes the keys of a handshake that is done to where the records will be.
 pub fn offload(
     socket: impl AsFd,

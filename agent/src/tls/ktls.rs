@@ -31,9 +31,13 @@ pub enum KtlsError {
     Keys { direction: Direction, source: io::Error },
 }
 
-/// Attaches the `tls` upper-layer protocol. Until keys are set the socket goes on as plain TCP.
+/// Attaches the `tls` upper-layer protocol. Until keys are set the socket goes on as plain TCP; it must not have been closed by the
+/// peer yet. One that has it keeps it.
 pub fn attach(socket: impl AsFd) -> Result<(), KtlsError> {
-    set(socket, libc::SOL_TCP, libc::TCP_ULP, b"tls").map_err(KtlsError::NotThere)
+    match set(socket, libc::SOL_TCP, libc::TCP_ULP, b"tls") {
+        Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(KtlsError::NotThere(error)),
+        _ => Ok(()),
+    }
 }
 
 /// Gives the kernel the keys of one direction; from the next byte on it seals or opens records with them.

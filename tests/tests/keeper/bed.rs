@@ -113,7 +113,18 @@ pub(crate) async fn next(link: &Link) -> Arc<Held> {
 
 /// The next call.
 pub(crate) async fn call(held: &Arc<Held>) -> Pending {
-    soon(held.recv()).await.unwrap().expect("a task lives")
+    soon(waited_for(held)).await
+}
+
+/// The next call that waits for its answer; those that go on in any case do so.
+async fn waited_for(held: &Arc<Held>) -> Pending {
+    loop {
+        let pending = held.recv().await.unwrap().unwrap();
+        if !pending.notification.call.goes_on() {
+            return pending;
+        }
+        pending.answer(Answer::Continue).unwrap();
+    }
 }
 
 /// The interpreter itself: what is found by its name may be a script with connects of its own.
@@ -235,11 +246,11 @@ pub(crate) fn agent_process() {
                 held.as_ref().unwrap().id.to_string()
             }
             "recv" => {
-                let call: Pending = runtime.block_on(held.as_ref().unwrap().recv()).unwrap().unwrap();
+                let call = runtime.block_on(waited_for(held.as_ref().unwrap()));
                 let name = match call.notification.call {
                     Call::Connect { .. } => "connect",
                     Call::Accept { .. } => "accept",
-                    Call::Other => "other",
+                    _ => "other",
                 };
                 pending = Some(call);
                 name.to_owned()
@@ -263,6 +274,10 @@ pub(crate) fn agent_process() {
 /// Answers each call after a moment in which the agent may be killed.
 async fn serve(held: &Arc<Held>) {
     while let Ok(Some(mut pending)) = held.recv().await {
+        if pending.notification.call.goes_on() {
+            let _ = pending.answer(Answer::Continue);
+            continue;
+        }
         pending.begin();
         tokio::task::yield_now().await;
         let _ = pending.answer(Answer::Value(0));

@@ -18,7 +18,7 @@ use crate::{
         authorize::{self, Permit, Way},
         connections::lock,
         handshake, identify,
-        offload::{self, RecordsChoice},
+        offload::{self, OffloadError, RecordsChoice},
         pod::Pod,
         refusal::Refusal,
     },
@@ -29,7 +29,10 @@ use crate::{
         seccomp::Answer,
         tcp_info::Opening,
     },
-    tls::config::{self, Offer},
+    tls::{
+        config::{self, Offer},
+        ktls::KtlsError,
+    },
     words::{Direction, Mode, with_causes},
 };
 
@@ -189,7 +192,9 @@ impl Try<'_> {
                         Outcome::Left(if poisoned { Why::Interference } else { why })
                     }
                     Err(error) => {
+                        // Records are on it: nothing can be undone, so it is ended.
                         tracing::warn!(%error, "a socket cannot be disconnected: its connect fails");
+                        watch::destroy(&self.pod, self.cookie, &socket);
                         Outcome::Failed(libc::ECONNREFUSED)
                     }
                 }
@@ -220,7 +225,14 @@ impl Try<'_> {
         }
         let secured = ctx.handshaken(account, Direction::Outbound, since, result)?;
         let received = secured.received;
-        let records = direct_records(ctx, &*socket, secured)?;
+        if socket.gate().poisoned().unwrap_or(true) {
+            return Err(Stop::Left(Why::Interference));
+        }
+        let records = match direct_records(ctx, &*socket, secured) {
+            // The server has closed already: on the proxied path userspace can keep the records.
+            Err(Refusal::Offload(OffloadError::Ktls(KtlsError::NotThere(_)))) => return Err(Stop::Left(Why::Kernel)),
+            records => records?,
+        };
         // What is in the send queue must be the agent's alone: from here on the kernel seals what is written.
         let written = options::written(&*socket, Opening::Active).map_err(Refusal::Client)?;
         if written != socket.written() {

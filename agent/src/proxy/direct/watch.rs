@@ -8,6 +8,7 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     net::SocketAddr,
+    os::fd::OwnedFd,
     sync::{Arc, Mutex, Weak, atomic::Ordering},
     time::{Duration, SystemTime},
 };
@@ -138,6 +139,15 @@ fn sever_by_name(pod: &Arc<Pod>, live: &Arc<crate::proxy::connections::Live>, en
             Err(error) => tracing::error!(%error, ?id, "a revoked connection cannot be destroyed"),
         }
     });
+}
+
+/// Resets a connection that is of no use to anybody.
+pub(super) fn destroy(pod: &Pod, cookie: u64, socket: &OwnedFd) {
+    let found = with_diag(pod, |diag| Ok(diag.all()?.into_iter().find(|found| found.id.cookie == cookie)));
+    match found.and_then(|found| found.map_or(Ok(false), |found| with_diag(pod, |diag| diag.destroy(&found.id)))) {
+        Ok(_) => {}
+        Err(error) => tracing::error!(%error, ?socket, "a connection cannot be ended"),
+    }
 }
 
 /// Whether the application's end of a leg has been accepted, or will not be while no bytes come (TCP_DEFER_ACCEPT).
