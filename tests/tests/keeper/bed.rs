@@ -2,6 +2,7 @@
 //! as an agent that does line by line what the test says.
 
 use std::{
+    time::{Duration, Instant},
     io::{self, BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
@@ -114,6 +115,40 @@ pub(crate) async fn next(link: &Link) -> Arc<Held> {
 /// The next call.
 pub(crate) async fn call(held: &Arc<Held>) -> Pending {
     soon(waited_for(held)).await
+}
+
+/// What the program says, while calls that go on in any case do so.
+pub(crate) async fn line(held: &Arc<Held>, program: &Program) -> String {
+    let mut said = None;
+    let end = Instant::now() + seconds(30);
+    while said.is_none() {
+        assert!(Instant::now() < end, "it says nothing");
+        go_on(held);
+        said = program.spoke();
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    said.unwrap()
+}
+
+/// Lets a program start: until it waits for what it is told.
+pub(crate) async fn started(held: &Arc<Held>, program: &Program) {
+    let end = Instant::now() + seconds(30);
+    let waits = || {
+        let call = std::fs::read_to_string(format!("/proc/{}/syscall", program.pid())).unwrap_or_default();
+        call.starts_with(&format!("{} 0x0 ", libc::SYS_read))
+    };
+    while !waits() {
+        assert!(Instant::now() < end, "it does not start");
+        go_on(held);
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+fn go_on(held: &Arc<Held>) {
+    while let Some(pending) = held.try_recv().unwrap() {
+        assert!(pending.notification.call.goes_on(), "{pending:?}");
+        pending.answer(Answer::Continue).unwrap();
+    }
 }
 
 /// The next call that waits for its answer; those that go on in any case do so.
