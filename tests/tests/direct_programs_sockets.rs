@@ -201,6 +201,7 @@ fn run(stage: &Stage<'_>, rows: &[Row]) -> Result<()> {
                 port,
                 connections: Count::Exactly(connections),
                 ways: row.ways,
+                counted: !row.client.contains("reset"),
             };
             // Of what went wrong at a program, the agents need not be asked.
             let number = if family == Family::V4 { 4 } else { 6 };

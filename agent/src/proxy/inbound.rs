@@ -50,7 +50,7 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
         Err(refusal) => account.refused(refusal.reason(), &refusal),
         Ok(opened) => {
             let Opened { app, wire, records, mut permit, entry, offered, handshake: (sent, received) } = opened;
-            let mut why = reason(&ctx, &pod, permit.mode());
+            let mut why = reason(&ctx, &pod, local.port(), permit.mode());
             if let Some(mut offered) = offered {
                 match offered.wait(&app, &mut permit).await {
                     Ok(handover) => {
@@ -72,13 +72,15 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
 }
 
 /// Why the connection cannot be offered to the application; of one that is offered, the offer tells.
-fn reason(ctx: &Context, pod: &Pod, mode: Mode) -> Option<Why> {
+fn reason(ctx: &Context, pod: &Pod, port: u16, mode: Mode) -> Option<Why> {
     let direct = ctx.direct.as_ref()?;
     Some(match mode {
         Mode::Plaintext => Why::Plaintext,
         Mode::Mtls if !direct.usable() => Why::Kernel,
         Mode::Mtls if !direct.filtered(pod.netns.cookie()) => Why::NoFilter,
         Mode::Mtls if !direct.ready(pod.netns.cookie()) => Why::Agent,
+        // The last one that was offered was taken without a word: this one was not.
+        Mode::Mtls if !direct.heard(pod.netns.cookie(), port) => Why::NotNotified,
         Mode::Mtls => Why::PeerNotReady,
     })
 }
