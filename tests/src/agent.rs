@@ -44,6 +44,7 @@ struct Workloads {
 #[derive(Deserialize)]
 struct Kernel {
     kernel_tls: Vec<String>,
+    pump: String,
 }
 
 /// A pod as the agent lists it.
@@ -327,15 +328,25 @@ pub fn binary_for_direct() -> Result<PathBuf> {
     Ok(found)
 }
 
-/// Whether the agent finds kernel TLS here: its own answer, asked for once.
+/// Whether the agent finds kernel TLS here.
 pub fn kernel_keeps_records() -> Result<bool> {
-    static ANSWER: OnceLock<bool> = OnceLock::new();
+    Ok(!kernel()?.kernel_tls.is_empty())
+}
+
+/// Whether the agent finds splice(2) to be sound here, and with it sendfile(2) of programs.
+pub fn kernel_splices() -> Result<bool> {
+    Ok(kernel()?.pump == "splice")
+}
+
+/// The agent's own answer, asked for once.
+fn kernel() -> Result<&'static Kernel> {
+    static ANSWER: OnceLock<Kernel> = OnceLock::new();
     if let Some(answer) = ANSWER.get() {
-        return Ok(*answer);
+        return Ok(answer);
     }
     let text = succeed(Command::new(binary()?).args(["kernel", "--json"]), seconds(60))?;
     let kernel: Kernel = serde_json::from_str(&text).with_context(|| format!("`marline kernel` said {text}"))?;
-    Ok(*ANSWER.get_or_init(|| !kernel.kernel_tls.is_empty()))
+    Ok(ANSWER.get_or_init(|| kernel))
 }
 
 /// Makes the authority that both nodes share, once.

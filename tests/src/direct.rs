@@ -21,8 +21,8 @@ use crate::{
 pub enum Way {
     /// Through the program's own socket.
     Direct,
-    /// Through the agent.
-    Proxied,
+    /// Through the agent, for this reason in the words of the access log.
+    Proxied(&'static str),
 }
 
 /// The ways of a connection's two ends.
@@ -34,9 +34,24 @@ pub struct Ways {
 
 impl Ways {
     pub const DIRECT: Self = Self { client: Way::Direct, server: Way::Direct };
-    pub const CLIENT_ONLY: Self = Self { client: Way::Direct, server: Way::Proxied };
-    pub const SERVER_ONLY: Self = Self { client: Way::Proxied, server: Way::Direct };
-    pub const PROXIED: Self = Self { client: Way::Proxied, server: Way::Proxied };
+
+    /// Direct at the client alone; the server is proxied for this reason.
+    #[must_use]
+    pub const fn client_only(reason: &'static str) -> Self {
+        Self { client: Way::Direct, server: Way::Proxied(reason) }
+    }
+
+    /// Direct at the server alone; the client is proxied for this reason.
+    #[must_use]
+    pub const fn server_only(reason: &'static str) -> Self {
+        Self { client: Way::Proxied(reason), server: Way::Direct }
+    }
+
+    /// Both ends proxied, each for its reason.
+    #[must_use]
+    pub const fn proxied(client: &'static str, server: &'static str) -> Self {
+        Self { client: Way::Proxied(client), server: Way::Proxied(server) }
+    }
 }
 
 /// How many connections a flow takes.
@@ -56,6 +71,8 @@ pub struct Route<'a> {
     pub port: u16,
     pub connections: Count,
     pub ways: Ways,
+    /// Whether both agents must have counted the same bytes: not where a program cuts what is still on its way.
+    pub counted: bool,
 }
 
 /// What the agents wrote of one flow.
@@ -70,21 +87,33 @@ pub struct Stage<'a> {
     pub cluster: &'a Cluster,
     pub client: Pod,
     pub server: Pod,
-    /// Whether there are direct paths at all.
-    direct: bool,
+    paths: Paths,
+}
+
+/// What is to be expected of the mesh as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Paths {
+    On,
+    /// The kernel's records are not up to it: keepers and filters are there, and everything is proxied.
+    Useless,
+    Off,
 }
 
 /// Makes the mesh in STRICT mode, and runs the scenario on it.
 pub fn on_direct_mesh(scenario: impl FnOnce(&Stage<'_>) -> Result<()>) -> Result<()> {
     let mut spec = ClusterSpec::pairs(Mode::Strict);
-    let direct = env::var("MARLINE_TEST_DIRECT").as_deref() != Ok("off");
-    if direct {
+    let paths = match env::var("MARLINE_TEST_DIRECT").as_deref() {
+        Ok("off") => Paths::Off,
+        _ if agent::kernel_keeps_records()? && !agent::kernel_splices()? => Paths::Useless,
+        _ => Paths::On,
+    };
+    if paths != Paths::Off {
         spec.program = Some(agent::binary_for_direct()?);
         spec.direct = Some(Direct::default());
     }
     on_mesh(&spec, |cluster| {
         let (client, server) = (cluster.filtered("client-a")?, cluster.filtered("server-b")?);
-        scenario(&Stage { cluster, client, server, direct })
+        scenario(&Stage { cluster, client, server, paths })
     })
 }
 
@@ -92,14 +121,22 @@ impl<'a> Stage<'a> {
     /// The same mesh with other pods at the ends.
     #[must_use]
     pub fn between(&self, client: &Pod, server: &Pod) -> Stage<'a> {
-        Stage { cluster: self.cluster, client: client.clone(), server: server.clone(), direct: self.direct }
+        Stage { cluster: self.cluster, client: client.clone(), server: server.clone(), paths: self.paths }
     }
 
     /// From the client to the server, both ends direct, so many connections.
     #[must_use]
     pub fn route(&self, family: Family, port: u16, connections: usize) -> Route<'_> {
         let (client, server) = (&self.client, &self.server);
-        Route { client, server, family, port, connections: Count::Exactly(connections), ways: Ways::DIRECT }
+        Route {
+            client,
+            server,
+            family,
+            port,
+            connections: Count::Exactly(connections),
+            ways: Ways::DIRECT,
+            counted: true,
+        }
     }
 
     /// Runs a client, and then asks both agents.
@@ -117,7 +154,7 @@ impl<'a> Stage<'a> {
 
     /// Waits until both agents have accounted for the flow's connections, which must have gone as the route tells.
     pub fn taken(&self, (outbound, inbound): (usize, usize), route: Route<'_>) -> Result<Taken> {
-        let Route { client, server, family, port, connections, ways } = route;
+        let Route { client, server, family, port, connections, ways, counted } = route;
         let to = server.socket(family, port);
         let what = format!("{} to {to}", client.name);
         let written = |pod: &Pod, skip: usize, direction: Direction, way: Way| -> Result<Vec<Entry>> {
@@ -133,25 +170,27 @@ impl<'a> Stage<'a> {
             entries.iter().try_for_each(|entry| self.check(entry, way, client, server))?;
             Ok(entries)
         };
-        Ok(Taken {
-            outbound: written(client, outbound, Direction::Outbound, ways.client)?,
-            inbound: written(server, inbound, Direction::Inbound, ways.server)?,
-        })
+        let outbound = written(client, outbound, Direction::Outbound, ways.client)?;
+        let inbound = written(server, inbound, Direction::Inbound, ways.server)?;
+        if counted {
+            check_counts(&what, &outbound, &inbound)?;
+        }
+        Ok(Taken { outbound, inbound })
     }
 
     fn check(&self, entry: &Entry, way: Way, client: &Pod, server: &Pod) -> Result<()> {
-        let way = if self.direct { way } else { Way::Proxied };
         let proven = entry.source.identity.as_ref() == Some(&client.identity())
             && entry.destination.identity.as_ref() == Some(&server.identity());
-        let taken = match (entry.path.as_deref(), entry.path_reason.as_deref()) {
-            (Some("direct"), None) => way == Way::Direct,
-            (Some("proxied"), Some(_)) => way == Way::Proxied,
+        let path = (entry.path.as_deref(), entry.path_reason.as_deref());
+        let taken = match (self.paths, way) {
             // An agent without direct paths has nothing to explain.
-            (None | Some("proxied"), None) => !self.direct,
-            _ => false,
+            (Paths::Off, _) => matches!(path, (None | Some("proxied"), None)),
+            (Paths::Useless, Way::Direct) => path == (Some("proxied"), Some("kernel")),
+            (Paths::Useless, Way::Proxied(_)) => path.0 == Some("proxied"),
+            (Paths::On, Way::Direct) => path == (Some("direct"), None) && is_sealed(entry)?,
+            (Paths::On, Way::Proxied(reason)) => path == (Some("proxied"), Some(reason)),
         };
-        let sealed = way == Way::Proxied || !agent::kernel_keeps_records()? || entry.records == Records::Ktls;
-        let good = entry.ended_by_programs() && proven && taken && sealed;
+        let good = entry.ended_by_programs() && proven && taken;
         ensure!(good, "expected to be {way:?}, by the programs' ends, with the pods' identities: {entry:?}");
         Ok(())
     }
@@ -163,4 +202,27 @@ impl<'a> Stage<'a> {
             Ok(if said.contains(text) { crate::wait::Look::Done(()) } else { crate::wait::Look::NotYet(said) })
         })
     }
+}
+
+/// Where the kernel keeps records, a direct connection's are its own.
+fn is_sealed(entry: &Entry) -> Result<bool> {
+    Ok(entry.records == Records::Ktls || !agent::kernel_keeps_records()?)
+}
+
+/// What one end's agent has counted as sent has come at the other.
+fn check_counts(what: &str, outbound: &[Entry], inbound: &[Entry]) -> Result<()> {
+    // A direct end's counts are those of records.
+    let alike = |entry: &Entry| entry.path.as_deref() == outbound.first().and_then(|first| first.path.as_deref());
+    if !outbound.iter().chain(inbound).all(alike) {
+        return Ok(());
+    }
+    // Without kernel TLS it cannot be told of a direct connection whether TCP's end, which is one number, is in the count.
+    let ends = if agent::kernel_keeps_records()? { 0 } else { outbound.len() as u64 };
+    let same = |sent: u64, came: u64| (sent..=sent + ends).contains(&came);
+    let sum = |entries: &[Entry], count: fn(&Entry) -> u64| -> u64 { entries.iter().map(count).sum() };
+    let there = (sum(outbound, |entry| entry.bytes_sent), sum(inbound, |entry| entry.bytes_received));
+    let back = (sum(inbound, |entry| entry.bytes_sent), sum(outbound, |entry| entry.bytes_received));
+    ensure!(same(there.0, there.1), "{what}: {} bytes were sent there, and {} came", there.0, there.1);
+    ensure!(same(back.0, back.1), "{what}: {} bytes were sent back, and {} came", back.0, back.1);
+    Ok(())
 }

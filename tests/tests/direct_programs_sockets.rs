@@ -17,6 +17,10 @@ use marline_tests::{
 const PYTHON: &str = "/usr/bin/python3";
 const FIRST_PORT: u16 = 7000;
 
+/// The reasons to be proxied of a call that the filter does not hold, and of a pod without a filter.
+const UNHEARD: &str = "not_notified";
+const BARE: &str = "no_filter";
+
 /// A row: the client, the server, the connections over each family that this takes, and their ways.
 struct Row {
     client: &'static str,
@@ -60,7 +64,7 @@ fn every_way_to_accept_is_as_without_a_mesh() -> Result<()> {
         row("plain", "epoll-edge"),
         times("burst", "epoll-edge", 12),
         row("plain", "dup"),
-        way("plain", "io-uring", Ways::CLIENT_ONLY),
+        way("plain", "io-uring", Ways::client_only(UNHEARD)),
     ])
 }
 
@@ -98,9 +102,9 @@ fn every_way_to_connect_is_as_without_a_mesh() -> Result<()> {
         row("pass", "fork"),
         row("exec", "fork"),
         row("dup", "fork"),
-        way("io-uring", "fork", Ways::SERVER_ONLY),
-        way("fast-open", "fork", Ways::SERVER_ONLY),
-        way("zerocopy", "fork", Ways::SERVER_ONLY),
+        way("io-uring", "fork", Ways::server_only(UNHEARD)),
+        way("fast-open", "fork", Ways::server_only(UNHEARD)),
+        way("zerocopy", "fork", Ways::server_only("socket_option")),
     ])
 }
 
@@ -137,9 +141,9 @@ fn an_end_without_the_filter_is_proxied_and_the_other_is_direct() -> Result<()> 
     on_direct_mesh(|stage| {
         let (bare_client, bare_server) = (stage.cluster.pod("client-a")?, stage.cluster.pod("server-b")?);
         for (client, server, ways) in [
-            (&stage.client, &bare_server, Ways::CLIENT_ONLY),
-            (&bare_client, &stage.server, Ways::SERVER_ONLY),
-            (&bare_client, &bare_server, Ways::PROXIED),
+            (&stage.client, &bare_server, Ways::client_only(BARE)),
+            (&bare_client, &stage.server, Ways::server_only(BARE)),
+            (&bare_client, &bare_server, Ways::proxied(BARE, BARE)),
             (&stage.client, &stage.server, Ways::DIRECT),
         ] {
             let rows = [
@@ -197,6 +201,7 @@ fn run(stage: &Stage<'_>, rows: &[Row]) -> Result<()> {
                 port,
                 connections: Count::Exactly(connections),
                 ways: row.ways,
+                counted: !row.client.contains("reset"),
             };
             // Of what went wrong at a program, the agents need not be asked.
             let number = if family == Family::V4 { 4 } else { 6 };

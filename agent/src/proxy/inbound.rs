@@ -79,6 +79,7 @@ fn reason(ctx: &Context, pod: &Pod, port: u16, mode: Mode, fit: bool) -> Option<
         Mode::Mtls if !direct.usable() => Why::Kernel,
         Mode::Mtls if !direct.filtered(pod.netns.cookie()) => Why::NoFilter,
         Mode::Mtls if !direct.ready(pod.netns.cookie()) => Why::Agent,
+        // The last one that was offered was taken without a word: this one was not.
         Mode::Mtls if !direct.heard(pod.netns.cookie(), port) => Why::NotNotified,
         Mode::Mtls if !fit => Why::Kernel,
         Mode::Mtls => Why::PeerNotReady,

@@ -232,12 +232,22 @@ impl Report {
 
     pub(super) fn text(&self) -> String {
         let mut text = format!("\nkernel {}{}\n\n", self.results.kernel, if self.results.in_vm { " (VM)" } else { "" });
-        let header =
-            ["FLOW", "FAMILY", "SOURCE", "DESTINATION", "RECORDS", "PATH", "BYTES", "VERDICT", "EXACT"].map(String::from);
+        let header = ["FLOW", "FAMILY", "SOURCE", "DESTINATION", "RECORDS", "PATH", "BYTES", "VERDICT", "EXACT"]
+            .map(String::from);
         let mut lines = vec![header];
         for row in &self.results.flows {
             let (bytes, exact) = (row.bytes.to_string(), if row.exact { "yes" } else { "NO" });
-            let cells = [&row.name, row.family, &row.source, &row.destination, row.records, row.path, &bytes, row.verdict, exact];
+            let cells = [
+                &row.name,
+                row.family,
+                &row.source,
+                &row.destination,
+                row.records,
+                row.path,
+                &bytes,
+                row.verdict,
+                exact,
+            ];
             lines.push(cells.map(String::from));
         }
         let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or_default();
