@@ -115,7 +115,8 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
     let direct = match &agent.direct {
         DirectConfig { mode: DirectMode::Off, .. } => None,
         DirectConfig { keeper, hold, .. } => {
-            let settings = DirectSettings { keeper: keeper.clone(), hold: *hold };
+            let keeper = keeper.clone().unwrap_or_else(|| crate::keeper::DIRECTORY.into());
+            let settings = DirectSettings { keeper, hold: *hold };
             Some(Direct::new(settings, &kernel).map_err(AppError::Direct)?)
         }
     };

@@ -73,9 +73,6 @@ pub enum PumpKind {
     Copy,
 }
 
-/// The directory of the keeper's sockets, if nothing else is said.
-pub const KEEPER: &str = "/run/marline";
-
 /// An error with all that caused it, on one line.
 pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();

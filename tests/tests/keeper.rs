@@ -51,17 +51,13 @@ fn agent_process() {
 }
 
 #[tokio::test]
-async fn a_connect_without_an_agent_waits_for_the_one_that_comes() {
+async fn a_connect_waits_for_the_agents_word() {
     let bed = Bed::new(LONG);
     let mut program = bed.python(CONNECT);
-    let (_listener, port) = listener();
-    program.say(&port);
     let link = bed.link().await;
     let held = next(&link).await;
     assert_eq!((held.container.pid, held.container.metadata.as_str()), (program.pid(), "run"));
-    assert_eq!(program.spoke(), None);
-    link.ready().unwrap();
-    assert_eq!(line(&held, &program).await, "0", "the kernel connects when the agent serves what it redirects");
+    started(&held, &program).await;
     program.say("1");
     let pending = call(&held).await;
     assert!(matches!(pending.notification.call, Call::Connect { length: 16, .. }), "{pending:?}");

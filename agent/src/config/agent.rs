@@ -73,8 +73,8 @@ pub enum PumpMode {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DirectConfig {
     pub mode: DirectMode,
-    /// The directory of the keeper's sockets.
-    pub keeper: PathBuf,
+    /// The directory of the keeper's sockets, if it is not where the keeper itself would make it.
+    pub keeper: Option<PathBuf>,
     /// How long a non-blocking connect() may be held for a handshake.
     pub hold: Duration,
 }
@@ -241,15 +241,14 @@ fn read_records(spec: &mut Fields<'_>, report: &mut Report) -> RecordsConfig {
 }
 
 fn read_direct(spec: &mut Fields<'_>, report: &mut Report) -> DirectConfig {
-    let keeper = || PathBuf::from(crate::words::KEEPER);
-    let defaults = DirectConfig { mode: DirectMode::default(), keeper: keeper(), hold: Duration::from_millis(20) };
+    let defaults = DirectConfig { mode: DirectMode::default(), keeper: None, hold: Duration::from_millis(20) };
     let Some(mut fields) = spec.fields(report, "direct") else { return defaults };
     let modes = [("auto", DirectMode::Auto), ("off", DirectMode::Off)];
     let mode = fields.choice(report, "mode", &modes).unwrap_or_default();
     let keeper = fields.text(report, "keeper").and_then(|path| absolute(&fields, report, "keeper", path));
     let hold = fields.duration(report, "hold", Duration::from_millis(1)).unwrap_or(defaults.hold);
     fields.finish(report, Unknown::Error);
-    DirectConfig { mode, keeper: keeper.unwrap_or(defaults.keeper), hold }
+    DirectConfig { mode, keeper, hold }
 }
 
 fn read_address(spec: &mut Fields<'_>, report: &mut Report, key: &'static str, default: (Ipv4Addr, u16)) -> SocketAddr {

@@ -2,7 +2,6 @@
 //! as an agent that does line by line what the test says.
 
 use std::{
-    time::{Duration, Instant},
     io::{self, BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
@@ -11,6 +10,7 @@ use std::{
         mpsc::{self, Receiver},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use marline::{
@@ -272,7 +272,9 @@ pub(crate) fn agent_process() {
         let line = line.unwrap();
         let answer = match line.as_str() {
             "link" => {
-                link = Some(runtime.block_on(Link::open(Path::new(&dir))).unwrap());
+                let opened = runtime.block_on(Link::open(Path::new(&dir))).unwrap();
+                opened.ready().unwrap();
+                link = Some(opened);
                 "linked".to_owned()
             }
             "held" => {

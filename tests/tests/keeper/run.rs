@@ -88,6 +88,7 @@ fn a_filter_inside_of_a_filter_is_refused_with_its_reason() {
 #[tokio::test]
 async fn connect_and_both_accepts_are_held_with_their_arguments() {
     let bed = Bed::new(LONG);
+    let link = bed.link().await;
     let program = bed.python(
         "
 import socket, ctypes
@@ -100,9 +101,8 @@ libc.syscall(288, s.fileno(), ctypes.c_long(0), ctypes.c_long(0), socket.SOCK_CL
 libc.syscall(288, -1, ctypes.c_long(-1), ctypes.c_long(-1), -1)
 ",
     );
-    let fd: i32 = program.line().parse().unwrap();
-    let link = bed.link().await;
     let held = next(&link).await;
+    let fd: i32 = line(&held, &program).await.parse().unwrap();
     for expected in [
         Call::Connect { fd, address: 0x1234, length: 28 },
         Call::Accept { fd, address: 0x5678, length: 0x9abc, flags: 0 },
@@ -118,6 +118,7 @@ libc.syscall(288, -1, ctypes.c_long(-1), ctypes.c_long(-1), -1)
 #[tokio::test]
 async fn sockets_that_are_not_tcp_work_when_their_calls_go_on() {
     let bed = Bed::new(LONG);
+    let link = bed.link().await;
     let program = bed.python(
         "
 import socket, tempfile, os
@@ -129,7 +130,6 @@ u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(('127.0.0.1', 0))
 v = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); v.connect(u.getsockname()); v.send(b'udp'); print(u.recv(4).decode())
 ",
     );
-    let link = bed.link().await;
     let held = next(&link).await;
     for expected in ["connect", "accept", "connect"] {
         let pending = call(&held).await;
@@ -137,21 +137,22 @@ v = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); v.connect(u.getsockname())
         assert_eq!(name, expected);
         pending.answer(Answer::Continue).unwrap();
     }
-    assert_eq!((program.line(), program.line()), ("unix".to_owned(), "udp".to_owned()));
+    assert_eq!(line(&held, &program).await, "unix");
+    assert_eq!(line(&held, &program).await, "udp");
 }
 
 #[tokio::test]
 async fn children_and_what_they_become_are_under_the_filter() {
     let bed = Bed::new(LONG);
+    let link = bed.link().await;
     let connect = "import socket; print(socket.socket().connect_ex((\"127.0.0.1\", 1)))";
     let python = python();
     let script = format!("{python} -Ic '{connect}' & wait; (exec {python} -Ic '{connect}')");
     let program = Program::start(bed.run().args(["sh", "-c", &script]));
-    let link = bed.link().await;
     let held = next(&link).await;
     for errno in [libc::EHOSTDOWN, libc::ENETDOWN] {
         call(&held).await.answer(Answer::Errno(errno)).unwrap();
-        assert_eq!(program.line(), errno.to_string());
+        assert_eq!(line(&held, &program).await, errno.to_string());
     }
 }
 
@@ -234,6 +235,7 @@ async fn calls_by_other_entries_are_not_held() {
 #[tokio::test]
 async fn a_programs_own_filters_go_on_working() {
     let bed = Bed::new(LONG);
+    let link = bed.link().await;
     let program = bed.python(
         "
 import ctypes, struct, socket, os
@@ -252,12 +254,11 @@ deny(42, 13)
 print(socket.socket().connect_ex(('127.0.0.1', 1)))
 ",
     );
-    assert_eq!(program.line(), "-1 77", "its own filter refuses getpid");
-    let link = bed.link().await;
     let held = next(&link).await;
+    assert_eq!(line(&held, &program).await, "-1 77", "its own filter refuses getpid");
     call(&held).await.answer(Answer::Errno(libc::EHOSTDOWN)).unwrap();
-    assert_eq!(program.line(), libc::EHOSTDOWN.to_string(), "and connect is held all the same");
-    assert_eq!(program.line(), "13", "until the program refuses itself");
+    assert_eq!(line(&held, &program).await, libc::EHOSTDOWN.to_string(), "and connect is held all the same");
+    assert_eq!(line(&held, &program).await, "13", "until the program refuses itself");
 }
 
 #[test]

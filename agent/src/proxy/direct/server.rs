@@ -221,7 +221,7 @@ pub(super) async fn accept(ctx: &Arc<Context>, call: Pending, wanted: Wanted) {
     }
     let limit = options::receive_timeout(&listener).ok().flatten();
     let deadline = limit.map(|limit| Instant::now() + limit);
-    let waiter = Waiter { call, caller, wanted, deadline };
+    let waiter = Box::new(Waiter { call, caller, wanted, deadline });
     match options::blocks(&listener) {
         Ok(true) => direct.server.waiting.enter(ctx, waiter, &listener),
         _ => {
@@ -270,7 +270,7 @@ fn note(ctx: &Context, netns: NetnsCookie, listener: &OwnedFd) {
 }
 
 /// Accepts and answers; the waiter comes back if nobody has connected.
-pub(super) fn take(ctx: &Arc<Context>, mut waiter: Waiter, listener: &OwnedFd) -> Result<(), Waiter> {
+pub(super) fn take(ctx: &Arc<Context>, mut waiter: Box<Waiter>, listener: &OwnedFd) -> Result<(), Box<Waiter>> {
     let Some(direct) = &ctx.direct else { return Ok(()) };
     let (socket, client) = match options::accept_now(listener) {
         Ok(accepted) => accepted,
@@ -288,7 +288,7 @@ pub(super) fn take(ctx: &Arc<Context>, mut waiter: Waiter, listener: &OwnedFd) -
     {
         // An application that listens for IPv6 must not be given an IPv4 socket; the next one will be fit.
         if v6 == offer.v6 {
-            let Waiter { call, caller, wanted, .. } = waiter;
+            let Waiter { call, caller, wanted, .. } = *waiter;
             if offer.sender.send(Handover { call, caller, wanted, template: socket, v6 }).is_err() {
                 tracing::debug!("a ready connection was gone when it was accepted");
             }
@@ -297,7 +297,7 @@ pub(super) fn take(ctx: &Arc<Context>, mut waiter: Waiter, listener: &OwnedFd) -
         tracing::debug!(ready = offer.v6, wanted = v6, "a ready socket is of the wrong family");
         drop(offer);
     }
-    let Waiter { call, caller, wanted, .. } = &mut waiter;
+    let Waiter { call, caller, wanted, .. } = &mut *waiter;
     if let Err(error) = hand(call, caller, *wanted, socket, client, v6) {
         tracing::warn!(%error, "an accepted connection could not be given to its application");
     }

@@ -41,7 +41,7 @@ pub(super) struct Waiting {
 #[derive(Default)]
 struct Queues {
     /// By the listener's cookie; first come, first served.
-    waiters: HashMap<u64, VecDeque<Waiter>>,
+    waiters: HashMap<u64, VecDeque<Box<Waiter>>>,
     added: HashSet<u64>,
 }
 
@@ -56,7 +56,7 @@ impl Waiting {
     }
 
     /// Waits for a connection in the caller's place.
-    pub fn enter(&self, ctx: &Arc<Context>, waiter: Waiter, listener: &OwnedFd) {
+    pub fn enter(&self, ctx: &Arc<Context>, waiter: Box<Waiter>, listener: &OwnedFd) {
         let Ok(cookie) = options::cookie(listener) else {
             let _ = waiter.call.answer(Answer::Continue);
             return;
@@ -100,7 +100,7 @@ impl Waiting {
         }
     }
 
-    fn first(&self, cookie: u64) -> Option<Waiter> {
+    fn first(&self, cookie: u64) -> Option<Box<Waiter>> {
         let mut queues = lock(&self.queues);
         let waiting = queues.waiters.get_mut(&cookie)?;
         let first = waiting.pop_front();
