@@ -1,5 +1,6 @@
 """One connection that lives: `serve PORT` echoes lines, `call HOST PORT` sends a line, waits for its echo and says so, again and again.
-`race HOST PORT MARKER` connects while other threads write on the socket and read from it."""
+`take PORT` reads slowly to the end and says how much came; `leave HOST PORT` writes without waiting until nothing more is taken, and
+closes or shuts down at once. `race HOST PORT MARKER` connects while other threads write on the socket and read from it."""
 
 import socket
 import sys
@@ -47,6 +48,42 @@ def call(host, port):
             time.sleep(0.01)
 
 
+def take(port):
+    listener = socket.create_server(("", int(port)), family=socket.AF_INET6, dualstack_ipv6=True)
+    while True:
+        connection, _ = listener.accept()
+        time.sleep(0.02)
+        total = 0
+        try:
+            while data := connection.recv(1 << 16):
+                total += len(data)
+        except OSError as error:
+            total = error
+        connection.close()
+        print("took", total, flush=True)
+
+
+def leave(host, port):
+    for count in range(24):
+        connection = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        if size := (0, 1 << 16, 8192)[count % 3]:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+        connection.connect((host, int(port)))
+        connection.setblocking(False)
+        accepted = connection.send(b"x" * (1 + 1000 * count))
+        try:
+            while True:
+                accepted += connection.send(b"y" * (1 << 20))
+        except BlockingIOError:
+            pass
+        if count % 2:
+            connection.shutdown(socket.SHUT_WR)
+            connection.setblocking(True)
+            connection.recv(1)
+        connection.close()
+        print("left", accepted, flush=True)
+
+
 def race(host, port, marker):
     """Says what came of connecting again and again with writers and readers on the socket."""
     outcomes = {}
@@ -85,4 +122,4 @@ def race(host, port, marker):
 
 
 if __name__ == "__main__":
-    {"serve": serve, "call": call, "race": race}[sys.argv[1]](*sys.argv[2:])
+    {"serve": serve, "call": call, "take": take, "leave": leave, "race": race}[sys.argv[1]](*sys.argv[2:])

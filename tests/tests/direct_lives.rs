@@ -159,6 +159,30 @@ fn calls_wait_while_there_is_no_agent_and_go_on_when_one_is_back() -> Result<()>
 }
 
 #[test]
+fn what_was_accepted_from_a_program_arrives_although_it_closes_at_once() -> Result<()> {
+    on_direct_mesh(|_, client, server| {
+        let mut command = server.command(PYTHON);
+        command.arg(program()).args(["take", &PORT.to_string()]);
+        let taker = server.serve("taker", &mut command, PORT)?;
+        let mut command = client.command(PYTHON);
+        command.arg(program()).args(["leave", &server.address(Family::V4).to_string(), &PORT.to_string()]);
+        let left = output(&mut command, seconds(120))?;
+        let numbers = |text: &str, word: &str| -> Vec<String> {
+            text.lines().filter_map(|line| line.strip_prefix(word)).map(|rest| rest.trim().to_owned()).collect()
+        };
+        let left = numbers(&String::from_utf8_lossy(&left.stdout), "left");
+        ensure!(left.len() == 24, "{left:?}");
+        wait_for("all to be taken", seconds(60), || {
+            let took = numbers(&taker.log(), "took");
+            Ok(if took.len() == left.len() { Look::Done(()) } else { Look::NotYet(format!("{took:?}")) })
+        })?;
+        let took = numbers(&taker.log(), "took");
+        ensure!(took == left, "left\n{left:?}\ntook\n{took:?}");
+        Ok(())
+    })
+}
+
+#[test]
 fn what_a_pod_writes_while_its_connect_is_held_never_leaves_in_the_clear() -> Result<()> {
     if !agent::kernel_keeps_records()? {
         println!(

@@ -14,7 +14,7 @@ use marline_tests::{
     process::{output, succeed},
 };
 
-use crate::bed::{Bed, LONG, Program, call, marline, next, python};
+use crate::bed::{Bed, LONG, Program, call, line, marline, next, python};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
