@@ -211,8 +211,8 @@ fn threads_in_connect(pid: u32) -> usize {
     wait_for("four threads in held calls", seconds(20), || {
         let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))?;
         let waits = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("syscall")).ok());
-        let connect = format!("{} ", libc::SYS_connect);
-        let count = waits.filter(|call| call.starts_with(&connect)).count();
+        let held = [libc::SYS_connect, libc::SYS_close].map(|call| format!("{call} "));
+        let count = waits.filter(|call| held.iter().any(|held| call.starts_with(held))).count();
         Ok(if count == 4 { Look::Done(count) } else { Look::NotYet(count.to_string()) })
     })
     .unwrap()

@@ -2,6 +2,7 @@
 //! as an agent that does line by line what the test says.
 
 use std::{
+    cell::RefCell,
     io::{self, BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
@@ -144,15 +145,28 @@ pub(crate) async fn started(held: &Arc<Held>, program: &Program) {
     }
 }
 
+thread_local! {
+    /// A call that came while something else was waited for.
+    static NEXT: RefCell<Option<Pending>> = const { RefCell::new(None) };
+}
+
 fn go_on(held: &Arc<Held>) {
-    while let Some(pending) = held.try_recv().unwrap() {
-        assert!(pending.notification.call.goes_on(), "{pending:?}");
-        pending.answer(Answer::Continue).unwrap();
+    while NEXT.with_borrow(Option::is_none)
+        && let Some(pending) = held.try_recv().unwrap()
+    {
+        if pending.notification.call.goes_on() {
+            pending.answer(Answer::Continue).unwrap();
+        } else {
+            NEXT.set(Some(pending));
+        }
     }
 }
 
 /// The next call that waits for its answer; those that go on in any case do so.
 async fn waited_for(held: &Arc<Held>) -> Pending {
+    if let Some(pending) = NEXT.take() {
+        return pending;
+    }
     loop {
         let pending = held.recv().await.unwrap().unwrap();
         if !pending.notification.call.goes_on() {
