@@ -12,11 +12,12 @@ use std::{
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
 };
 
-use bed::{Bed, LONG, Program, call, next};
+use bed::{Bed, LONG, Program, next, soon};
 use marline::{
-    keeper::seccomp_socket,
+    keeper::{Held, Pending, seccomp_socket},
     sys::{
         process::Caller,
         seccomp::{Answer, Call},
@@ -25,6 +26,7 @@ use marline::{
 use marline_tests::process::output;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::sync::mpsc::{self, UnboundedReceiver};
 
 /// As Kubernetes gives them.
 const CAPABILITIES: [&str; 4] = ["CAP_CHOWN", "CAP_NET_BIND_SERVICE", "CAP_SETUID", "CAP_SYS_CHROOT"];
@@ -108,6 +110,22 @@ fn runtime(test: &str) -> bool {
     false
 }
 
+/// The calls of a filter that wait for their answers. Those that go on in any case, the runtime's own among them, do so meanwhile.
+fn calls(held: &Arc<Held>) -> UnboundedReceiver<Pending> {
+    let (waiting, calls) = mpsc::unbounded_channel();
+    let held = held.clone();
+    tokio::spawn(async move {
+        while let Ok(Some(pending)) = held.recv().await {
+            if pending.notification.call.goes_on() {
+                pending.answer(Answer::Continue).unwrap();
+            } else if waiting.send(pending).is_err() {
+                return;
+            }
+        }
+    });
+    calls
+}
+
 const PROGRAM: &str = "
 import ctypes, os, socket, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -119,7 +137,7 @@ for line in sys.stdin: pass
 sys.exit(5)
 ";
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_containers_calls_are_held_and_the_runtimes_denials_are_kept() {
     if !runtime("a_containers_calls_are_held_and_the_runtimes_denials_are_kept") {
         return;
@@ -129,9 +147,10 @@ async fn a_containers_calls_are_held_and_the_runtimes_denials_are_kept() {
     let mut program = Program::start(&mut bundle.run());
     let link = bed.link().await;
     let held = next(&link).await;
+    let mut calls = calls(&held);
     assert_eq!((held.container.id.as_str(), held.container.metadata.as_str()), (bundle.name.as_str(), "marline"));
     assert_eq!(program.line(), "1", "it has a pid namespace of its own");
-    let pending = call(&held).await;
+    let pending = soon(calls.recv()).await.unwrap();
     let Call::Connect { fd, address, length } = pending.notification.call else { panic!("{pending:?}") };
     assert_eq!(pending.notification.tid, held.container.pid, "and is known by its pid outside of it");
     let caller = Caller::of(pending.notification.tid).unwrap();
@@ -144,11 +163,11 @@ async fn a_containers_calls_are_held_and_the_runtimes_denials_are_kept() {
         assert_eq!(program.line(), libc::EPERM.to_string(), "{denied}");
     }
     assert_eq!(program.code(), Some(5));
-    drop(held);
+    assert!(soon(calls.recv()).await.is_none(), "no task is left");
     bed.keeper_holds(0);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn what_is_executed_in_a_container_has_a_descriptor_of_its_own() {
     if !runtime("what_is_executed_in_a_container_has_a_descriptor_of_its_own") {
         return;
@@ -159,11 +178,13 @@ async fn what_is_executed_in_a_container_has_a_descriptor_of_its_own() {
     assert_eq!(program.line(), "here");
     let link = bed.link().await;
     let first = next(&link).await;
+    let _firsts = calls(&first);
     let connect = "import socket; print(socket.socket().connect_ex(('10.20.30.40', 513)))";
     let executed = Program::start(Command::new("crun").args(["exec", &bundle.name, "python3", "-Iuc", connect]));
     let second = next(&link).await;
     assert_eq!(second.container.id, bundle.name);
-    let pending = call(&second).await;
+    let mut calls = calls(&second);
+    let pending = soon(calls.recv()).await.unwrap();
     assert_ne!(pending.notification.tid, first.container.pid);
     // crun 1.8 does not say it here.
     assert!([0, pending.notification.tid].contains(&second.container.pid), "{:?}", second.container);
@@ -173,7 +194,7 @@ async fn what_is_executed_in_a_container_has_a_descriptor_of_its_own() {
     assert_eq!(program.code(), Some(0));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_container_that_cannot_start_leaves_nothing_with_the_keeper() {
     if !runtime("a_container_that_cannot_start_leaves_nothing_with_the_keeper") {
         return;

@@ -14,7 +14,7 @@ use crate::{deps, step::Step, workspace};
 #[command(after_long_help = "\
 Downloads Debian's golang-github-docker-docker-dev (unpacked below target/seccomp, never installed), takes moby's default profile out
 of it (Apache-2.0), works out its conditions for a container with Kubernetes's default capabilities, and adds that connect,
-accept and accept4 are held for Marline.")]
+accept and some others are held for Marline.")]
 pub(crate) struct Args {
     /// Only compare, and fail if the files differ
     #[arg(long)]
@@ -26,7 +26,8 @@ const DEFAULT: &str = "usr/share/gocode/src/github.com/docker/docker/profiles/se
 
 /// Where the keeper listens, if nothing else is said.
 const LISTENER: &str = "/run/marline/seccomp.sock";
-const HELD: [&str; 3] = ["accept", "accept4", "connect"];
+/// As in `agent/src/sys/seccomp.rs`, which says why each; `agent/tests/seccomp_profiles.rs` compares.
+const HELD: [&str; 7] = ["accept", "accept4", "close", "close_range", "connect", "listen", "shutdown"];
 
 /// What containers have if nothing else is said, in Docker, containerd and CRI-O.
 const CAPABILITIES: [&str; 14] = [
@@ -179,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn exactly_the_three_calls_are_held_and_for_the_keeper() {
+    fn what_is_held_has_one_rule_and_is_for_the_keeper() {
         for (name, ..) in FILES {
             let profile = written(name);
             let rules = profile["syscalls"].as_array().unwrap();
@@ -225,9 +226,7 @@ mod tests {
             ] {
                 assert_eq!(action(&profile, call), "SCMP_ACT_ERRNO", "{name}: {call}");
             }
-            for call in
-                ["read", "bind", "listen", "sendto", "futex_waitv", "fchmodat2", "chroot", "seccomp", "close_range"]
-            {
+            for call in ["read", "bind", "sendto", "futex_waitv", "fchmodat2", "chroot", "seccomp", "dup3"] {
                 assert_eq!(action(&profile, call), "SCMP_ACT_ALLOW", "{name}: {call}");
             }
         }

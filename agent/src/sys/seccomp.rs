@@ -265,7 +265,7 @@ fn load(program: &libc::sock_fprog) -> io::Result<OwnedFd> {
 
 /// What is held. listen() is, because it tells which family the sockets must be of that accept() gives. Closing is, because kernel TLS loses what a close comes too soon for: see `sys::unsent`. Not the end of a process, which
 /// must not depend on anybody: what it has not closed is closed as the kernel does it.
-const HELD: [libc::c_long; 7] = [
+pub const HELD: [libc::c_long; 7] = [
     libc::SYS_connect,
     libc::SYS_accept,
     libc::SYS_accept4,
