@@ -9,7 +9,7 @@ import sys
 import threading
 
 from calling import client
-from common import LIBC, Wrong, call, check, exchange, pack_address, read_all, say, wrap
+from common import LIBC, Wrong, call, check, exchange, pack_address, payload, read_all, say, wait_readable, wrap
 from uring import Uring
 
 AT_ONCE = 12
@@ -30,6 +30,15 @@ def four_times(target):
     for size in (1, 100, 20_000, 100_000):
         with target.connect() as sock:
             exchange(sock, size)
+
+
+@client
+def little(target):
+    """Says little, and that it was all, before anybody can have looked at the connection."""
+    with target.connect() as sock:
+        sock.sendall(payload(100))
+        sock.shutdown(socket.SHUT_WR)
+        check(read_all(sock) == payload(100), "what came back is not what was sent")
 
 
 @client
@@ -63,9 +72,8 @@ def epoll_first(target, flags):
                 break
         target.finished(sock)
         sock.setblocking(False)
-        # And of what comes later.
+        # And of what comes later: the echo, then the end.
         sock.send(b"over an edge")
-        sock.shutdown(socket.SHUT_WR)
         got = b""
         while True:
             check(epoll.poll(60), "no event for what came")
@@ -74,7 +82,8 @@ def epoll_first(target, flags):
                     got += data
                 break
             except BlockingIOError:
-                pass
+                if got == b"over an edge":
+                    sock.shutdown(socket.SHUT_WR)
         check(got == b"over an edge", "came:", got)
 
 
@@ -225,6 +234,7 @@ def fork(target):
         in_child(lambda: (sock.connect(target.address), sock.sendall(b"from the child, ")))
         target.checked(sock)
         sock.sendall(b"from the parent")
+        wait_readable(sock)
         sock.shutdown(socket.SHUT_WR)
         check(read_all(sock) == b"from the child, from the parent", "what came back is not what both had sent")
 
@@ -290,5 +300,6 @@ def fast_open(target):
     with target.socket() as sock:
         check(sock.sendto(b"at once", socket.MSG_FASTOPEN, target.address) == 7, "a short send")
         target.checked(sock)
+        wait_readable(sock)
         sock.shutdown(socket.SHUT_WR)
         check(read_all(sock) == b"at once", "what came back is not what was sent")

@@ -6,6 +6,7 @@ A server or a client that sees anything but what the kernel would show it withou
 import ctypes
 import os
 import random
+import select
 import socket
 import struct
 import threading
@@ -44,6 +45,10 @@ def read_all(sock, piece=65_536):
     return b"".join(parts)
 
 
+def wait_readable(sock):
+    select.select([sock], [], [])
+
+
 def echo(sock):
     """Gives back all that comes, and ends when the other has."""
     with sock:
@@ -52,7 +57,10 @@ def echo(sock):
 
 
 def exchange(sock, size=SIZE, receive=read_all, send=None):
-    """Sends so many bytes from a thread of its own, then the end; wants them all back, then the end."""
+    """Sends so many bytes from a thread of its own, then the end; wants them all back, then the end.
+
+    Little is ended only after the first of it has come back: the kernel takes no keys for a connection that the other end has ended, so
+    a server's agent that is slower than the whole of it has to stay on the way."""
     sent, failures = payload(size), []
 
     def sender():
@@ -61,6 +69,8 @@ def exchange(sock, size=SIZE, receive=read_all, send=None):
                 sock.sendall(sent)
             else:
                 send(sock, sent)
+            if size < SIZE:
+                wait_readable(sock)
             sock.shutdown(socket.SHUT_WR)
         except OSError as error:
             failures.append(error)

@@ -175,7 +175,7 @@ def inherit(port):
 @server
 def elsewhere(port):
     """What is no TCP, or does not leave the pod, is as ever: Unix sockets by name, datagrams, loopback. Then the usual."""
-    listener = listen(port)
+    local = listen(0)
     with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as unix:
         unix.bind(directory + "/socket")
         unix.listen()
@@ -192,13 +192,13 @@ def elsewhere(port):
         other.send(b"datagram")
         check(one.recv(100) == b"datagram", "the datagram")
     for address in ("127.0.0.1", "::1"):
-        child = spawn(lambda: echo(listener.accept()[0]))
-        with socket.create_connection((address, port)) as client:
+        child = spawn(lambda: echo(local.accept()[0]))
+        with socket.create_connection((address, local.getsockname()[1])) as client:
             client.sendall(b"to myself")
             client.shutdown(socket.SHUT_WR)
             check(read_all(client) == b"to myself", "over loopback")
         os.waitpid(child, 0)
-    each(listener)
+    each(listen(port))
 
 
 @server

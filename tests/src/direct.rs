@@ -23,6 +23,8 @@ pub enum Way {
     Direct,
     /// Through the agent, for this reason in the words of the access log.
     Proxied(&'static str),
+    /// Whichever, by what comes first.
+    Either,
 }
 
 /// The ways of a connection's two ends.
@@ -185,8 +187,9 @@ impl<'a> Stage<'a> {
         let taken = match (self.paths, way) {
             // An agent without direct paths has nothing to explain.
             (Paths::Off, _) => matches!(path, (None | Some("proxied"), None)),
+            (Paths::On, Way::Either) => true,
             (Paths::Useless, Way::Direct) => path == (Some("proxied"), Some("kernel")),
-            (Paths::Useless, Way::Proxied(_)) => path.0 == Some("proxied"),
+            (Paths::Useless, Way::Proxied(_) | Way::Either) => path.0 == Some("proxied"),
             (Paths::On, Way::Direct) => path == (Some("direct"), None) && is_sealed(entry)?,
             (Paths::On, Way::Proxied(reason)) => path == (Some("proxied"), Some(reason)),
         };
