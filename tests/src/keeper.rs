@@ -38,7 +38,8 @@ impl Keeper {
         }
         let name = format!("keeper {}", side.letter());
         let mut command = place.command(program);
-        command.args(["keeper", "--dir"]).arg(directory);
+        // Under emulation an agent takes a while to come back.
+        command.args(["keeper", "--patience", "60s", "--dir"]).arg(directory);
         let mut process = Process::start(name.clone(), &mut command, log)?;
         wait_for(format!("{name} to be there"), seconds(20), || {
             if let Some(status) = process.ended()? {
