@@ -26,7 +26,10 @@ fn program() -> PathBuf {
 fn on_direct_mesh(scenario: impl FnOnce(&mut Cluster, Pod, Pod) -> Result<()>) -> Result<()> {
     if agent::kernel_keeps_records()? && !agent::kernel_splices()? {
         let thread = std::thread::current();
-        println!("SKIPPED: {}: this kernel's records are not up to direct connections", thread.name().unwrap_or("direct"));
+        println!(
+            "SKIPPED: {}: this kernel's records are not up to direct connections",
+            thread.name().unwrap_or("direct")
+        );
         return Ok(());
     }
     let mut spec = ClusterSpec::pairs(Mode::Strict);
