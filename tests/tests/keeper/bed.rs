@@ -2,7 +2,6 @@
 //! as an agent that does line by line what the test says.
 
 use std::{
-    cell::RefCell,
     io::{self, BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
