@@ -1,11 +1,14 @@
 //! Containers of a real OCI runtime under the seccomp profile of `deploy/seccomp`: the runtime hands the notify descriptor to
 //! the keeper, and the containers' calls are held as those of `marline run`.
 //!
-//! Debian's crun wants a cgroup2 of its own: so in the VM only. A program in a container sees this machine's /usr.
+//! Debian's crun wants a cgroup2 of its own: so in the VM only. A program in a container sees this machine's /usr. How a caller is
+//! reached depends on the kernel: what `native_keeper` asks of callers is asked here, too.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "keeper/bed.rs"]
 mod bed;
+#[path = "keeper/callers.rs"]
+mod callers;
 
 use std::{
     fs,
