@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bed::{Bed, LONG, call, line, next, soon, started};
+use bed::{Bed, LONG, call, next, soon};
 use marline::sys::seccomp::{Answer, Call};
 use marline_tests::wait::{Look, seconds, wait_for};
 
@@ -50,20 +50,34 @@ fn agent_process() {
     bed::agent_process();
 }
 
-#[tokio::test]
-async fn a_connect_waits_for_the_agents_word() {
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_call_goes_to_the_agent_and_gets_its_answer() {
     let bed = Bed::new(LONG);
-    let mut program = bed.python(CONNECT);
     let link = bed.link().await;
-    let held = next(&link).await;
-    assert_eq!((held.container.pid, held.container.metadata.as_str()), (program.pid(), "run"));
-    started(&held, &program).await;
+    let mut program = bed.python(CONNECT);
+    let mut calls = next(&link).await;
+    let container = &calls.held.container;
+    assert_eq!((container.pid, container.metadata.as_str()), (program.pid(), "run"));
     program.say("1");
-    let pending = call(&held).await;
+    let pending = call(&mut calls).await;
     assert!(matches!(pending.notification.call, Call::Connect { length: 16, .. }), "{pending:?}");
     assert_eq!(program.spoke(), None);
     assert!(pending.answer(Answer::Value(0)).unwrap());
-    assert_eq!(line(&held, &program).await, "0", "though nothing listens there");
+    assert_eq!(program.line(), "0", "though nothing listens there");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_connect_without_an_agent_waits_until_one_is_ready() {
+    let bed = Bed::new(LONG);
+    let (_listener, port) = listener();
+    let mut program = bed.python(CONNECT);
+    program.say(&port);
+    in_calls(program.pid(), libc::SYS_connect, 1);
+    let link = bed.link().await;
+    let _calls = next(&link).await;
+    assert_eq!(program.spoke(), None);
+    link.ready().unwrap();
+    assert_eq!(program.line(), "0", "the kernel connects when the agent serves what it redirects");
 }
 
 #[test]
@@ -74,31 +88,31 @@ fn descriptors_outlive_an_agent_and_are_given_to_its_successor() {
     agent.ask("link");
     let id = agent.ask("held");
     agent.kill();
-    program.say("1");
     let mut successor = bed.agent();
     successor.ask("link");
     assert_eq!(successor.ask("held"), id);
     successor.ask("serve");
+    program.say("1");
     assert_eq!(program.line(), "0");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_second_agent_has_its_turn_when_the_first_one_and_all_that_it_held_is_gone() {
     let bed = Bed::new(LONG);
     let _program = bed.python(CONNECT);
     let link = bed.link().await;
-    let held = next(&link).await;
-    let id = held.id;
+    let calls = next(&link).await;
+    let id = calls.held.id;
     let dir = bed.dir();
     let second = tokio::spawn(async move {
         let link = marline::keeper::Link::open(&dir).await.unwrap();
-        next(&link).await.id
+        next(&link).await.held.id
     });
     drop(link);
     // What shows that it waits: the keeper answers others meanwhile.
     assert!(garbage::told(&bed, b"hello", &[]).contains("not a container process state"));
     assert!(!second.is_finished(), "two could receive from one descriptor");
-    drop(held);
+    drop(calls);
     assert_eq!(soon(second).await.unwrap(), id);
 }
 
@@ -155,18 +169,18 @@ fn what_a_dead_agent_had_received_is_answered_for_it() {
     assert_eq!(program.line(), "accepted");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_call_that_an_agent_drops_is_answered_as_the_keeper_would() {
     let bed = Bed::new(LONG);
     let (_listener, port) = listener();
-    let mut program = bed.python(CONNECT);
     let link = bed.link().await;
-    let held = next(&link).await;
+    let mut program = bed.python(CONNECT);
+    let mut calls = next(&link).await;
     program.say(&port);
-    drop(call(&held).await);
+    drop(call(&mut calls).await);
     assert_eq!(program.line(), "0");
     program.say(&port);
-    let mut pending = call(&held).await;
+    let mut pending = call(&mut calls).await;
     pending.begin();
     drop(pending);
     assert_eq!(program.line(), "111");
@@ -192,6 +206,7 @@ for _ in range(4): threading.Thread(target=work).start()
         agent.ask("link");
         agent.ask("held");
         agent.ask("serve");
+        agent.ask("ready");
         // All four threads go on: none is left behind in a call that was nobody's.
         for _ in 0..20 {
             let answer = program.line();
@@ -202,70 +217,65 @@ for _ in range(4): threading.Thread(target=work).start()
     let mut agent = bed.agent();
     agent.ask("link");
     agent.ask("held");
-    let before = threads_in_connect(program.pid());
-    assert_eq!(before, 4, "a thread is elsewhere, or nowhere");
+    agent.ask("ready");
+    // None is elsewhere, or nowhere.
+    in_calls(program.pid(), libc::SYS_connect, 4);
 }
 
-/// How many threads of a process wait in a held call, once all do.
-fn threads_in_connect(pid: u32) -> usize {
-    wait_for("four threads in held calls", seconds(20), || {
+/// Waits until so many threads of a process are in a call.
+fn in_calls(pid: u32, call: libc::c_long, threads: usize) {
+    wait_for(format!("{threads} threads of {pid} in call {call}"), seconds(20), || {
         let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))?;
-        let waits = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("syscall")).ok());
-        let held = [libc::SYS_connect, libc::SYS_close].map(|call| format!("{call} "));
-        let count = waits.filter(|call| held.iter().any(|held| call.starts_with(held))).count();
-        Ok(if count == 4 { Look::Done(count) } else { Look::NotYet(count.to_string()) })
+        let calls = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("syscall")).ok());
+        let count = calls.filter(|text| text.starts_with(&format!("{call} "))).count();
+        Ok(if count == threads { Look::Done(()) } else { Look::NotYet(count.to_string()) })
     })
-    .unwrap()
+    .unwrap();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_filter_without_tasks_is_dropped_by_keeper_and_agent() {
     let bed = Bed::new(LONG);
-    let mut ended = bed.python("input()");
-    let mut living = bed.python(CONNECT);
     let link = bed.link().await;
-    let first = next(&link).await;
-    let second = next(&link).await;
-    let (ended_held, living_held) = if first.container.pid == ended.pid() { (first, second) } else { (second, first) };
+    let mut ended = bed.python("input()");
+    let mut ended_calls = next(&link).await;
+    let mut living = bed.python(CONNECT);
+    let mut living_calls = next(&link).await;
     bed.keeper_holds(2);
     ended.kill();
-    assert!(soon(ended_held.recv()).await.unwrap().is_none());
+    ended_calls.end().await;
     bed.keeper_holds(1);
     living.say("1");
-    call(&living_held).await.answer(Answer::Errno(libc::ENETUNREACH)).unwrap();
+    call(&mut living_calls).await.answer(Answer::Errno(libc::ENETUNREACH)).unwrap();
     assert_eq!(living.line(), "101");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_caller_that_is_killed_while_it_waits_leaves_nothing_behind() {
     let bed = Bed::new(LONG);
-    let mut program = bed.python(CONNECT);
     let link = bed.link().await;
-    let held = next(&link).await;
+    let mut program = bed.python(CONNECT);
+    let mut calls = next(&link).await;
     program.say("1");
-    let pending = call(&held).await;
+    let pending = call(&mut calls).await;
     assert!(pending.valid());
     program.kill();
     assert!(!pending.valid());
     assert!(!pending.answer(Answer::Value(0)).unwrap(), "nobody is there to be answered");
-    assert!(soon(held.recv()).await.unwrap().is_none());
+    calls.end().await;
     // A thread that is gone before its call was received: the kernel says that there is something, and then that there is not.
-    let mut program = bed.python(CONNECT);
-    let held = next(&link).await;
-    started(&held, &program).await;
+    let mut program = bed.python(&CONNECT.replace("for line", "print('here')\nfor line"));
+    let mut calls = next(&link).await;
+    assert_eq!(program.line(), "here");
+    let held = calls.stop().await;
     program.say("1");
-    wait_for("the call", seconds(20), || {
-        let call = std::fs::read_to_string(format!("/proc/{}/syscall", program.pid()))?;
-        let held = call.starts_with(&format!("{} ", libc::SYS_connect));
-        Ok(if held { Look::Done(()) } else { Look::NotYet(call) })
-    })
-    .unwrap();
+    in_calls(program.pid(), libc::SYS_connect, 1);
     program.kill();
     assert!(held.try_recv().unwrap().is_none());
     assert!(soon(held.recv()).await.unwrap().is_none());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn more_calls_than_an_agent_can_hold_are_carried_out_by_the_kernel() {
     let bed = Bed::new(LONG);
     let link = bed.link().await;
@@ -276,24 +286,24 @@ threading.stack_size(65536)
 l = socket.socket(); l.bind(('127.0.0.1', 0)); l.listen(16); l.setblocking(False)
 def work():
     try: l.accept()
-    except BlockingIOError: os.write(1, b'again\n')
-for _ in range(4200): threading.Thread(target=work).start()
+    except BlockingIOError: os.write(1, b'again\\n')
+for _ in range(1100): threading.Thread(target=work).start()
 ",
     );
-    let held = next(&link).await;
-    let mut calls = Vec::new();
-    while held.beyond() == 0 {
-        match held.try_recv().unwrap() {
-            Some(pending) if pending.notification.call.goes_on() => {
-                pending.answer(Answer::Continue).unwrap();
-            }
-            Some(pending) => calls.push(pending),
-            None => tokio::task::yield_now().await,
+    let mut calls = next(&link).await;
+    let mut held = Vec::new();
+    while calls.held.beyond() == 0 {
+        if let Ok(pending) = calls.next_now() {
+            held.push(pending);
         }
+        tokio::task::yield_now().await;
     }
-    assert_eq!(calls.len(), 4096);
+    while let Ok(pending) = calls.next_now() {
+        held.push(pending);
+    }
+    assert_eq!(held.len(), 1024);
     assert_eq!(program.line(), "again");
-    drop(calls);
+    drop(held);
     assert_eq!(program.line(), "again");
 }
 

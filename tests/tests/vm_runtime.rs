@@ -1,23 +1,25 @@
 //! Containers of a real OCI runtime under the seccomp profile of `deploy/seccomp`: the runtime hands the notify descriptor to
 //! the keeper, and the containers' calls are held as those of `marline run`.
 //!
-//! Debian's crun wants a cgroup2 of its own: so in the VM only. A program in a container sees this machine's /usr.
+//! Debian's crun wants a cgroup2 of its own: so in the VM only. A program in a container sees this machine's /usr. How a caller is
+//! reached depends on the kernel: what `native_keeper` asks of callers is asked here, too.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "keeper/bed.rs"]
 mod bed;
+#[path = "keeper/callers.rs"]
+mod callers;
 
 use std::{
     fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Command,
-    sync::Arc,
 };
 
-use bed::{Bed, LONG, Program, next, soon};
+use bed::{Bed, LONG, Program, call, next};
 use marline::{
-    keeper::{Held, Pending, seccomp_socket},
+    keeper::seccomp_socket,
     sys::{
         process::Caller,
         seccomp::{Answer, Call},
@@ -26,7 +28,6 @@ use marline::{
 use marline_tests::process::output;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::sync::mpsc::{self, UnboundedReceiver};
 
 /// As Kubernetes gives them.
 const CAPABILITIES: [&str; 4] = ["CAP_CHOWN", "CAP_NET_BIND_SERVICE", "CAP_SETUID", "CAP_SYS_CHROOT"];
@@ -110,22 +111,6 @@ fn runtime(test: &str) -> bool {
     false
 }
 
-/// The calls of a filter that wait for their answers. Those that go on in any case, the runtime's own among them, do so meanwhile.
-fn calls(held: &Arc<Held>) -> UnboundedReceiver<Pending> {
-    let (waiting, calls) = mpsc::unbounded_channel();
-    let held = held.clone();
-    tokio::spawn(async move {
-        while let Ok(Some(pending)) = held.recv().await {
-            if pending.notification.call.goes_on() {
-                pending.answer(Answer::Continue).unwrap();
-            } else if waiting.send(pending).is_err() {
-                return;
-            }
-        }
-    });
-    calls
-}
-
 const PROGRAM: &str = "
 import ctypes, os, socket, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -146,13 +131,13 @@ async fn a_containers_calls_are_held_and_the_runtimes_denials_are_kept() {
     let bundle = Bundle::new(&bed, "held", &["python3", "-Iuc", PROGRAM]);
     let mut program = Program::start(&mut bundle.run());
     let link = bed.link().await;
-    let held = next(&link).await;
-    let mut calls = calls(&held);
-    assert_eq!((held.container.id.as_str(), held.container.metadata.as_str()), (bundle.name.as_str(), "marline"));
+    let mut calls = next(&link).await;
+    let container = calls.held.container.clone();
+    assert_eq!((container.id.as_str(), container.metadata.as_str()), (bundle.name.as_str(), "marline"));
     assert_eq!(program.line(), "1", "it has a pid namespace of its own");
-    let pending = soon(calls.recv()).await.unwrap();
+    let pending = call(&mut calls).await;
     let Call::Connect { fd, address, length } = pending.notification.call else { panic!("{pending:?}") };
-    assert_eq!(pending.notification.tid, held.container.pid, "and is known by its pid outside of it");
+    assert_eq!(pending.notification.tid, container.pid, "and is known by its pid outside of it");
     let caller = Caller::of(pending.notification.tid).unwrap();
     assert!(pending.valid());
     assert_eq!(caller.read(address, length as usize).unwrap()[2..8], [2, 1, 10, 20, 30, 40]);
@@ -163,7 +148,7 @@ async fn a_containers_calls_are_held_and_the_runtimes_denials_are_kept() {
         assert_eq!(program.line(), libc::EPERM.to_string(), "{denied}");
     }
     assert_eq!(program.code(), Some(5));
-    assert!(soon(calls.recv()).await.is_none(), "no task is left");
+    calls.end().await;
     bed.keeper_holds(0);
 }
 
@@ -178,16 +163,15 @@ async fn what_is_executed_in_a_container_has_a_descriptor_of_its_own() {
     assert_eq!(program.line(), "here");
     let link = bed.link().await;
     let first = next(&link).await;
-    let _firsts = calls(&first);
     let connect = "import socket; print(socket.socket().connect_ex(('10.20.30.40', 513)))";
     let executed = Program::start(Command::new("crun").args(["exec", &bundle.name, "python3", "-Iuc", connect]));
-    let second = next(&link).await;
-    assert_eq!(second.container.id, bundle.name);
-    let mut calls = calls(&second);
-    let pending = soon(calls.recv()).await.unwrap();
-    assert_ne!(pending.notification.tid, first.container.pid);
+    let mut second = next(&link).await;
+    let container = second.held.container.clone();
+    assert_eq!(container.id, bundle.name);
+    let pending = call(&mut second).await;
+    assert_ne!(pending.notification.tid, first.held.container.pid);
     // crun 1.8 does not say it here.
-    assert!([0, pending.notification.tid].contains(&second.container.pid), "{:?}", second.container);
+    assert!([0, pending.notification.tid].contains(&container.pid), "{container:?}");
     pending.answer(Answer::Errno(libc::EHOSTDOWN)).unwrap();
     assert_eq!(executed.line(), libc::EHOSTDOWN.to_string());
     program.say("end");

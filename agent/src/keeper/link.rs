@@ -26,8 +26,8 @@ use crate::sys::{
 };
 
 /// Calls of one filter that the agent has in its hands at once; what comes beyond goes the proxied way. So one pod cannot
-/// take the whole ledger.
-const CALLS: u64 = 4096;
+/// take the whole ledger, nor the time that the kernel needs to look through a filter's held calls at each receive.
+const CALLS: u64 = 1024;
 
 /// A connection to the keeper.
 #[derive(Debug)]

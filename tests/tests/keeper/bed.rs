@@ -2,7 +2,6 @@
 //! as an agent that does line by line what the test says.
 
 use std::{
-    cell::RefCell,
     io::{self, BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
@@ -11,7 +10,6 @@ use std::{
         mpsc::{self, Receiver},
     },
     thread,
-    time::{Duration, Instant},
 };
 
 use marline::{
@@ -28,6 +26,10 @@ use nix::{
     unistd::Pid,
 };
 use tempfile::TempDir;
+use tokio::{
+    sync::mpsc::{UnboundedReceiver, error::TryRecvError, unbounded_channel},
+    task::JoinHandle,
+};
 
 const AGENT: &str = "MARLINE_TEST_KEPT_AGENT";
 const MARK: &str = "@@ ";
@@ -109,70 +111,61 @@ pub(crate) async fn soon<T>(what: impl Future<Output = T>) -> T {
 }
 
 /// The next descriptor.
-pub(crate) async fn next(link: &Link) -> Arc<Held> {
-    Arc::new(soon(link.next()).await.unwrap().expect("the keeper lives"))
+pub(crate) async fn next(link: &Link) -> Calls {
+    Calls::of(soon(link.next()).await.unwrap().expect("the keeper lives"))
 }
 
-/// The next call.
-pub(crate) async fn call(held: &Arc<Held>) -> Pending {
-    soon(waited_for(held)).await
+/// The next call that waits for its answer.
+pub(crate) async fn call(calls: &mut Calls) -> Pending {
+    soon(calls.waiting.recv()).await.expect("a task lives")
 }
 
-/// What the program says, while calls that go on in any case do so.
-pub(crate) async fn line(held: &Arc<Held>, program: &Program) -> String {
-    let mut said = None;
-    let end = Instant::now() + seconds(30);
-    while said.is_none() {
-        assert!(Instant::now() < end, "it says nothing");
-        go_on(held);
-        said = program.spoke();
-        tokio::time::sleep(Duration::from_millis(2)).await;
+/// The calls under one filter. Those that go on in any case do so, whatever the test waits for meanwhile.
+pub(crate) struct Calls {
+    pub held: Arc<Held>,
+    waiting: UnboundedReceiver<Pending>,
+    going_on: JoinHandle<()>,
+}
+
+impl Calls {
+    fn of(held: Held) -> Self {
+        let held = Arc::new(held);
+        let (found, waiting) = unbounded_channel();
+        let receiving = held.clone();
+        let going_on = tokio::spawn(async move {
+            while let Ok(Some(pending)) = receiving.recv().await {
+                if pending.notification.call.goes_on() {
+                    pending.answer(Answer::Continue).unwrap();
+                } else if found.send(pending).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { held, waiting, going_on }
     }
-    said.unwrap()
-}
 
-/// Lets a program start: until it waits for what it is told.
-pub(crate) async fn started(held: &Arc<Held>, program: &Program) {
-    let end = Instant::now() + seconds(30);
-    let waits = || {
-        let call = std::fs::read_to_string(format!("/proc/{}/syscall", program.pid())).unwrap_or_default();
-        call.starts_with(&format!("{} 0x0 ", libc::SYS_read))
-    };
-    while !waits() {
-        assert!(Instant::now() < end, "it does not start");
-        go_on(held);
-        tokio::time::sleep(Duration::from_millis(2)).await;
+    /// A call that has come already.
+    pub(crate) fn next_now(&mut self) -> Result<Pending, TryRecvError> {
+        self.waiting.try_recv()
+    }
+
+    /// Waits until no task is left; no call must be.
+    pub(crate) async fn end(&mut self) {
+        let call = soon(self.waiting.recv()).await;
+        assert!(call.is_none(), "{call:?}");
+    }
+
+    /// From now on nothing is received but by the test itself.
+    pub(crate) async fn stop(&mut self) -> Arc<Held> {
+        self.going_on.abort();
+        let _ = (&mut self.going_on).await;
+        self.held.clone()
     }
 }
 
-thread_local! {
-    /// A call that came while something else was waited for.
-    static NEXT: RefCell<Option<Pending>> = const { RefCell::new(None) };
-}
-
-fn go_on(held: &Arc<Held>) {
-    while NEXT.with_borrow(Option::is_none)
-        && let Some(pending) = held.try_recv().unwrap()
-    {
-        if pending.notification.call.goes_on() {
-            pending.answer(Answer::Continue).unwrap();
-        } else {
-            NEXT.set(Some(pending));
-        }
-    }
-}
-
-/// The next call that waits for its answer; those that go on in any case do so.
-async fn waited_for(held: &Arc<Held>) -> Pending {
-    if let Some(pending) = NEXT.take() {
-        return pending;
-    }
-    loop {
-        let pending = held.recv().await.unwrap().unwrap();
-        if !pending.notification.call.goes_on() {
-            return pending;
-        }
-        pending.answer(Answer::Continue).unwrap();
+impl Drop for Calls {
+    fn drop(&mut self) {
+        self.going_on.abort();
     }
 }
 
@@ -281,23 +274,26 @@ pub(crate) fn agent_process() {
         return;
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let (mut link, mut held, mut pending) = (None, None, None);
+    let (mut link, mut calls, mut pending) = (None, None, None);
     for line in io::stdin().lines() {
         let line = line.unwrap();
         let answer = match line.as_str() {
             "link" => {
-                let opened = runtime.block_on(Link::open(Path::new(&dir))).unwrap();
-                opened.ready().unwrap();
-                link = Some(opened);
+                link = Some(runtime.block_on(Link::open(Path::new(&dir))).unwrap());
                 "linked".to_owned()
             }
+            "ready" => {
+                link.as_ref().unwrap().ready().unwrap();
+                "said".to_owned()
+            }
             "held" => {
-                let next = runtime.block_on(link.as_ref().unwrap().next()).unwrap().unwrap();
-                held = Some(Arc::new(next));
-                held.as_ref().unwrap().id.to_string()
+                let next = runtime.block_on(next(link.as_ref().unwrap()));
+                let id = next.held.id.to_string();
+                calls = Some(next);
+                id
             }
             "recv" => {
-                let call = runtime.block_on(waited_for(held.as_ref().unwrap()));
+                let call = runtime.block_on(call(calls.as_mut().unwrap()));
                 let name = match call.notification.call {
                     Call::Connect { .. } => "connect",
                     Call::Accept { .. } => "accept",
@@ -311,8 +307,7 @@ pub(crate) fn agent_process() {
                 "begun".to_owned()
             }
             "serve" => {
-                let held = held.clone().unwrap();
-                runtime.spawn(async move { serve(&held).await });
+                runtime.spawn(serve(calls.take().unwrap()));
                 "serving".to_owned()
             }
             other => panic!("what is {other}?"),
@@ -323,12 +318,8 @@ pub(crate) fn agent_process() {
 }
 
 /// Answers each call after a moment in which the agent may be killed.
-async fn serve(held: &Arc<Held>) {
-    while let Ok(Some(mut pending)) = held.recv().await {
-        if pending.notification.call.goes_on() {
-            let _ = pending.answer(Answer::Continue);
-            continue;
-        }
+async fn serve(mut calls: Calls) {
+    while let Some(mut pending) = calls.waiting.recv().await {
         pending.begin();
         tokio::task::yield_now().await;
         let _ = pending.answer(Answer::Value(0));

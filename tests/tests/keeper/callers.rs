@@ -1,9 +1,9 @@
 //! Reaching the process behind a held call: its memory, its descriptors, its signals, however its threads are arranged.
 
-use std::{io, net::TcpListener, os::fd::AsFd, os::unix::fs::MetadataExt, sync::Arc};
+use std::{io, net::TcpListener, os::fd::AsFd, os::unix::fs::MetadataExt};
 
 use marline::{
-    keeper::{Held, Pending},
+    keeper::Pending,
     sys::{
         process::{self, Caller},
         seccomp::{Answer, Call},
@@ -29,15 +29,10 @@ fn connect(pending: &Pending) -> (i32, u64, u32) {
     }
 }
 
-async fn held(bed: &Bed) -> (marline::keeper::Link, Arc<Held>) {
-    let link = bed.link().await;
-    let held = next(&link).await;
-    (link, held)
-}
-
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_callers_address_and_socket_are_those_of_its_call() {
     let bed = Bed::new(LONG);
+    let link = bed.link().await;
     let program = bed.python(
         "
 import socket, os, threading
@@ -49,9 +44,9 @@ work()
 t = threading.Thread(target=work); t.start(); t.join()
 ",
     );
-    let (_link, held) = held(&bed).await;
+    let mut calls = next(&link).await;
     for leader in [true, false] {
-        let pending = call(&held).await;
+        let pending = call(&mut calls).await;
         let (fd, address, length) = connect(&pending);
         let tid = pending.notification.tid;
         assert_eq!(tid == program.pid(), leader);
@@ -70,9 +65,10 @@ t = threading.Thread(target=work); t.start(); t.join()
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_thread_whose_leader_is_dead_is_reached_or_refused_but_never_mistaken() {
     let bed = Bed::new(LONG);
+    let link = bed.link().await;
     let program = bed.python(
         "
 import socket, os, threading, ctypes
@@ -87,24 +83,29 @@ threading.Thread(target=work).start()
 libc.syscall(60, 0)
 ",
     );
-    let (_link, held) = held(&bed).await;
-    let pending = call(&held).await;
+    let mut calls = next(&link).await;
+    let pending = call(&mut calls).await;
     let (fd, address, length) = connect(&pending);
     let expected = program.line();
     match Caller::of(pending.notification.tid) {
         Ok(caller) => {
             assert_eq!(inode(caller.descriptor(fd).unwrap()), expected);
             assert_eq!(caller.read(address, length as usize).unwrap()[4..8], [10, 20, 30, 40]);
+            println!("reached");
         }
-        Err(error) => assert_eq!(error.kind(), io::ErrorKind::Unsupported, "{error}"),
+        Err(error) => {
+            assert_eq!(error.kind(), io::ErrorKind::Unsupported, "{error}");
+            println!("refused: {error}");
+        }
     }
     pending.answer(Answer::Errno(libc::EHOSTDOWN)).unwrap();
     assert_eq!(program.line(), libc::EHOSTDOWN.to_string());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_thread_with_descriptors_of_its_own_is_reached_or_refused_but_never_mistaken() {
     let bed = Bed::new(LONG);
+    let link = bed.link().await;
     let program = bed.python(
         "
 import socket, os, threading, ctypes
@@ -118,8 +119,8 @@ def work():
 t = threading.Thread(target=work); t.start(); t.join()
 ",
     );
-    let (_link, held) = held(&bed).await;
-    let pending = call(&held).await;
+    let mut calls = next(&link).await;
+    let pending = call(&mut calls).await;
     let expected = program.line();
     match Caller::of(pending.notification.tid) {
         Ok(caller) => assert_eq!(inode(caller.descriptor(connect(&pending).0).unwrap()), expected),
@@ -127,9 +128,10 @@ t = threading.Thread(target=work); t.start(); t.join()
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_socket_is_given_with_its_address_and_its_flag() {
     let bed = Bed::new(LONG);
+    let link = bed.link().await;
     let program = bed.python(
         "
 import socket, fcntl
@@ -138,8 +140,8 @@ s, address = l.accept()
 print(address[0], address[1], s.recv(4).decode(), fcntl.fcntl(s.fileno(), fcntl.F_GETFD))
 ",
     );
-    let (_link, held) = held(&bed).await;
-    let mut pending = call(&held).await;
+    let mut calls = next(&link).await;
+    let mut pending = call(&mut calls).await;
     let Call::Accept { address, length, flags, .. } = pending.notification.call else { panic!("{pending:?}") };
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -155,9 +157,10 @@ print(address[0], address[1], s.recv(4).decode(), fcntl.fcntl(s.fileno(), fcntl.
     assert_eq!(program.line(), "9.8.7.6 258 ahoy 1");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn memory_that_is_not_there_is_a_fault_and_half_of_it_is_half() {
     let bed = Bed::new(LONG);
+    let link = bed.link().await;
     let _program = bed.python(
         "
 import ctypes, mmap
@@ -168,8 +171,8 @@ libc.munmap(ctypes.c_void_p(area + 4096), ctypes.c_size_t(4096))
 libc.syscall(42, 0, ctypes.c_void_p(area + 4090), 16)
 ",
     );
-    let (_link, held) = held(&bed).await;
-    let pending = call(&held).await;
+    let mut calls = next(&link).await;
+    let pending = call(&mut calls).await;
     let (_, address, length) = connect(&pending);
     let caller = Caller::of(pending.notification.tid).unwrap();
     assert_eq!(caller.read(address, length as usize).unwrap().len(), 6);
@@ -182,9 +185,10 @@ libc.syscall(42, 0, ctypes.c_void_p(area + 4090), 16)
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_caller_at_its_limit_of_descriptors_can_be_told_so() {
     let bed = Bed::new(LONG);
+    let link = bed.link().await;
     let program = bed.python(
         "
 import socket, resource
@@ -194,8 +198,8 @@ try: l.accept()
 except OSError as e: print(e.errno)
 ",
     );
-    let (_link, held) = held(&bed).await;
-    let mut pending = call(&held).await;
+    let mut calls = next(&link).await;
+    let mut pending = call(&mut calls).await;
     let error = pending.give(io::stdin().as_fd(), true).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EMFILE));
     assert!(pending.valid(), "it waits still");
@@ -203,9 +207,10 @@ except OSError as e: print(e.errno)
     assert_eq!(program.line(), libc::EMFILE.to_string());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_signal_for_a_held_caller_is_seen_and_delivered_when_the_call_goes_on() {
     let bed = Bed::new(LONG);
+    let link = bed.link().await;
     let program = bed.python(
         "
 import socket, signal
@@ -215,8 +220,8 @@ l = socket.socket(); l.listen()
 l.accept()
 ",
     );
-    let (_link, held) = held(&bed).await;
-    let pending = call(&held).await;
+    let mut calls = next(&link).await;
+    let pending = call(&mut calls).await;
     let tid = pending.notification.tid;
     let pid = Pid::from_raw(program.pid().try_into().unwrap());
     // One that the thread blocks does not count.
@@ -231,16 +236,17 @@ l.accept()
     pending.answer(Answer::Continue).unwrap();
     assert_eq!(program.line(), "signal");
     // Python tries again.
-    let again = call(&held).await;
+    let again = call(&mut calls).await;
     assert!(matches!(again.notification.call, Call::Accept { .. }));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_thread_that_is_gone_is_no_caller() {
     let bed = Bed::new(LONG);
+    let link = bed.link().await;
     let mut program = bed.python("import socket; socket.socket().connect(('10.20.30.40', 513))");
-    let (_link, held) = held(&bed).await;
-    let pending = call(&held).await;
+    let mut calls = next(&link).await;
+    let pending = call(&mut calls).await;
     let (fd, address, _) = connect(&pending);
     let caller = Caller::of(pending.notification.tid).unwrap();
     assert!(pending.valid());

@@ -40,12 +40,12 @@ pub(crate) fn told(bed: &Bed, text: &[u8], descriptors: &[BorrowedFd<'_>]) -> St
 async fn works(bed: &Bed) {
     let mut program = bed.python("input()");
     let link = bed.link().await;
-    assert_eq!(next(&link).await.container.pid, program.pid());
+    assert_eq!(next(&link).await.held.container.pid, program.pid());
     program.kill();
     bed.keeper_holds(0);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn messages_that_are_no_container_states_are_refused_with_a_reason() {
     let bed = Bed::new(LONG);
     let file = File::open("/dev/null").unwrap();
@@ -71,7 +71,7 @@ async fn messages_that_are_no_container_states_are_refused_with_a_reason() {
     works(&bed).await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_message_without_an_end_is_cut_off() {
     let bed = Bed::new(LONG);
     let long = format!("{{\"fds\":[\"{}", "x".repeat(4 << 20));
@@ -83,7 +83,7 @@ async fn a_message_without_an_end_is_cut_off() {
     works(&bed).await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_message_in_pieces_is_taken_as_one() {
     let bed = Bed::new(LONG);
     let mut program = bed.python("input()");
@@ -92,19 +92,19 @@ async fn a_message_in_pieces_is_taken_as_one() {
     // The same descriptor again, from a slow sender.
     let mut stream = UnixStream::connect(seccomp_socket(&bed.dir())).unwrap();
     stream.set_read_timeout(Some(seconds(20))).unwrap();
-    pass::send(&stream, &STATE.as_bytes()[..1], &[held.as_fd()]).unwrap();
+    pass::send(&stream, &STATE.as_bytes()[..1], &[held.held.as_fd()]).unwrap();
     for byte in &STATE.as_bytes()[1..] {
         stream.write_all(&[*byte]).unwrap();
     }
     let mut answer = [0];
     stream.read_exact(&mut answer).unwrap();
     assert_eq!(answer, [b'+'], "though its sender has not closed");
-    assert_eq!(next(&link).await.container, Container { pid: 1, id: "x".into(), metadata: String::new() });
+    assert_eq!(next(&link).await.held.container, Container { pid: 1, id: "x".into(), metadata: String::new() });
     program.kill();
     bed.keeper_holds(0);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn peers_that_say_nothing_and_many_of_them_keep_nobody_out() {
     let bed = Bed::new(LONG);
     for _ in 0..200 {
@@ -122,7 +122,7 @@ async fn peers_that_say_nothing_and_many_of_them_keep_nobody_out() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn agents_that_speak_or_leave_do_not_matter() {
     let bed = Bed::new(LONG);
     let connect = || {

@@ -14,7 +14,7 @@ use marline_tests::{
     process::{output, succeed},
 };
 
-use crate::bed::{Bed, LONG, Program, call, line, marline, next, python};
+use crate::bed::{Bed, LONG, Program, call, marline, next, python};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -85,7 +85,7 @@ fn a_filter_inside_of_a_filter_is_refused_with_its_reason() {
     assert!(text.contains("under one that holds calls already"), "{text}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn connect_and_both_accepts_are_held_with_their_arguments() {
     let bed = Bed::new(LONG);
     let link = bed.link().await;
@@ -101,21 +101,21 @@ libc.syscall(288, s.fileno(), ctypes.c_long(0), ctypes.c_long(0), socket.SOCK_CL
 libc.syscall(288, -1, ctypes.c_long(-1), ctypes.c_long(-1), -1)
 ",
     );
-    let held = next(&link).await;
-    let fd: i32 = line(&held, &program).await.parse().unwrap();
+    let mut calls = next(&link).await;
+    let fd: i32 = program.line().parse().unwrap();
     for expected in [
         Call::Connect { fd, address: 0x1234, length: 28 },
         Call::Accept { fd, address: 0x5678, length: 0x9abc, flags: 0 },
         Call::Accept { fd, address: 0, length: 0, flags: libc::SOCK_CLOEXEC },
         Call::Accept { fd: -1, address: u64::MAX, length: u64::MAX, flags: -1 },
     ] {
-        let pending = call(&held).await;
+        let pending = call(&mut calls).await;
         assert_eq!(pending.notification.call, expected);
         pending.answer(Answer::Errno(libc::EPERM)).unwrap();
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn sockets_that_are_not_tcp_work_when_their_calls_go_on() {
     let bed = Bed::new(LONG);
     let link = bed.link().await;
@@ -130,18 +130,18 @@ u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(('127.0.0.1', 0))
 v = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); v.connect(u.getsockname()); v.send(b'udp'); print(u.recv(4).decode())
 ",
     );
-    let held = next(&link).await;
+    let mut calls = next(&link).await;
     for expected in ["connect", "accept", "connect"] {
-        let pending = call(&held).await;
+        let pending = call(&mut calls).await;
         let name = if matches!(pending.notification.call, Call::Connect { .. }) { "connect" } else { "accept" };
         assert_eq!(name, expected);
         pending.answer(Answer::Continue).unwrap();
     }
-    assert_eq!(line(&held, &program).await, "unix");
-    assert_eq!(line(&held, &program).await, "udp");
+    assert_eq!(program.line(), "unix");
+    assert_eq!(program.line(), "udp");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn children_and_what_they_become_are_under_the_filter() {
     let bed = Bed::new(LONG);
     let link = bed.link().await;
@@ -149,10 +149,10 @@ async fn children_and_what_they_become_are_under_the_filter() {
     let python = python();
     let script = format!("{python} -Ic '{connect}' & wait; (exec {python} -Ic '{connect}')");
     let program = Program::start(bed.run().args(["sh", "-c", &script]));
-    let held = next(&link).await;
+    let mut calls = next(&link).await;
     for errno in [libc::EHOSTDOWN, libc::ENETDOWN] {
-        call(&held).await.answer(Answer::Errno(errno)).unwrap();
-        assert_eq!(line(&held, &program).await, errno.to_string());
+        call(&mut calls).await.answer(Answer::Errno(errno)).unwrap();
+        assert_eq!(program.line(), errno.to_string());
     }
 }
 
@@ -202,7 +202,7 @@ fn elf(wide: bool, hex: &str, file: &Path) {
     fs::set_permissions(file, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn calls_by_other_entries_are_not_held() {
     if cfg!(not(target_arch = "x86_64")) {
         println!("SKIPPED: calls_by_other_entries_are_not_held: the other entries are x86's");
@@ -227,12 +227,11 @@ async fn calls_by_other_entries_are_not_held() {
         // Held, it would wait: there is nobody who answers.
         let code = program.code();
         assert!(expected.iter().any(|errno| code == Some(*errno)), "{name}: {code:?}");
-        let held = next(&link).await;
-        assert!(held.try_recv().unwrap().is_none(), "{name}");
+        next(&link).await.end().await;
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_programs_own_filters_go_on_working() {
     let bed = Bed::new(LONG);
     let link = bed.link().await;
@@ -254,11 +253,11 @@ deny(42, 13)
 print(socket.socket().connect_ex(('127.0.0.1', 1)))
 ",
     );
-    let held = next(&link).await;
-    assert_eq!(line(&held, &program).await, "-1 77", "its own filter refuses getpid");
-    call(&held).await.answer(Answer::Errno(libc::EHOSTDOWN)).unwrap();
-    assert_eq!(line(&held, &program).await, libc::EHOSTDOWN.to_string(), "and connect is held all the same");
-    assert_eq!(line(&held, &program).await, "13", "until the program refuses itself");
+    let mut calls = next(&link).await;
+    assert_eq!(program.line(), "-1 77", "its own filter refuses getpid");
+    call(&mut calls).await.answer(Answer::Errno(libc::EHOSTDOWN)).unwrap();
+    assert_eq!(program.line(), libc::EHOSTDOWN.to_string(), "and connect is held all the same");
+    assert_eq!(program.line(), "13", "until the program refuses itself");
 }
 
 #[test]
