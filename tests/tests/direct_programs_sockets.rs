@@ -45,7 +45,6 @@ const fn way(client: &'static str, server: &'static str, ways: Ways) -> Row {
 }
 
 #[test]
-#[ignore = "its clients and servers wait for each other since they end connections in another way; to be found out"]
 fn every_way_to_accept_is_as_without_a_mesh() -> Result<()> {
     rows(&[
         row("plain", "plain"),
@@ -73,7 +72,6 @@ fn every_way_to_accept_is_as_without_a_mesh() -> Result<()> {
 }
 
 #[test]
-#[ignore = "its clients and servers wait for each other since they end connections in another way; to be found out"]
 fn listeners_and_connections_may_be_shared_and_passed_between_processes() -> Result<()> {
     rows(&[
         times("threads", "fork", 12),
@@ -88,7 +86,6 @@ fn listeners_and_connections_may_be_shared_and_passed_between_processes() -> Res
 }
 
 #[test]
-#[ignore = "its clients and servers wait for each other since they end connections in another way; to be found out"]
 fn every_way_to_connect_is_as_without_a_mesh() -> Result<()> {
     rows(&[
         row("poll", "fork"),
