@@ -61,7 +61,7 @@ def exchange(sock, size=SIZE, receive=read_all, send=None):
 
     Little is ended only after the first of it has come back: the kernel takes no keys for a connection that the other end has ended, so
     a server's agent that is slower than the whole of it has to stay on the way."""
-    sent, failures = payload(size), []
+    sent, failures, answered = payload(size), [], threading.Event()
 
     def sender():
         try:
@@ -69,14 +69,16 @@ def exchange(sock, size=SIZE, receive=read_all, send=None):
                 sock.sendall(sent)
             else:
                 send(sock, sent)
-            if size < SIZE:
-                wait_readable(sock)
+            answered.wait()
             sock.shutdown(socket.SHUT_WR)
         except OSError as error:
             failures.append(error)
 
     thread = threading.Thread(target=sender)
     thread.start()
+    if size < SIZE:
+        wait_readable(sock)
+    answered.set()
     got = receive(sock)
     thread.join()
     check(not failures, "sending:", failures)

@@ -10,7 +10,10 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -40,13 +43,20 @@ type Key = (SocketAddr, SocketAddr);
 pub(super) struct Server {
     offers: Mutex<HashMap<Key, Offer>>,
     pub waiting: Waiting,
+    /// How many held accepts are being carried out: what has left a listener's queue may be on its way to them.
+    taking: AtomicUsize,
     /// Ports at which connections are accepted without accept() being held.
     unheard: Mutex<HashMap<(NetnsCookie, u16), ()>>,
 }
 
 impl Server {
     pub fn new() -> io::Result<Self> {
-        Ok(Self { offers: Mutex::default(), waiting: Waiting::new()?, unheard: Mutex::default() })
+        Ok(Self {
+            offers: Mutex::default(),
+            waiting: Waiting::new()?,
+            taking: AtomicUsize::new(0),
+            unheard: Mutex::default(),
+        })
     }
 
     fn claim(&self, key: Key) -> Option<Offer> {
@@ -136,10 +146,12 @@ impl Offered {
         (&mut self.taken).await.map_err(|_| Why::AddressFamily)
     }
 
-    /// A socket in a listener's queue has no inode yet.
+    /// Whether somebody else than the agent has accepted the leg: a socket in a listener's queue has no inode yet. One that a held
+    /// accept is about to claim is not told apart, so it is looked at again later.
     fn was_accepted(&self, leg: &TcpStream) -> bool {
         let Ok(source) = leg.local_addr() else { return true };
         watch::accepted(&self.pod, self.key.1, source)
+            && self.ctx.direct.as_ref().is_none_or(|direct| direct.server.taking.load(Ordering::SeqCst) == 0)
     }
 }
 
@@ -269,9 +281,26 @@ fn note(ctx: &Context, netns: NetnsCookie, listener: &OwnedFd) {
     }
 }
 
+/// An accept that is being carried out, up to its claim.
+struct Taking<'a>(&'a AtomicUsize);
+
+impl<'a> Taking<'a> {
+    fn begin(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for Taking<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 /// Accepts and answers; the waiter comes back if nobody has connected.
 pub(super) fn take(ctx: &Arc<Context>, mut waiter: Box<Waiter>, listener: &OwnedFd) -> Result<(), Box<Waiter>> {
     let Some(direct) = &ctx.direct else { return Ok(()) };
+    let taking = Taking::begin(&direct.server.taking);
     let (socket, client) = match options::accept_now(listener) {
         Ok(accepted) => accepted,
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(waiter),
@@ -283,9 +312,10 @@ pub(super) fn take(ctx: &Arc<Context>, mut waiter: Box<Waiter>, listener: &Owned
     };
     let v6 = socket2::SockRef::from(&socket).domain().is_ok_and(|domain| domain == socket2::Domain::IPV6);
     let local = socket2::SockRef::from(&socket).local_addr().ok().and_then(|address| address.as_socket());
-    if let (Some(client), Some(local)) = (client, local)
-        && let Some(offer) = direct.server.claim((parts::canonical(client), parts::canonical(local)))
-    {
+    let key = client.zip(local).map(|(client, local)| (parts::canonical(client), parts::canonical(local)));
+    let claimed = key.and_then(|key| direct.server.claim(key));
+    drop(taking);
+    if let Some(offer) = claimed {
         // An application that listens for IPv6 must not be given an IPv4 socket; the next one will be fit.
         if v6 == offer.v6 {
             let Waiter { call, caller, wanted, .. } = *waiter;
