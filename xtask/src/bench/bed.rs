@@ -181,7 +181,7 @@ fn carrier(entry: &Entry) -> String {
 }
 
 fn serve(pod: &Pod, load: &Path) -> Result<Process> {
-    pod.serve("bench_load", pod.command(load).arg("serve").arg(pod.socket(FAMILY, PORT).to_string()), PORT)
+    pod.serve("bench_load", pod.command(load).arg("serve").arg(format!("[::]:{PORT}")), PORT)
 }
 
 /// Far more than any mode needs: it is there to end what hangs.

@@ -12,6 +12,9 @@ use super::{
     stats::{Compared, Series},
 };
 
+/// What strangers may take of the machine before its clock tells more of them than of us.
+const NOISY: f64 = 0.1;
+
 /// The values of one figure in one mode.
 pub(super) struct Measured {
     pub figure: Figure,
@@ -162,6 +165,11 @@ impl Report {
                 100.0 * others.median,
                 100.0 * others.max
             );
+            if others.median > NOISY {
+                text.push_str(
+                    "That is too much: take latencies and throughput for nothing, and processor time with care.\n",
+                );
+            }
         }
         if let Some(idle) = self.idle.as_ref().filter(|_| self.place.counted) {
             let _ = writeln!(
