@@ -29,7 +29,7 @@ use crate::{
         probe,
     },
     state::State,
-    tls::config::WITHOUT_RECORDS,
+    tls::{config::WITHOUT_RECORDS, records::AES_GCM_BYTES},
     words::PumpKind,
 };
 
@@ -53,8 +53,6 @@ pub enum AppError {
     Admin(#[from] admin::AdminError),
     #[error("a part of the agent ended by itself: {0}")]
     Ended(String),
-    #[error("direct connections")]
-    Direct(#[source] io::Error),
     #[error("signals")]
     Signal(#[source] io::Error),
     #[error("the asynchronous runtime")]
@@ -114,10 +112,11 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
     })?;
     let direct = match &agent.direct {
         DirectConfig { mode: DirectMode::Off, .. } => None,
-        DirectConfig { keeper, hold, .. } => {
+        DirectConfig { keeper, hold, key_limit, .. } => {
             let keeper = keeper.clone().unwrap_or_else(|| crate::keeper::DIRECTORY.into());
-            let settings = DirectSettings { keeper, hold: *hold };
-            Some(Direct::new(settings, &kernel).map_err(AppError::Direct)?)
+            let settings =
+                DirectSettings { keeper, hold: *hold, key_limit: key_limit.unwrap_or(u64::MAX).min(AES_GCM_BYTES) };
+            Some(Direct::new(settings, &kernel))
         }
     };
     if WITHOUT_RECORDS {

@@ -16,7 +16,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use link::{Held, Link, Pending};
+pub use link::{Held, Link, Pending, Receiver};
 pub use offer::{Offer, OfferError};
 use serde::{Deserialize, Serialize};
 pub use serve::serve;

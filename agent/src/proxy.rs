@@ -4,6 +4,7 @@
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex, atomic::Ordering},
     time::{Duration, Instant, SystemTime},
@@ -18,7 +19,7 @@ use crate::{
     metrics::Metrics,
     state::{LocalPod, State},
     sys::netns::{Netns, NetnsCookie},
-    tls::config,
+    tls::config::{self, Ciphers},
     words::{Direction, Mode, TlsFacts, with_causes},
 };
 
@@ -70,6 +71,8 @@ pub struct Context {
     pub log: AccessLog,
     /// `None` where direct connections are off.
     pub direct: Option<Direct>,
+    /// Where tasks live as long as the agent, from whatever thread they are started.
+    runtime: tokio::runtime::Handle,
     pods_changed: watch::Sender<u64>,
     /// Which pod, by its path, each namespace is served for: two paths may lead to one namespace.
     served: Mutex<HashMap<NetnsCookie, PathBuf>>,
@@ -102,6 +105,7 @@ struct Running {
 }
 
 impl Proxy {
+    /// To be called within a tokio runtime.
     pub fn new(parts: Parts) -> Self {
         let Parts { state, identities, capture, kernel, settings, metrics, log, direct } = parts;
         let ctx = Context {
@@ -115,6 +119,7 @@ impl Proxy {
             metrics,
             log,
             direct,
+            runtime: tokio::runtime::Handle::current(),
             pods_changed: watch::Sender::new(0),
             served: Mutex::default(),
         };
@@ -244,6 +249,18 @@ impl Proxy {
 }
 
 impl Context {
+    /// After a connection to, or at, this end.
+    fn learn_from(&self, result: &Result<(), PumpError>, direction: Direction, end: SocketAddr) {
+        if let (Some(direct), Err(PumpError::KeySpent)) = (&self.direct, result) {
+            direct.lasts(direction, end);
+        }
+    }
+
+    /// What a connection should be sealed with: see `direct::Direct::ciphers`.
+    fn ciphers(&self, direction: Direction, end: SocketAddr) -> Ciphers {
+        self.direct.as_ref().map_or(Ciphers::Fastest, |direct| direct.ciphers(direction, end))
+    }
+
     fn svid(&self, id: &SpiffeId) -> Result<Arc<Svid>, Refusal> {
         self.identities
             .svid(id)

@@ -11,7 +11,8 @@ use marline::{
     identity::{Ca, SpiffeId, Svid, TrustDomain},
     tls::{
         config::{
-            Accept, Offer, Sni, client_config, peer_id, provider, server_config, server_config_noting, server_name,
+            Accept, Ciphers, Offer, Sni, client_config, peer_id, provider, server_config, server_config_with,
+            server_name,
         },
         verifier::{PeerFailure, Reason, explain},
     },
@@ -186,7 +187,8 @@ fn the_server_notes_the_name_that_its_client_asks_for() {
     let sni = Sni::default();
     let server = mesh.svid("web");
     let config =
-        server_config_noting(&server, mesh.ca.roots(), &mesh.trust_domain, Accept::Plain, sni.clone()).unwrap();
+        server_config_with(Ciphers::Fastest, &server, mesh.ca.roots(), &mesh.trust_domain, Accept::Plain, sni.clone())
+            .unwrap();
     assert_eq!(sni.get(), None);
     let outcome = handshake(&mesh.client(&mesh.svid("client"), "web"), &config);
     assert!(outcome.server.is_ok() && outcome.client.is_ok());

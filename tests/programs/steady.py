@@ -1,8 +1,13 @@
 """One connection that lives: `serve PORT` echoes lines, `call HOST PORT` sends a line, waits for its echo and says so, again and again.
 `take PORT` reads slowly to the end and says how much came; `leave HOST PORT` writes without waiting until nothing more is taken, and
-closes or shuts down at once. `race HOST PORT MARKER` connects while other threads write on the socket and read from it."""
+closes or shuts down at once. `fill HOST PORT BYTES` sends and receives until its connection ends, and then so many bytes on another.
+`hold HOST PORT` sends from memory that does not come, so that its socket's lock is held, and shuts down. `race HOST PORT MARKER` connects while other threads write on the socket and read from it."""
 
+import ctypes
+import fcntl
+import platform
 import socket
+import struct
 import sys
 import threading
 import time
@@ -84,6 +89,52 @@ def leave(host, port):
         print("left", accepted, flush=True)
 
 
+def fill(host, port, size):
+    block = bytes(range(256)) * 16
+
+    def rounds(connection, until):
+        """How many blocks went there and came back before the end."""
+        done = 0
+        try:
+            while done * len(block) < until:
+                connection.sendall(block)
+                back = b""
+                while len(back) < len(block):
+                    part = connection.recv(len(block))
+                    if not part:
+                        return done, "the end came"
+                    back += part
+                if back != block:
+                    return done, "WRONG"
+                done += 1
+                time.sleep(0.002)
+        except OSError as error:
+            return done, type(error).__name__
+        return done, "enough"
+
+    for until in (1 << 40, int(size)):
+        with socket.create_connection((host, int(port))) as connection:
+            print("rounds", *rounds(connection, until), flush=True)
+
+
+def hold(host, port):
+    connection = socket.create_connection((host, int(port)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    page = libc.mmap(None, ctypes.c_size_t(4096), 3, 0x22, -1, ctypes.c_long(0))
+    # userfaultfd(2): whoever touches the page waits for a page that this program never gives.
+    faults = libc.syscall(323 if platform.machine() == "x86_64" else 282, 0)
+    assert faults >= 0, ctypes.get_errno()
+    fcntl.ioctl(faults, 0xC018AA3F, struct.pack("QQQ", 0xAA, 0, 0))
+    fcntl.ioctl(faults, 0xC020AA00, struct.pack("QQQQ", page, 4096, 1, 0))
+    send = threading.Thread(target=libc.send, args=(connection.fileno(), ctypes.c_void_p(page), ctypes.c_size_t(4096), 0))
+    send.start()
+    time.sleep(0.5)
+    print("holding", flush=True)
+    connection.shutdown(socket.SHUT_WR)
+    print("SHUT DOWN", flush=True)
+
+
 def race(host, port, marker):
     """Says what came of connecting again and again with writers and readers on the socket."""
     outcomes = {}
@@ -123,4 +174,4 @@ def race(host, port, marker):
 
 
 if __name__ == "__main__":
-    {"serve": serve, "call": call, "take": take, "leave": leave, "race": race}[sys.argv[1]](*sys.argv[2:])
+    {"serve": serve, "call": call, "take": take, "leave": leave, "fill": fill, "hold": hold, "race": race}[sys.argv[1]](*sys.argv[2:])

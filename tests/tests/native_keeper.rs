@@ -272,7 +272,7 @@ async fn a_caller_that_is_killed_while_it_waits_leaves_nothing_behind() {
     in_calls(program.pid(), libc::SYS_connect, 1);
     program.kill();
     assert!(held.try_recv().unwrap().is_none());
-    assert!(soon(held.recv()).await.unwrap().is_none());
+    assert!(soon(held.receiver().unwrap().recv()).await.unwrap().is_none());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]

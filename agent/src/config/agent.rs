@@ -77,6 +77,8 @@ pub struct DirectConfig {
     pub keeper: Option<PathBuf>,
     /// How long a non-blocking connect() may be held for a handshake.
     pub hold: Duration,
+    /// How many bytes, records included, one key of AES-GCM may seal, if it is to be less than the cipher allows.
+    pub key_limit: Option<u64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -241,14 +243,16 @@ fn read_records(spec: &mut Fields<'_>, report: &mut Report) -> RecordsConfig {
 }
 
 fn read_direct(spec: &mut Fields<'_>, report: &mut Report) -> DirectConfig {
-    let defaults = DirectConfig { mode: DirectMode::default(), keeper: None, hold: Duration::from_millis(20) };
+    let defaults =
+        DirectConfig { mode: DirectMode::default(), keeper: None, hold: Duration::from_millis(20), key_limit: None };
     let Some(mut fields) = spec.fields(report, "direct") else { return defaults };
     let modes = [("auto", DirectMode::Auto), ("off", DirectMode::Off)];
     let mode = fields.choice(report, "mode", &modes).unwrap_or_default();
     let keeper = fields.text(report, "keeper").and_then(|path| absolute(&fields, report, "keeper", path));
     let hold = fields.duration(report, "hold", Duration::from_millis(1)).unwrap_or(defaults.hold);
+    let key_limit = fields.quantity(report, "keyLimit");
     fields.finish(report, Unknown::Error);
-    DirectConfig { mode, keeper, hold }
+    DirectConfig { mode, keeper, hold, key_limit }
 }
 
 fn read_address(spec: &mut Fields<'_>, report: &mut Report, key: &'static str, default: (Ipv4Addr, u16)) -> SocketAddr {

@@ -151,6 +151,20 @@ impl<'a> Fields<'a> {
         None
     }
 
+    /// Bytes, as Kubernetes writes quantities: `4096`, `64Ki`, `1Mi`, `100Gi`.
+    pub(super) fn quantity(&mut self, report: &mut Report, key: &'static str) -> Option<u64> {
+        let node = self.take(key)?;
+        let quantity = match &node.value {
+            Value::Text(text) => parse_quantity(text),
+            Value::Integer(bytes) => u64::try_from(*bytes).ok(),
+            _ => None,
+        };
+        if quantity.is_none_or(|bytes| bytes == 0) {
+            self.error(report, key, "is not a number of bytes", "write it like `4096`, `64Ki` or `100Gi`");
+        }
+        quantity
+    }
+
     pub(super) fn socket(&mut self, report: &mut Report, key: &'static str) -> Option<SocketAddr> {
         let text = self.text(report, key)?;
         let parsed = text.parse().ok();
@@ -325,6 +339,20 @@ pub(super) fn parse_duration(text: &str) -> Option<Duration> {
         total = total.checked_add(Duration::try_from_secs_f64(number * seconds).ok()?)?;
     }
     (!text.is_empty()).then_some(total)
+}
+
+fn parse_quantity(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit: u64 = match &text[digits.len()..] {
+        "" => 1,
+        "Ki" => 1 << 10,
+        "Mi" => 1 << 20,
+        "Gi" => 1 << 30,
+        "Ti" => 1 << 40,
+        _ => return None,
+    };
+    // `parse` would take a sign.
+    digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse::<u64>().ok()?.checked_mul(unit))?
 }
 
 fn find<'a>(pairs: &'a [Pair], key: &str) -> Option<&'a Pair> {

@@ -5,7 +5,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
     sync::{
         Arc, Mutex, PoisonError,
@@ -23,6 +23,7 @@ use super::{
 use crate::sys::{
     pass,
     seccomp::{Answer, Listener, Notification},
+    watched::watched,
 };
 
 /// Calls of one filter that the agent has in its hands at once; what comes beyond goes the proxied way. So one pod cannot
@@ -49,7 +50,7 @@ impl Link {
         let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None).map_err(KeeperError::Link)?;
         socket.connect(&SockAddr::unix(&path).map_err(absent)?).map_err(absent)?;
         socket.set_nonblocking(true).map_err(KeeperError::Link)?;
-        let socket = watched(OwnedFd::from(socket))?;
+        let socket = watched(socket.into(), Interest::READABLE).map_err(KeeperError::Link)?;
         match receive(&socket).await? {
             Some((ToAgent::Ledger { version: VERSION }, memory)) => {
                 let ledger = Ledger::of(memory).map_err(KeeperError::Link)?;
@@ -72,7 +73,6 @@ impl Link {
             None => Ok(None),
             Some((ToAgent::Held { id, container }, descriptor)) => {
                 let listener = Listener::new(descriptor).map_err(KeeperError::Link)?;
-                let listener = watched(listener)?;
                 let spare = Mutex::default();
                 let calls = Arc::default();
                 Ok(Some(Held {
@@ -96,7 +96,7 @@ pub struct Held {
     /// The keeper's number of it; a successor of this agent hears the same.
     pub id: u64,
     pub container: Container,
-    listener: AsyncFd<Listener>,
+    listener: Listener,
     /// A place for the next notification. Its lock is also what makes receivers take turns.
     spare: Mutex<Option<Entry>>,
     /// How many calls are in the agent's hands; the Arc of each `Pending` counts.
@@ -106,24 +106,13 @@ pub struct Held {
 }
 
 impl Held {
-    /// The next call; none when no task is left under the filter.
-    pub async fn recv(self: &Arc<Self>) -> io::Result<Option<Pending>> {
-        loop {
-            if let Some(pending) = self.try_recv()? {
-                return Ok(Some(pending));
-            }
-            let mut ready = self.listener.readable().await?;
-            if let Some(pending) = self.try_recv()? {
-                return Ok(Some(pending));
-            }
-            if self.listener().abandoned()? {
-                return Ok(None);
-            }
-            ready.clear_ready();
-        }
+    /// Waits for calls in the runtime of the caller.
+    pub fn receiver(self: &Arc<Self>) -> io::Result<Receiver> {
+        let ready = self.listener.as_fd().try_clone_to_owned()?;
+        Ok(Receiver { held: self.clone(), ready: watched(ready, Interest::READABLE)? })
     }
 
-    /// The same without waiting; for threads that wait with poll(2), as this is readable when there is something to receive.
+    /// The next call that is there already; for threads that wait with poll(2), as this is readable when there is something to receive.
     pub fn try_recv(self: &Arc<Self>) -> io::Result<Option<Pending>> {
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
@@ -147,12 +136,38 @@ impl Held {
     }
 
     pub fn listener(&self) -> &Listener {
-        self.listener.get_ref()
+        &self.listener
     }
 
     /// How many calls were more than there were places for, and were left to the kernel.
     pub fn beyond(&self) -> u64 {
         self.beyond.load(Ordering::Relaxed)
+    }
+}
+
+/// Receives the calls of one filter.
+#[derive(Debug)]
+pub struct Receiver {
+    held: Arc<Held>,
+    ready: AsyncFd<OwnedFd>,
+}
+
+impl Receiver {
+    /// The next call; none when no task is left under the filter.
+    pub async fn recv(&self) -> io::Result<Option<Pending>> {
+        loop {
+            if let Some(pending) = self.held.try_recv()? {
+                return Ok(Some(pending));
+            }
+            let mut ready = self.ready.readable().await?;
+            if let Some(pending) = self.held.try_recv()? {
+                return Ok(Some(pending));
+            }
+            if self.held.listener().abandoned()? {
+                return Ok(None);
+            }
+            ready.clear_ready();
+        }
     }
 }
 
@@ -215,14 +230,6 @@ impl Drop for Pending {
             tracing::error!(%error, container = %self.held.container.id, "a held call has no answer");
         }
     }
-}
-
-fn watched<T: AsRawFd>(inner: T) -> Result<AsyncFd<T>, KeeperError> {
-    #[expect(
-        deprecated,
-        reason = "its successor is unsafe to call; what is watched here does give one descriptor, its own, for life"
-    )]
-    AsyncFd::with_interest(inner, Interest::READABLE).map_err(KeeperError::Link)
 }
 
 /// One message; none at the end.

@@ -1,7 +1,10 @@
 //! One record per connection, written when its account is dropped, whatever the way it ended: to the metrics and to the access
 //! log. The facts are gathered by the stages as they learn them.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::SystemTime,
+};
 
 use super::{
     connections::{Connections, Live},
@@ -47,8 +50,19 @@ impl Account {
 
     /// Of something that may give way to the proxied path, which then has an account of its own.
     pub fn attempt(connections: &Connections, metrics: &Arc<Metrics>, log: &AccessLog, direction: Direction) -> Self {
+        Self::resume(connections, metrics, log, direction, SystemTime::now())
+    }
+
+    /// Of a connection that an earlier agent has made.
+    pub fn resume(
+        connections: &Connections,
+        metrics: &Arc<Metrics>,
+        log: &AccessLog,
+        direction: Direction,
+        since: SystemTime,
+    ) -> Self {
         Self {
-            live: connections.open(direction),
+            live: connections.open(direction, since),
             connections: connections.clone(),
             metrics: metrics.clone(),
             log: log.clone(),

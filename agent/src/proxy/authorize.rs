@@ -300,7 +300,7 @@ mod tests {
                 client == "10.0.0.9",
                 "addresses alone decide before the handshake"
             );
-            let live = Connections::default().open(Direction::Inbound);
+            let live = Connections::default().open(Direction::Inbound, std::time::SystemTime::now());
             let permit = inbound(&snapshot, arrival, proved.as_ref(), &rule, &live);
             let policy = live.facts().policy.unwrap();
             match (permit, expected) {

@@ -118,12 +118,13 @@ pub struct Connections {
 }
 
 impl Connections {
-    pub fn open(&self, direction: Direction) -> Arc<Live> {
+    pub fn open(&self, direction: Direction, since: SystemTime) -> Arc<Live> {
+        let (age, now) = (since.elapsed().unwrap_or_default(), Instant::now());
         let live = Arc::new(Live {
             id: self.next.fetch_add(1, Ordering::Relaxed),
             direction,
-            since: SystemTime::now(),
-            started: Instant::now(),
+            since,
+            started: now.checked_sub(age).unwrap_or(now),
             moved: Moved::default(),
             facts: Mutex::default(),
             revoke: watch::Sender::new(None),

@@ -3,36 +3,40 @@
 //! Both sides are upgrades of the proxied path, per connection: whatever speaks against one, it is [`Why`], and the bytes go through
 //! the agent as ever. `client` connects in the application's place while it is held in connect(); `server` hands ready sockets
 //! out at accept(); `close` sees to it that what the kernel has accepted is not lost when a socket is closed; `watch` knows
-//! the connections that the agent does not hold any more, and ends them when they are revoked. How calls come to be held is
-//! `sys::seccomp`'s and the keeper's.
+//! the connections that the agent does not hold any more, and ends them when they are revoked; `keys` bounds what one key seals.
+//! How calls come to be held is `sys::seccomp`'s and the keeper's; `filter` receives them, on threads that no other pod depends
+//! on, and `ask` keeps questions about a pod's sockets off the others' threads.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
+use rustls::CipherSuite;
+
 use super::{Context, connections::lock, offload::Capabilities, pod::Pod};
 use crate::{
-    keeper::{Held, KeeperError, Link},
-    sys::{
-        netns::{Netns, NetnsCookie},
-        seccomp::{Answer, Call},
-    },
+    keeper::{KeeperError, Link},
+    sys::netns::NetnsCookie,
     tls::{config, ktls},
-    words::{PumpKind, with_causes},
+    words::{Direction, PumpKind, with_causes},
 };
 
+mod ask;
 mod client;
 mod close;
+mod filter;
+mod keys;
 mod parts;
 mod server;
 mod socket;
 mod waiting;
 mod watch;
 
+pub(super) use ask::Turns;
 pub(in crate::proxy) use parts::canonical;
 pub(super) use server::{Offered, Ready};
 
@@ -43,6 +47,8 @@ pub struct DirectSettings {
     pub keeper: PathBuf,
     /// How long a non-blocking connect() may be held.
     pub hold: Duration,
+    /// How many bytes, records included, one key of AES-GCM may seal.
+    pub key_limit: u64,
 }
 
 /// Why a connection goes through the agent.
@@ -122,6 +128,10 @@ pub struct Direct {
     left: Mutex<HashMap<u64, Why>>,
     /// Destinations that are not worth another try yet.
     avoided: Mutex<HashMap<SocketAddr, (Instant, Why)>>,
+    /// Where connections go on for long, by the far end of those from the pods and the near end of those to them.
+    lasting: Mutex<HashSet<(Direction, SocketAddr)>>,
+    /// Whether the kernel has a cipher for them.
+    lasting_possible: bool,
     server: server::Server,
     watch: watch::Watch,
 }
@@ -134,17 +144,19 @@ const REMEMBERED: usize = 1 << 16;
 const RETRY: Duration = Duration::from_secs(1);
 
 impl Direct {
-    pub fn new(settings: DirectSettings, kernel: &Capabilities) -> std::io::Result<Self> {
-        Ok(Self {
+    pub fn new(settings: DirectSettings, kernel: &Capabilities) -> Self {
+        Self {
             settings,
             usable: usable(kernel),
             pods: Mutex::default(),
             filters: Mutex::default(),
             left: Mutex::default(),
             avoided: Mutex::default(),
-            server: server::Server::new()?,
+            lasting: Mutex::default(),
+            lasting_possible: kernel.suites.contains(&CipherSuite::TLS13_CHACHA20_POLY1305_SHA256),
+            server: server::Server::default(),
             watch: watch::Watch::default(),
-        })
+        }
     }
 
     /// What a client's handshake may agree on: that the server is direct.
@@ -207,29 +219,33 @@ impl Direct {
 }
 
 /// A pod's calls are served for as long as this lives.
-pub(super) struct Enrolled<'a>(&'a Direct, NetnsCookie);
+pub(super) struct Enrolled<'a>(&'a Context, NetnsCookie);
 
 impl<'a> Enrolled<'a> {
     /// From here on the pod's connects and accepts are the agent's to answer; what a predecessor left is taken over.
-    pub fn new(ctx: &'a Arc<Context>, pod: &Arc<Pod>) -> Option<Self> {
+    pub async fn new(ctx: &'a Arc<Context>, pod: &Arc<Pod>) -> Option<Self> {
         let direct = ctx.direct.as_ref()?;
         let cookie = pod.netns.cookie();
-        watch::follow(ctx, pod);
         lock(&direct.pods).insert(cookie, pod.clone());
-        Some(Self(direct, cookie))
+        let enrolled = Self(ctx, cookie);
+        watch::follow(ctx, pod).await;
+        Some(enrolled)
     }
 }
 
 impl Drop for Enrolled<'_> {
     fn drop(&mut self) {
-        lock(&self.0.pods).remove(&self.1);
+        if let Some(direct) = &self.0.direct {
+            lock(&direct.pods).remove(&self.1);
+        }
+        self.0.pods_changed.send_modify(|count| *count += 1);
     }
 }
 
 /// Takes the notify descriptors from the keeper and answers what they hold, as long as the agent lives.
 pub(super) async fn run(ctx: Arc<Context>) {
     let Some(direct) = &ctx.direct else { return };
-    tokio::spawn(waiting::run(ctx.clone()));
+    tokio::spawn(forget_strangers(ctx.clone()));
     let mut absent = false;
     loop {
         match Link::open(&direct.settings.keeper).await {
@@ -261,7 +277,7 @@ async fn take(ctx: &Arc<Context>, link: &Link) -> Result<(), KeeperError> {
         }
         tokio::select! {
             held = link.next() => match held? {
-                Some(held) => drop(tokio::spawn(listen(ctx.clone(), Arc::new(held)))),
+                Some(held) => filter::start(ctx, held),
                 None => return Ok(()),
             },
             _ = changes.changed(), if !told => {}
@@ -276,64 +292,13 @@ fn served(ctx: &Context) -> bool {
     ctx.state.load().local.iter().all(|local| enrolled.contains(&local.netns))
 }
 
-/// That a pod has a filter, for as long as it lives.
-struct Filtered<'a>(&'a Direct, NetnsCookie);
-
-impl<'a> Filtered<'a> {
-    fn new(direct: &'a Direct, held: &Held) -> Option<Self> {
-        let netns = Netns::open(format!("/proc/{}/ns/net", held.container.pid)).ok()?.cookie();
-        *lock(&direct.filters).entry(netns).or_default() += 1;
-        Some(Self(direct, netns))
-    }
-}
-
-impl Drop for Filtered<'_> {
-    fn drop(&mut self) {
-        let mut filters = lock(&self.0.filters);
-        if let Some(count) = filters.get_mut(&self.1) {
-            *count -= 1;
-            if *count == 0 {
-                filters.remove(&self.1);
-            }
+/// What a predecessor has kept of pods that are not of the mesh any more is forgotten, once it is known which are.
+async fn forget_strangers(ctx: Arc<Context>) {
+    let mut changes = ctx.pods_changed.subscribe();
+    while !served(&ctx) {
+        if changes.changed().await.is_err() {
+            return;
         }
     }
-}
-
-/// Answers the calls of one filter until its last task is gone.
-async fn listen(ctx: Arc<Context>, held: Arc<Held>) {
-    let Some(direct) = &ctx.direct else { return };
-    let filtered = Filtered::new(direct, &held);
-    let netns = filtered.as_ref().map(|filtered| filtered.1);
-    tracing::info!(container = %held.container.id, pid = held.container.pid, "a filter's calls are served");
-    loop {
-        match held.recv().await {
-            Ok(Some(pending)) => {
-                let ctx = ctx.clone();
-                match pending.notification.call {
-                    Call::Connect { fd, address, length } => {
-                        tokio::spawn(async move { client::connect(&ctx, pending, fd, address, length).await });
-                    }
-                    Call::Accept { fd, address, length, flags } => {
-                        let wanted = server::Wanted { fd, address, length, flags };
-                        tokio::spawn(async move { server::accept(&ctx, pending, wanted).await });
-                    }
-                    Call::Shutdown { fd, how } if direct.watch.any(netns) => {
-                        tokio::spawn(close::shutting(pending, fd, how));
-                    }
-                    Call::Listen { fd } => server::listens(&ctx, pending, fd),
-                    ending if ending.goes_on() && direct.watch.any(netns) => close::closing(pending, ending),
-                    _ => {
-                        let _ = pending.answer(Answer::Continue);
-                    }
-                }
-            }
-            Ok(None) => break,
-            Err(error) => {
-                tracing::error!(%error, container = %held.container.id, "calls of a filter cannot be received");
-                tokio::time::sleep(RETRY).await;
-            }
-        }
-    }
-    drop(filtered);
-    tracing::info!(container = %held.container.id, "the last task under a filter has ended");
+    watch::forget_strangers(&ctx);
 }

@@ -49,29 +49,30 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
     match open(&ctx, &pod, wire, client, local, &account).await {
         Err(refusal) => account.refused(refusal.reason(), &refusal),
         Ok(opened) => {
-            let Opened { app, wire, records, mut permit, entry, offered, handshake: (sent, received) } = opened;
-            let mut why = reason(&ctx, &pod, local.port(), permit.mode(), records.kernel_keeps());
-            if let Some(mut offered) = offered {
-                match offered.wait(&app, &mut permit).await {
+            let Opened { app, wire, records, mut permit, entry, offered } = opened;
+            let why = match offered {
+                Ok(mut offered) => match offered.wait(&app, &mut permit).await {
                     Ok(handover) => {
-                        let ready = Ready { wire, records: records.name_in(permit.mode()), sent, received };
-                        handover.give(&ctx, &pod, ready, account, permit, (client.0, local));
+                        let records = records.name_in(permit.mode());
+                        offered.give(handover, Ready { wire, records, account, permit });
                         // The leg has done its work, and its end in the application's queue was taken out.
                         drop((app, entry, turn));
                         return;
                     }
-                    Err(reason) => why = Some(reason),
-                }
-            }
+                    Err(why) => Some(why),
+                },
+                Err(why) => why,
+            };
             drop(turn);
             account.live.learn(|facts| facts.path_reason = why.map(Why::label));
-            carry(&ctx, account, app, Arc::new(wire), records, permit).await;
+            let ended = carry(&ctx, account, app, Arc::new(wire), records, permit).await;
+            ctx.learn_from(&ended.result, Direction::Inbound, local);
             drop(entry);
         }
     }
 }
 
-/// Why the connection cannot be offered to the application; of one that is offered, the offer tells.
+/// Why the connection cannot be offered to the application.
 fn reason(ctx: &Context, pod: &Pod, port: u16, mode: Mode, fit: bool) -> Option<Why> {
     let direct = ctx.direct.as_ref()?;
     Some(match mode {
@@ -91,10 +92,8 @@ struct Opened {
     wire: TcpStream,
     records: Records,
     permit: Permit,
-    /// That an accept() of the application may take it.
-    offered: Option<Offered>,
-    /// Bytes that the handshake took on the wire.
-    handshake: (u64, u64),
+    /// That an accept() of the application may take it, or why none may.
+    offered: Result<Offered, Option<Why>>,
     /// The true client's address for getpeername, for as long as the application may ask.
     entry: ClientEntry,
 }
@@ -126,7 +125,8 @@ async fn open(
         let svid = ctx.svid(&pod.workload.id)?;
         let sni = Sni::default();
         let (roots, domain) = (ctx.identities.roots(), &snapshot.trust_domain);
-        let config = config::server_config_noting(&svid, roots, domain, accept(ctx, pod, local.port()), sni.clone())?;
+        let (ciphers, accept) = (ctx.ciphers(Direction::Inbound, local), accept(ctx, pod, local.port()));
+        let config = config::server_config_with(ciphers, &svid, roots, domain, accept, sni.clone())?;
         // A client may close as soon as it has spoken; too late then.
         offload::prepare(&wire, ctx.settings.records, &ctx.kernel);
         let since = Instant::now();
@@ -158,9 +158,13 @@ async fn open(
     };
     // Before the leg is connected: whoever accepts it must find the connection.
     let offers = agreed && accept(ctx, pod, local.port()) == Accept::DirectReady && records.kernel_keeps();
-    let offered = if offers { Offered::new(ctx, pod, client.0, &wire) } else { None };
+    let offered = if offers {
+        Offered::new(ctx, pod, client.0, &wire, account, handshake).map_err(Some)
+    } else {
+        Err(reason(ctx, pod, local.port(), permit.mode(), records.kernel_keeps()))
+    };
     match connect(ctx, pod, client, local).await {
-        Ok((app, entry)) => Ok(Opened { app, wire, records, permit, entry, offered, handshake }),
+        Ok((app, entry)) => Ok(Opened { app, wire, records, permit, entry, offered }),
         Err(refusal) => {
             pump::refuse(wire, records, UNAVAILABLE).await;
             Err(refusal)

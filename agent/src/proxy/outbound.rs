@@ -43,6 +43,7 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, app: TcpStream, clie
         Ok((wire, records, permit, destination)) => {
             drop(turn);
             let ended = carry(&ctx, account, app, wire, records, permit).await;
+            ctx.learn_from(&ended.result, Direction::Outbound, destination.0);
             if let Err(PumpError::Record(RecordError::Alert(_))) = ended.result
                 && ended.received == 0
             {
@@ -90,8 +91,9 @@ async fn open(
         Way::Plaintext { permit } => (Records::Plain(ctx.kernel.pump), permit),
         Way::Mtls { permit, expect } => {
             let svid = ctx.svid(&pod.workload.id)?;
+            let ciphers = ctx.ciphers(Direction::Outbound, destination.0);
             let offer = if ctx.direct.is_some() { Offer::ProxiedFinOk } else { Offer::Proxied };
-            let config = config::client_config(&svid, ctx.identities.roots(), &expect, offer)?;
+            let config = config::client_config_with(ciphers, &svid, ctx.identities.roots(), &expect, offer)?;
             let host = workload.as_ref().map_or("unknown", |workload| workload.host.as_str());
             let name = config::server_name(destination.0.port(), host);
             let since = Instant::now();

@@ -5,7 +5,7 @@ use std::{
     collections::{HashMap, hash_map::Entry},
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, OnceLock},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -17,7 +17,12 @@ use tokio::{
 };
 
 use super::{
-    Context, capture::Listeners, connections::lock, direct::Enrolled, identify::ClientAddr, inbound, outbound,
+    Context,
+    capture::Listeners,
+    connections::lock,
+    direct::{Enrolled, Turns},
+    identify::ClientAddr,
+    inbound, outbound,
 };
 use crate::{
     bpf::{
@@ -26,10 +31,7 @@ use crate::{
     },
     policy::Workload,
     state::LocalPod,
-    sys::{
-        diag::Diag,
-        netns::{Netns, NetnsCookie},
-    },
+    sys::netns::{Netns, NetnsCookie},
     words::with_causes,
 };
 
@@ -51,17 +53,17 @@ pub struct Pod {
     /// Places for connections that are not established yet, in each direction.
     pub outbound: Arc<Semaphore>,
     pub inbound: Arc<Semaphore>,
-    /// Asks the kernel about the pod's sockets; opened when it is needed first.
-    pub diag: OnceLock<Diag>,
+    /// Of questions to the kernel about the pod's sockets.
+    pub turns: Turns,
     /// Which of the pod's ports want IPv4 clients v4-mapped.
     pub mapped: Mutex<HashMap<u16, bool>>,
 }
 
 impl Pod {
     fn new(workload: Arc<Workload>, netns: Netns) -> Self {
-        let turns = || Arc::new(Semaphore::new(PENDING));
-        let (outbound, inbound) = (turns(), turns());
-        Self { workload, netns, outbound, inbound, diag: OnceLock::new(), mapped: Mutex::default() }
+        let places = || Arc::new(Semaphore::new(PENDING));
+        let (outbound, inbound) = (places(), places());
+        Self { workload, netns, outbound, inbound, turns: Turns::default(), mapped: Mutex::default() }
     }
 }
 
@@ -228,7 +230,7 @@ async fn serve(
         _ = order.wait_for(|order| *order != Order::Serve) => return Ok(Left::Ordered),
     }
     enrolment.ready()?;
-    let enrolled = Enrolled::new(ctx, &pod);
+    let enrolled = Enrolled::new(ctx, &pod).await;
     status.set(PodState::Ready, None);
     ctx.pods_changed.send_modify(|count| *count += 1);
     tracing::info!(pod = %local.netns.display(), identity = %local.workload.id, "pod is captured");

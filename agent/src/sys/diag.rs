@@ -1,8 +1,6 @@
 //! What the kernel tells of the TCP sockets of one network namespace, also of those that the agent does not hold: finding one by its
 //! addresses, ending it, and hearing of each that is gone with its last counts (sock_diag(7)). Which of them matter, and what the
 //! counts are for, is the caller's.
-#![allow(unsafe_code)]
-
 mod message;
 
 use std::{
@@ -24,13 +22,16 @@ use nix::{
         time::{TimeVal, TimeValLike},
     },
 };
-use tokio::io::unix::AsyncFd;
+use tokio::io::{Interest, unix::AsyncFd};
 
 use self::message::{Answer, Kind, answers, canonical, failure, request};
 pub use self::message::{DiagSocket, SocketId};
-use super::{netns::Netns, tcp_info::TcpState};
+use super::{netns::Netns, tcp_info::TcpState, watched::watched};
 
-/// Asks about the sockets of one namespace, and ends them. Each call is answered by the kernel at once.
+/// Asks about the sockets of one namespace, and ends them.
+///
+/// The kernel takes the lock of every socket that it tells of or ends (tcp_get_info, tcp_abort), and a process may hold that of
+/// its own for as long as it likes, sending from memory that does not come, say. So no thread asks that others depend on.
 #[derive(Debug)]
 pub struct Diag {
     socket: Mutex<Asker>,
@@ -121,8 +122,7 @@ impl Destruction {
         // A burst of closes must fit. Forced, which root may; where it is refused, the kernel's default serves.
         let _ = setsockopt(&socket, sockopt::RcvBufForce, &QUEUE);
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, DESTROYED_V4 | DESTROYED_V6))?;
-        // SAFETY: an OwnedFd gives one descriptor, open until it is dropped; it is not replaced in here.
-        let socket = unsafe { AsyncFd::register(socket) }?;
+        let socket = watched(socket, Interest::READABLE)?;
         Ok(Self { socket, buffer: vec![0; BUFFER].into(), waiting: VecDeque::new(), lost: false })
     }
 

@@ -42,9 +42,7 @@ impl Caller {
 
     /// A duplicate of one of the process's descriptors.
     pub fn descriptor(&self, fd: i32) -> io::Result<OwnedFd> {
-        // SAFETY: pidfd_getfd takes numbers only.
-        let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), fd, 0) };
-        owned(taken)
+        duplicate(&self.pidfd, fd)
     }
 
     /// Reads up to `length` bytes; fewer come back only where the memory ends.
@@ -96,6 +94,31 @@ pub fn interrupted(tid: u32) -> io::Result<bool> {
     let status = fs::read_to_string(format!("/proc/{tid}/status"))?;
     let set = |field| field_of(&status, field, 16);
     Ok((set("SigPnd:")? | set("ShdPnd:")?) & !set("SigBlk:")? != 0)
+}
+
+/// A duplicate of a socket that some process has among its descriptors, by its inode. Looks through all processes.
+pub fn holding(inode: u32) -> io::Result<OwnedFd> {
+    let name = format!("socket:[{inode}]");
+    for process in fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // One that ends meanwhile has none.
+        let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else { continue };
+        for descriptor in descriptors.flatten() {
+            if fs::read_link(descriptor.path()).is_ok_and(|link| link.as_os_str() == name.as_str())
+                && let Some(fd) = descriptor.file_name().to_str().and_then(|name| name.parse().ok())
+                && let Ok(socket) = pidfd_open(pid, 0).and_then(|pidfd| duplicate(&pidfd, fd))
+            {
+                return Ok(socket);
+            }
+        }
+    }
+    Err(io::ErrorKind::NotFound.into())
+}
+
+fn duplicate(pidfd: &OwnedFd, fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_getfd takes numbers only.
+    let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
+    owned(taken)
 }
 
 /// Reads from a thread's memory without opening its process, and gives how much it read. For a cheap first look.

@@ -96,6 +96,16 @@ pub enum TlsError {
     Peer(#[from] PeerError),
 }
 
+/// Which suites come first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Ciphers {
+    /// What processors have instructions for. One key seals a bounded number of blocks (`records::AES_GCM_BLOCKS`).
+    #[default]
+    Fastest,
+    /// Those without such a bound, also if the peer would rather have another.
+    Lasting,
+}
+
 /// aws-lc-rs, narrowed to TLS 1.3: the suites that kernels encrypt, the cheapest first, and post-quantum key exchange
 /// where the peer has it.
 pub fn provider() -> Arc<CryptoProvider> {
@@ -118,8 +128,30 @@ pub fn provider() -> Arc<CryptoProvider> {
     Arc::clone(&PROVIDER)
 }
 
+fn provider_with(ciphers: Ciphers) -> Arc<CryptoProvider> {
+    static LASTING: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+        let mut provider = (*provider()).clone();
+        provider.cipher_suites.reverse();
+        Arc::new(provider)
+    });
+    match ciphers {
+        Ciphers::Fastest => provider(),
+        Ciphers::Lasting => Arc::clone(&LASTING),
+    }
+}
+
 /// For a connection to a server that must be one of `expect`.
 pub fn client_config(
+    svid: &Svid,
+    roots: Arc<RootCertStore>,
+    expect: &[SpiffeId],
+    offer: Offer,
+) -> Result<Arc<ClientConfig>, TlsError> {
+    client_config_with(Ciphers::Fastest, svid, roots, expect, offer)
+}
+
+pub fn client_config_with(
+    ciphers: Ciphers,
     svid: &Svid,
     roots: Arc<RootCertStore>,
     expect: &[SpiffeId],
@@ -128,7 +160,7 @@ pub fn client_config(
     if expect.is_empty() {
         return Err(TlsError::NobodyExpected);
     }
-    let mut config = ClientConfig::builder_with_provider(provider())
+    let mut config = ClientConfig::builder_with_provider(provider_with(ciphers))
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(ExpectServer::new(roots, expect.to_vec())))
@@ -168,21 +200,23 @@ pub fn server_config(
     trust_domain: &TrustDomain,
     accept: Accept,
 ) -> Result<Arc<ServerConfig>, TlsError> {
-    server_config_noting(svid, roots, trust_domain, accept, Sni::default())
+    server_config_with(Ciphers::Fastest, svid, roots, trust_domain, accept, Sni::default())
 }
 
 /// The same for one connection, whose server name is noted.
-pub fn server_config_noting(
+pub fn server_config_with(
+    ciphers: Ciphers,
     svid: &Svid,
     roots: Arc<RootCertStore>,
     trust_domain: &TrustDomain,
     accept: Accept,
     sni: Sni,
 ) -> Result<Arc<ServerConfig>, TlsError> {
-    let mut config = ServerConfig::builder_with_provider(provider())
+    let mut config = ServerConfig::builder_with_provider(provider_with(ciphers))
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(Arc::new(MeshClient::new(roots, trust_domain.clone())))
         .with_cert_resolver(Arc::new(NotingSni(SingleCertAndKey::from(Arc::clone(&svid.key)), sni)));
+    config.ignore_client_order = ciphers == Ciphers::Lasting;
     config.alpn_protocols = owned(accept.names());
     // A ticket is a record that the pump would have to understand, and resumption would skip the identity checks.
     config.send_tls13_tickets = 0;

@@ -38,6 +38,9 @@ const NEW_SESSION_TICKET: u8 = 4;
 /// records cost less, so blocks are counted.
 pub const AES_GCM_BLOCKS: u64 = 1 << 34;
 
+/// Bytes on the wire in which there are at most so many blocks: a record of one byte takes 23 of them and three blocks.
+pub const AES_GCM_BYTES: u64 = AES_GCM_BLOCKS * 7;
+
 /// The blocks that a record takes: its content, and two for the type and the tag.
 pub fn blocks(bytes: usize) -> u64 {
     bytes.div_ceil(16) as u64 + 2

@@ -131,7 +131,7 @@ impl Calls {
     fn of(held: Held) -> Self {
         let held = Arc::new(held);
         let (found, waiting) = unbounded_channel();
-        let receiving = held.clone();
+        let receiving = held.receiver().unwrap();
         let going_on = tokio::spawn(async move {
             while let Ok(Some(pending)) = receiving.recv().await {
                 if pending.notification.call.goes_on() {

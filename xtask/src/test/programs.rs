@@ -32,9 +32,10 @@ const ALL: [Need; 12] = [
 const PYTHON: Need = need("/usr/bin/pydoc3", "python3");
 
 /// What single suites need beyond that, without which they fail.
-const SUITES: [(&str, &[Need]); 6] = [
+const SUITES: [(&str, &[Need]); 7] = [
     ("vm_runtime", &[need("crun", "crun")]),
     ("direct_lives", &[PYTHON]),
+    ("direct_limits", &[PYTHON]),
     ("direct_programs_sockets", &[PYTHON]),
     (
         "native_direct_web",

@@ -1,14 +1,23 @@
 //! A connect() that is held: the agent connects the application's own socket, does the handshake on it, gives the records to
-//! the kernel and lets go. Whatever speaks against it before that leaves the call to the kernel, which redirects it as ever.
+//! the kernel and lets go. Whatever speaks against it before that leaves the call to the kernel, which redirects it as ever. Once
+//! records are on the socket nothing can be undone: what fails then ends it.
 
-use std::{io, os::fd::OwnedFd, sync::Arc, time::Instant};
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    time::Instant,
+};
 
 use tokio::time::timeout;
 
 use super::{
-    Direct, Why, parts,
+    Direct, Why,
+    filter::Filter,
+    parts,
     socket::Borrowed,
-    watch::{self, Ends},
+    watch::{self, Ends, Noted},
 };
 use crate::{
     keeper::Pending,
@@ -16,7 +25,6 @@ use crate::{
         Context,
         account::Account,
         authorize::{self, Permit, Way},
-        connections::lock,
         handshake, identify,
         offload::{self, OffloadError, RecordsChoice},
         pod::Pod,
@@ -30,7 +38,7 @@ use crate::{
         tcp_info::Opening,
     },
     tls::{
-        config::{self, Offer},
+        config::{self, DIRECT, Offer},
         ktls::KtlsError,
     },
     words::{Direction, Mode, with_causes},
@@ -44,9 +52,9 @@ enum Outcome {
     Left(Why),
 }
 
-pub(super) async fn connect(ctx: &Arc<Context>, mut call: Pending, fd: i32, address: u64, length: u32) {
-    let Some(direct) = &ctx.direct else { return };
-    let answer = match attempt(ctx, direct, &mut call, fd, address, length).await {
+pub(super) async fn connect(filter: &Filter, mut call: Pending, fd: i32, address: u64, length: u32) {
+    let Some(direct) = &filter.ctx.direct else { return };
+    let answer = match attempt(filter, direct, &mut call, fd, address, length).await {
         None => Answer::Continue,
         Some((cookie, Outcome::Left(why))) => {
             direct.leave(cookie, why);
@@ -62,7 +70,7 @@ pub(super) async fn connect(ctx: &Arc<Context>, mut call: Pending, fd: i32, addr
 
 /// `None` is not the mesh's: another family, a destination inside the pod, a pod that is not served, a caller that is gone.
 async fn attempt(
-    ctx: &Arc<Context>,
+    filter: &Filter,
     direct: &Direct,
     call: &mut Pending,
     fd: i32,
@@ -79,7 +87,9 @@ async fn attempt(
     if !call.valid() {
         return None;
     }
-    let pod = direct.pod(socket_netns(std::os::fd::AsFd::as_fd(&socket)).ok()?)?;
+    let netns = socket_netns(socket.as_fd()).ok()?;
+    filter.at(netns);
+    let pod = direct.pod(netns)?;
     let unsuited = options::unsuited(&socket, Purpose::Connect);
     if matches!(unsuited, Some("not an internet socket" | "not TCP" | "not unconnected")) {
         return None;
@@ -99,7 +109,7 @@ async fn attempt(
     if let Some(why) = direct.avoided(destination) {
         return Some((cookie, Outcome::Left(why)));
     }
-    let try_ = Try { ctx, direct, pod, asked, destination, cookie };
+    let try_ = Try { ctx: &filter.ctx, direct, pod, asked, destination, cookie };
     let outcome = try_.run(call, socket).await;
     Some((cookie, outcome))
 }
@@ -108,8 +118,8 @@ struct Try<'a> {
     ctx: &'a Arc<Context>,
     direct: &'a Direct,
     pod: Arc<Pod>,
-    asked: std::net::SocketAddr,
-    destination: std::net::SocketAddr,
+    asked: SocketAddr,
+    destination: SocketAddr,
     cookie: u64,
 }
 
@@ -142,7 +152,7 @@ impl Try<'_> {
             Ok(Way::Mtls { permit, expect }) => (permit, expect),
         };
         let Ok(blocks) = options::blocks(&socket) else { return Outcome::Left(Why::Agent) };
-        let gate = match ctx.capture.direct(std::os::fd::AsFd::as_fd(&socket), self.destination, self.destination) {
+        let gate = match ctx.capture.direct(socket.as_fd(), self.destination, self.destination) {
             Ok(gate) => gate,
             Err(error) => {
                 tracing::debug!("a socket cannot be gated: {}", with_causes(&error));
@@ -161,45 +171,53 @@ impl Try<'_> {
         let host = workload.as_ref().map_or("unknown", |workload| workload.host.as_str());
         let made = timeout(limit, self.establish(&mut borrowed, &account, &expect, host)).await;
         let stop = match made {
-            Ok(Ok(Made { records, received })) => match self.hand_over(borrowed, account, permit, records, received) {
-                Ok(()) => return Outcome::Connected,
-                Err(errno) => return Outcome::Failed(errno),
-            },
+            Ok(Ok(made)) => return self.hand_over(borrowed, made, account, permit),
             Ok(Err(stop)) => stop,
             Err(_) => Stop::Left(Why::TooSlow),
         };
+        let poisoned = borrowed.gate().poisoned().unwrap_or(true);
+        let ends = self.ends(&borrowed, 0);
+        let undone = self.undo(borrowed, &ends);
         match stop {
             Stop::Refused(refusal) => {
-                account
-                    .live
-                    .learn(|facts| facts.source = identify::of(Some(&self.pod.workload), self.source(&borrowed)));
+                account.live.learn(|facts| facts.source = identify::of(Some(&self.pod.workload), ends.local));
                 account.count();
                 let errno = errno(&refusal);
                 account.refused(refusal.reason(), &refusal);
-                // The application may connect it again.
-                let _ = options::disconnect(&borrowed);
                 Outcome::Failed(errno)
             }
             Stop::Left(why) => {
-                if matches!(why, Why::TooSlow | Why::PeerNotReady) {
+                if matches!(why, Why::TooSlow | Why::PeerNotReady | Why::Agent) {
                     self.direct.avoid(self.destination, why);
                 }
-                let poisoned = borrowed.gate().poisoned().unwrap_or(true);
-                let (socket, gate) = borrowed.into_parts();
-                match options::disconnect(&socket) {
-                    Ok(()) => {
-                        drop(gate);
-                        Outcome::Left(if poisoned { Why::Interference } else { why })
-                    }
-                    Err(error) => {
-                        // Records are on it: nothing can be undone, so it is ended.
-                        tracing::warn!(%error, "a socket cannot be disconnected: its connect fails");
-                        watch::destroy(&self.pod, self.cookie, &socket);
-                        Outcome::Failed(libc::ECONNREFUSED)
-                    }
+                match undone {
+                    true => Outcome::Left(if poisoned { Why::Interference } else { why }),
+                    false => Outcome::Failed(libc::ECONNREFUSED),
                 }
             }
         }
+    }
+
+    /// The application may connect the socket again, if it can be disconnected; with records on it, it is ended.
+    fn undo(&self, borrowed: Borrowed, ends: &Ends) -> bool {
+        let (socket, gate) = borrowed.into_parts();
+        match options::disconnect(&socket) {
+            Ok(()) => {
+                drop(gate);
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%error, destination = %self.destination, "a socket cannot be disconnected: its connect fails");
+                self.end(ends);
+                false
+            }
+        }
+    }
+
+    /// What went wrong may go wrong again, so the next connect is left to the kernel.
+    fn end(&self, ends: &Ends) {
+        self.direct.avoid(self.destination, Why::Agent);
+        watch::destroy(&self.pod, ends);
     }
 
     async fn establish(
@@ -216,18 +234,28 @@ impl Try<'_> {
             .unwrap_or(Err(io::ErrorKind::TimedOut.into()))
             .map_err(Refusal::connecting)?;
         let svid = ctx.svid(&self.pod.workload.id)?;
-        let config =
-            config::client_config(&svid, ctx.identities.roots(), expect, Offer::Direct).map_err(Refusal::from)?;
+        let ciphers = self.direct.ciphers(Direction::Outbound, self.destination);
+        let config = config::client_config_with(ciphers, &svid, ctx.identities.roots(), expect, Offer::Direct)
+            .map_err(Refusal::from)?;
         let name = config::server_name(self.destination.port(), host);
         let result = handshake::connect(socket, config, name, ctx.settings.handshake).await;
         if result.as_ref().is_err_and(handshake::not_agreed) {
             return Err(Stop::Left(Why::PeerNotReady));
         }
         let secured = ctx.handshaken(account, Direction::Outbound, since, result)?;
-        let received = secured.received;
+        // A server that knows nothing of ALPN does not refuse what it is offered: it will send what no application could read.
+        if secured.alpn.as_deref() != Some(DIRECT) {
+            return Err(Stop::Left(Why::PeerNotReady));
+        }
         if socket.gate().poisoned().unwrap_or(true) {
             return Err(Stop::Left(Why::Interference));
         }
+        let ends = self.ends(socket, secured.received);
+        account.live.learn(|facts| facts.source = identify::of(Some(&self.pod.workload), ends.local));
+        let noted = Noted::new(ctx, &self.pod, account, ends).map_err(|error| {
+            tracing::warn!("a direct connection cannot be followed: {}", with_causes(&error));
+            Stop::Left(Why::Agent)
+        })?;
         let records = match direct_records(ctx, &*socket, secured) {
             // The server has closed already: on the proxied path userspace can keep the records.
             Err(Refusal::Offload(OffloadError::Ktls(KtlsError::NotThere(_)))) => return Err(Stop::Left(Why::Kernel)),
@@ -238,59 +266,51 @@ impl Try<'_> {
         if written != socket.written() {
             return Err(Stop::Left(Why::Interference));
         }
-        Ok(Made { records, received })
+        Ok(Made { records, ends, noted })
     }
 
     /// The socket is the application's again, and nothing of it is held here.
-    fn hand_over(
-        &self,
-        borrowed: Borrowed,
-        account: Account,
-        permit: Permit,
-        records: &'static str,
-        received: u64,
-    ) -> Result<(), i32> {
-        let ctx = self.ctx;
-        let local = self.source(&borrowed);
-        let sent = borrowed.written();
-        account.live.learn(|facts| facts.source = identify::of(Some(&self.pod.workload), local));
+    fn hand_over(&self, borrowed: Borrowed, made: Made, account: Account, permit: Permit) -> Outcome {
+        let Made { records, ends, noted } = made;
         let (socket, gate) = borrowed.into_parts();
-        let ends =
-            Ends { cookie: self.cookie, local, remote: self.destination, opening: Opening::Active, sent, received };
-        if let Err(error) = watch::established(ctx, &self.pod, account, permit, ends, records) {
-            tracing::warn!("a direct connection cannot be followed: {}", with_causes(&*error));
-            return Err(libc::ECONNABORTED);
-        }
-        match gate.release() {
+        let done = match noted.hand_over(account, permit, records) {
+            Ok(()) => gate.release().map_err(|error| with_causes(&error)),
+            Err(error) => Err(with_causes(&error)),
+        };
+        match done {
             Ok(()) => {
                 drop(socket);
-                Ok(())
+                Outcome::Connected
             }
             Err(error) => {
-                tracing::warn!("a socket was not released: {}", with_causes(&error));
-                lock(&self.direct.avoided).remove(&self.destination);
-                Err(libc::ECONNABORTED)
+                tracing::warn!(destination = %self.destination, "a socket was not released: {error}");
+                self.end(&ends);
+                Outcome::Failed(libc::ECONNABORTED)
             }
         }
     }
 
-    fn source(&self, socket: &Borrowed) -> std::net::SocketAddr {
+    fn ends(&self, socket: &Borrowed, received: u64) -> Ends {
         let local = socket2::SockRef::from(socket).local_addr().ok().and_then(|address| address.as_socket());
-        local.map_or(std::net::SocketAddr::new(self.destination.ip(), 0), parts::canonical)
+        Ends {
+            cookie: self.cookie,
+            local: local.map_or(SocketAddr::new(self.destination.ip(), 0), parts::canonical),
+            remote: self.destination,
+            opening: Opening::Active,
+            sent: socket.written(),
+            received,
+        }
     }
 }
 
 struct Made {
     records: &'static str,
-    received: u64,
+    ends: Ends,
+    noted: Noted,
 }
 
 /// Gives the records to the kernel: a direct connection has no other way.
-fn direct_records(
-    ctx: &Context,
-    socket: impl std::os::fd::AsFd,
-    secured: handshake::Secured,
-) -> Result<&'static str, Refusal> {
+fn direct_records(ctx: &Context, socket: impl AsFd, secured: handshake::Secured) -> Result<&'static str, Refusal> {
     let records = offload::offload(socket, secured, RecordsChoice::Kernel, &ctx.kernel)?;
     if records.kernel_keeps() {
         Ok(records.name_in(Mode::Mtls))

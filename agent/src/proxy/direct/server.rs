@@ -20,9 +20,11 @@ use std::{
 use tokio::{io::Interest, net::TcpStream, sync::oneshot};
 
 use super::{
-    Why, parts,
-    waiting::{Waiter, Waiting},
-    watch::{self, Ends},
+    Why,
+    filter::Filter,
+    parts,
+    waiting::Waiter,
+    watch::{self, Ends, Noted},
 };
 use crate::{
     keeper::Pending,
@@ -40,9 +42,9 @@ use crate::{
 /// The client as the application sees it, and the pod's end.
 type Key = (SocketAddr, SocketAddr);
 
+#[derive(Default)]
 pub(super) struct Server {
     offers: Mutex<HashMap<Key, Offer>>,
-    pub waiting: Waiting,
     /// How many held accepts are being carried out: what has left a listener's queue may be on its way to them.
     taking: AtomicUsize,
     /// Ports at which connections are accepted without accept() being held.
@@ -50,15 +52,6 @@ pub(super) struct Server {
 }
 
 impl Server {
-    pub fn new() -> io::Result<Self> {
-        Ok(Self {
-            offers: Mutex::default(),
-            waiting: Waiting::new()?,
-            taking: AtomicUsize::new(0),
-            unheard: Mutex::default(),
-        })
-    }
-
     fn claim(&self, key: Key) -> Option<Offer> {
         lock(&self.offers).remove(&key)
     }
@@ -85,14 +78,29 @@ pub(super) struct Wanted {
 
 /// A ready connection that an accept() may take.
 pub(in crate::proxy) struct Offered {
-    ctx: Arc<Context>,
     pod: Arc<Pod>,
-    key: Key,
+    listed: Listed,
+    noted: Noted,
     taken: oneshot::Receiver<Handover>,
+}
+
+/// That it stands among the offers, until it is claimed or this is dropped.
+struct Listed {
+    ctx: Arc<Context>,
+    key: Key,
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        if let Some(direct) = &self.ctx.direct {
+            lock(&direct.server.offers).remove(&self.key);
+        }
+    }
 }
 
 /// An accept() that waits for the connection that it has taken.
 pub(in crate::proxy) struct Handover {
+    filter: Arc<Filter>,
     call: Pending,
     caller: Caller,
     wanted: Wanted,
@@ -111,13 +119,30 @@ const LOOKS: [Duration; 5] = [
 ];
 
 impl Offered {
-    pub fn new(ctx: &Arc<Context>, pod: &Arc<Pod>, client: SocketAddr, wire: &TcpStream) -> Option<Self> {
-        let local = wire.local_addr().ok()?;
-        let direct = ctx.direct.as_ref()?;
+    /// `handshake` is what it took on the wire, sent and received.
+    pub fn new(
+        ctx: &Arc<Context>,
+        pod: &Arc<Pod>,
+        client: SocketAddr,
+        wire: &TcpStream,
+        account: &Account,
+        (sent, received): (u64, u64),
+    ) -> Result<Self, Why> {
+        let gone = |error: io::Error| {
+            tracing::debug!(%error, "a connection cannot be offered");
+            Why::Agent
+        };
+        let (local, cookie) = (wire.local_addr().map_err(gone)?, options::cookie(wire).map_err(gone)?);
+        let direct = ctx.direct.as_ref().ok_or(Why::Agent)?;
         let key = (parts::canonical(client), parts::canonical(local));
+        let ends = Ends { cookie, local: key.1, remote: key.0, opening: Opening::Passive, sent, received };
+        let noted = Noted::new(ctx, pod, account, ends).map_err(|error| {
+            tracing::warn!("a direct connection cannot be followed: {}", with_causes(&error));
+            Why::Agent
+        })?;
         let (sender, taken) = oneshot::channel();
         lock(&direct.server.offers).insert(key, Offer { sender, v6: local.is_ipv6() });
-        Some(Self { ctx: ctx.clone(), pod: pod.clone(), key, taken })
+        Ok(Self { pod: pod.clone(), listed: Listed { ctx: ctx.clone(), key }, noted, taken })
     }
 
     /// Waits until an accept() takes it, or until it is known that none will: then the connection is the caller's again, and goes
@@ -132,13 +157,16 @@ impl Offered {
                 // The application has spoken, or closed: it has the leg.
                 _ = leg.ready(Interest::READABLE | Interest::ERROR) => break Why::NotNotified,
                 _ = permit.revoked.wait_for(Option::is_some) => break Why::Policy,
-                () = tokio::time::sleep(pause) => if self.was_accepted(leg) { break Why::NotNotified },
+                () = tokio::time::sleep(pause) => {}
+            }
+            if self.was_accepted(leg).await {
+                break Why::NotNotified;
             }
         };
-        let Some(direct) = &self.ctx.direct else { return Err(why) };
-        if direct.server.claim(self.key).is_some() {
+        let Some(direct) = &self.listed.ctx.direct else { return Err(why) };
+        if direct.server.claim(self.listed.key).is_some() {
             if why == Why::NotNotified {
-                lock(&direct.server.unheard).insert((self.pod.netns.cookie(), self.key.1.port()), ());
+                lock(&direct.server.unheard).insert((self.pod.netns.cookie(), self.listed.key.1.port()), ());
             }
             return Err(why);
         }
@@ -148,18 +176,10 @@ impl Offered {
 
     /// Whether somebody else than the agent has accepted the leg: a socket in a listener's queue has no inode yet. One that a held
     /// accept is about to claim is not told apart, so it is looked at again later.
-    fn was_accepted(&self, leg: &TcpStream) -> bool {
+    async fn was_accepted(&self, leg: &TcpStream) -> bool {
         let Ok(source) = leg.local_addr() else { return true };
-        watch::accepted(&self.pod, self.key.1, source)
-            && self.ctx.direct.as_ref().is_none_or(|direct| direct.server.taking.load(Ordering::SeqCst) == 0)
-    }
-}
-
-impl Drop for Offered {
-    fn drop(&mut self) {
-        if let Some(direct) = &self.ctx.direct {
-            lock(&direct.server.offers).remove(&self.key);
-        }
+        watch::accepted(&self.pod, self.listed.key.1, source).await
+            && self.listed.ctx.direct.as_ref().is_none_or(|direct| direct.server.taking.load(Ordering::SeqCst) == 0)
     }
 }
 
@@ -167,77 +187,64 @@ impl Drop for Offered {
 pub(in crate::proxy) struct Ready {
     pub wire: TcpStream,
     pub records: &'static str,
-    /// Of the handshake.
-    pub sent: u64,
-    pub received: u64,
+    pub account: Account,
+    pub permit: Permit,
 }
 
-impl Handover {
+impl Offered {
     /// Answers the accept() with the connection.
-    pub fn give(self, ctx: &Arc<Context>, pod: &Arc<Pod>, ready: Ready, account: Account, permit: Permit, key: Key) {
-        if let Err(error) = self.try_give(ctx, pod, ready, account, permit, key) {
-            tracing::warn!(pod = %pod.netns.path().display(), "a connection could not be handed over: {error}");
-        }
+    pub fn give(self, handover: Handover, ready: Ready) {
+        let home = handover.filter.home.clone();
+        home.spawn(async move {
+            let pod = self.pod.clone();
+            if let Err(error) = self.try_give(handover, ready) {
+                tracing::warn!(pod = %pod.netns.path().display(), "a connection could not be handed over: {error}");
+            }
+        });
     }
 
-    fn try_give(
-        mut self,
-        ctx: &Arc<Context>,
-        pod: &Arc<Pod>,
-        ready: Ready,
-        account: Account,
-        permit: Permit,
-        (client, local): Key,
-    ) -> io::Result<()> {
-        let Ready { wire, records, sent, received } = ready;
-        let ends = Ends {
-            cookie: options::cookie(&wire)?,
-            local: parts::canonical(local),
-            remote: parts::canonical(client),
-            opening: Opening::Passive,
-            sent,
-            received,
-        };
+    fn try_give(self, mut handover: Handover, ready: Ready) -> io::Result<()> {
+        let Self { noted, listed, .. } = self;
         // Leaves the runtime's list, which would otherwise watch the application's socket.
-        let wire = wire.into_std()?;
-        options::copy(&self.template, &wire)?;
-        watch::established(ctx, pod, account, permit, ends, records)
-            .map_err(|error| io::Error::other(with_causes(&*error)))?;
-        let given = hand(&mut self.call, &self.caller, self.wanted, wire.into(), Some(client), self.v6)?;
-        if !given {
+        let wire = ready.wire.into_std()?;
+        options::copy(&handover.template, &wire)?;
+        noted
+            .hand_over(ready.account, ready.permit, ready.records)
+            .map_err(|error| io::Error::other(with_causes(&error)))?;
+        let Handover { call, caller, wanted, v6, .. } = &mut handover;
+        if !hand(call, caller, *wanted, wire.into(), Some(listed.key.0), *v6)? {
             tracing::debug!("the caller of an accept was gone");
         }
         Ok(())
     }
 }
 
-pub(super) async fn accept(ctx: &Arc<Context>, call: Pending, wanted: Wanted) {
-    let Some(direct) = &ctx.direct else { return };
+pub(super) fn accept(filter: &Arc<Filter>, call: Pending, wanted: Wanted) {
+    let Some(direct) = &filter.ctx.direct else { return };
     let Some((caller, listener)) = listener(&call, wanted) else {
         let _ = call.answer(Answer::Continue);
         return;
     };
-    let netns = socket_netns(listener.as_fd()).ok();
-    if options::unsuited(&listener, Purpose::Accept).is_some() || netns.is_none_or(|netns| direct.pod(netns).is_none())
+    let netns = socket_netns(listener.as_fd()).ok().inspect(|netns| filter.at(*netns));
+    let Some(netns) = netns.filter(|netns| direct.pod(*netns).is_some()) else {
+        let _ = call.answer(Answer::Continue);
+        return;
+    };
+    // The kernel has the words for what it would not accept.
+    if options::unsuited(&listener, Purpose::Accept).is_some()
+        || wanted.flags & !(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) != 0
     {
         let _ = call.answer(Answer::Continue);
         return;
     }
-    if let Some(netns) = netns {
-        note(ctx, netns, &listener);
-    }
-    // The kernel has the words for what it would not accept.
-    if wanted.flags & !(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) != 0 {
-        let _ = call.answer(Answer::Continue);
-        return;
-    }
+    note(&filter.ctx, netns, &listener);
     let limit = options::receive_timeout(&listener).ok().flatten();
     let deadline = limit.map(|limit| Instant::now() + limit);
     let waiter = Box::new(Waiter { call, caller, wanted, deadline });
     match options::blocks(&listener) {
-        Ok(true) => direct.server.waiting.enter(ctx, waiter, &listener),
+        Ok(true) => filter.waiting.enter(filter, waiter, &listener),
         _ => {
-            if let Err(waiter) = take(ctx, waiter, &listener) {
+            if let Err(waiter) = take(filter, waiter, &listener) {
                 let _ = waiter.call.answer(Answer::Errno(libc::EAGAIN));
             }
         }
@@ -245,13 +252,13 @@ pub(super) async fn accept(ctx: &Arc<Context>, call: Pending, wanted: Wanted) {
 }
 
 /// A listen(): what its connections must be is known before the first one comes.
-pub(super) fn listens(ctx: &Arc<Context>, call: Pending, fd: i32) {
+pub(super) fn listens(filter: &Filter, call: Pending, fd: i32) {
     let wanted = Wanted { fd, address: 0, length: 0, flags: 0 };
     if let Some((_, listener)) = listener(&call, wanted)
-        && let Ok(netns) = socket_netns(listener.as_fd())
+        && let Ok(netns) = socket_netns(listener.as_fd()).inspect(|netns| filter.at(*netns))
         && socket2::SockRef::from(&listener).protocol().is_ok_and(|protocol| protocol == Some(socket2::Protocol::TCP))
     {
-        note(ctx, netns, &listener);
+        note(&filter.ctx, netns, &listener);
     }
     let _ = call.answer(Answer::Continue);
 }
@@ -298,8 +305,8 @@ impl Drop for Taking<'_> {
 }
 
 /// Accepts and answers; the waiter comes back if nobody has connected.
-pub(super) fn take(ctx: &Arc<Context>, mut waiter: Box<Waiter>, listener: &OwnedFd) -> Result<(), Box<Waiter>> {
-    let Some(direct) = &ctx.direct else { return Ok(()) };
+pub(super) fn take(filter: &Arc<Filter>, mut waiter: Box<Waiter>, listener: &OwnedFd) -> Result<(), Box<Waiter>> {
+    let Some(direct) = &filter.ctx.direct else { return Ok(()) };
     let taking = Taking::begin(&direct.server.taking);
     let (socket, client) = match options::accept_now(listener) {
         Ok(accepted) => accepted,
@@ -319,7 +326,8 @@ pub(super) fn take(ctx: &Arc<Context>, mut waiter: Box<Waiter>, listener: &Owned
         // An application that listens for IPv6 must not be given an IPv4 socket; the next one will be fit.
         if v6 == offer.v6 {
             let Waiter { call, caller, wanted, .. } = *waiter;
-            if offer.sender.send(Handover { call, caller, wanted, template: socket, v6 }).is_err() {
+            let handover = Handover { filter: filter.clone(), call, caller, wanted, template: socket, v6 };
+            if offer.sender.send(handover).is_err() {
                 tracing::debug!("a ready connection was gone when it was accepted");
             }
             return Ok(());

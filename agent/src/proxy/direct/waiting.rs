@@ -15,10 +15,13 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::server::{self, Wanted};
+use super::{
+    filter::Filter,
+    server::{self, Wanted},
+};
 use crate::{
     keeper::Pending,
-    proxy::{Context, connections::lock},
+    proxy::connections::lock,
     sys::{options, process::Caller, seccomp::Answer, wakeup::Wakeups},
 };
 
@@ -56,7 +59,7 @@ impl Waiting {
     }
 
     /// Waits for a connection in the caller's place.
-    pub fn enter(&self, ctx: &Arc<Context>, waiter: Box<Waiter>, listener: &OwnedFd) {
+    pub fn enter(&self, filter: &Arc<Filter>, waiter: Box<Waiter>, listener: &OwnedFd) {
         let Ok(cookie) = options::cookie(listener) else {
             let _ = waiter.call.answer(Answer::Continue);
             return;
@@ -77,11 +80,11 @@ impl Waiting {
         queues.waiters.entry(cookie).or_default().push_back(waiter);
         drop(queues);
         // Somebody may have been there before.
-        self.serve(ctx, cookie);
+        self.serve(filter, cookie);
     }
 
     /// Serves those who wait for this listener, as far as there are connections.
-    fn serve(&self, ctx: &Arc<Context>, cookie: u64) {
+    fn serve(&self, filter: &Arc<Filter>, cookie: u64) {
         loop {
             let told = self.told.load(Ordering::SeqCst);
             let Some(waiter) = self.first(cookie) else { return };
@@ -91,7 +94,7 @@ impl Waiting {
                 let _ = waiter.call.answer(Answer::Continue);
                 continue;
             }
-            if let Err(waiter) = server::take(ctx, waiter, &listener) {
+            if let Err(waiter) = server::take(filter, waiter, &listener) {
                 lock(&self.queues).waiters.entry(cookie).or_default().push_front(waiter);
                 if self.told.load(Ordering::SeqCst) == told {
                     return;
@@ -137,17 +140,16 @@ impl Waiting {
     }
 }
 
-/// Runs as long as the agent.
-pub(super) async fn run(ctx: Arc<Context>) {
-    let Some(direct) = &ctx.direct else { return };
-    let waiting = &direct.server.waiting;
+/// Runs as long as the filter is served.
+pub(super) async fn run(filter: &Arc<Filter>) {
+    let waiting = &filter.waiting;
     let mut next = Instant::now() + LOOK;
     loop {
         tokio::select! {
             ready = waiting.wakeups.next() => match ready {
                 Ok(ready) => {
                     waiting.told.fetch_add(1, Ordering::SeqCst);
-                    ready.into_iter().for_each(|cookie| waiting.serve(&ctx, cookie));
+                    ready.into_iter().for_each(|cookie| waiting.serve(filter, cookie));
                 }
                 Err(error) => {
                     tracing::error!(%error, "listeners cannot be waited for");

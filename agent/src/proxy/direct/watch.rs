@@ -8,27 +8,28 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     net::SocketAddr,
-    os::fd::OwnedFd,
     sync::{Arc, Mutex, Weak, atomic::Ordering},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use serde::{Deserialize, Serialize};
+use tokio::{task::JoinHandle, time::timeout};
 
+use super::{Direct, ask, keys};
 use crate::{
     bpf::BpfError,
     proxy::{
         Context,
         account::Account,
         authorize::{self, Permit},
-        connections::{Facts, lock},
+        connections::{self, Facts, lock},
         pod::Pod,
         pump::PumpError,
     },
     sys::{
         diag::{Destruction, Diag, DiagSocket, Event, SocketId},
         netns::NetnsCookie,
-        tcp_info::{Opening, TcpState},
+        tcp_info::{Opening, Payload, TcpState},
     },
     tls::config::WITHOUT_RECORDS,
     words::{Direction, Endpoint, Mode, Path, TlsFacts, with_causes},
@@ -43,6 +44,18 @@ pub(super) struct Ends {
     pub opening: Opening,
     pub sent: u64,
     pub received: u64,
+}
+
+impl Ends {
+    fn count(&self, account: &Account, payload: Payload) {
+        let moved = &account.live.moved;
+        moved.sent.store(payload.sent.saturating_sub(self.sent), Ordering::Relaxed);
+        moved.received.store(payload.received.saturating_sub(self.received), Ordering::Relaxed);
+    }
+
+    fn id(&self) -> SocketId {
+        SocketId { local: self.local, remote: self.remote, cookie: self.cookie }
+    }
 }
 
 /// What is kept for a successor, as JSON.
@@ -68,18 +81,34 @@ pub(super) struct Watch {
     live: Mutex<HashMap<u64, Live>>,
     /// How many there are in each namespace.
     counts: Mutex<HashMap<NetnsCookie, usize>>,
-    /// Namespaces whose sockets' ends are listened for.
+    /// Namespaces whose sockets' ends are listened for. Its lock is taken before that of the pods.
     followed: Mutex<HashSet<NetnsCookie>>,
+    /// Namespaces of which all that is kept is this agent's own.
+    adopted: Mutex<HashSet<NetnsCookie>>,
 }
 
 struct Live {
     account: Account,
     netns: NetnsCookie,
     ends: Ends,
+    /// Since when its key has sealed all that it may.
+    spent: Option<Instant>,
 }
 
+/// A connection whose cipher has a limit.
+pub(super) struct Limited {
+    pub direction: Direction,
+    /// By what later ones like it are known: see `Direct::ciphers`.
+    pub end: SocketAddr,
+    pub spent: Option<Instant>,
+}
+
+/// The cipher without a limit, as rustls calls it.
+const LASTING: &str = "TLS13_CHACHA20_POLY1305_SHA256";
 /// After a listener for destroyed sockets has failed.
 const RETRY: Duration = Duration::from_secs(1);
+/// How long a connection waits to be told whether its leg was accepted.
+const ANSWER: Duration = Duration::from_millis(200);
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum WatchError {
@@ -87,115 +116,159 @@ pub(super) enum WatchError {
     Keep(#[from] BpfError),
     #[error("what is known of it makes no JSON")]
     Json(#[from] serde_json::Error),
+    #[error("its pod is not served any more, or as another workload")]
+    Pod,
 }
 
-/// The application has the connection from here on.
-pub(super) fn established(
-    ctx: &Arc<Context>,
-    pod: &Arc<Pod>,
-    mut account: Account,
-    permit: Permit,
+/// What is known of a connection is where a successor finds it. That comes before anything that cannot be undone, for the room is
+/// bounded; dropped before the application has the connection, it is forgotten.
+pub(super) struct Noted {
+    ctx: Arc<Context>,
+    pod: Arc<Pod>,
     ends: Ends,
-    records: &'static str,
-) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let Some(direct) = &ctx.direct else { return Err("direct connections are off".into()) };
-    let live = account.live.clone();
-    let facts = live.facts();
-    let kept = Kept {
-        netns: pod.netns.cookie().0,
-        direction: live.direction,
-        since: live.since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs(),
-        local: ends.local,
-        remote: ends.remote,
-        sent: ends.sent,
-        received: ends.received,
-        source: facts.source,
-        destination: facts.destination,
-        proved: facts.proved.map(|id| id.to_string()),
-        sni: facts.sni,
-        tls: facts.tls,
-        policy: facts.policy,
-    };
-    let kept = serde_json::to_vec(&kept).map_err(WatchError::from)?;
-    ctx.capture.keep_direct(ends.cookie, &kept).map_err(WatchError::from)?;
-    account.handed_over(records);
-    direct.watch.enter(ends.cookie, Live { account, netns: pod.netns.cookie(), ends });
-    sever_by_name(pod, &live, ends);
-    // The rules may have changed since the decision.
-    if let Some(revoked) = authorize::revoked_by(&ctx.state.load(), live.direction, &live.facts()) {
-        revoked.enforce(&live);
-    }
-    drop(permit);
-    Ok(())
+    handed_over: bool,
 }
 
-fn sever_by_name(pod: &Arc<Pod>, live: &Arc<crate::proxy::connections::Live>, ends: Ends) {
-    let pod = pod.clone();
-    live.severed_by(move || {
-        let id = SocketId { local: ends.local, remote: ends.remote, cookie: ends.cookie };
-        match with_diag(&pod, |diag| diag.destroy(&id)) {
-            Ok(true) => {}
-            Ok(false) => tracing::debug!(?id, "a revoked connection was gone already"),
-            Err(error) => tracing::error!(%error, ?id, "a revoked connection cannot be destroyed"),
+impl Noted {
+    pub fn new(ctx: &Arc<Context>, pod: &Arc<Pod>, account: &Account, ends: Ends) -> Result<Self, WatchError> {
+        let live = &account.live;
+        let facts = live.facts();
+        let kept = Kept {
+            netns: pod.netns.cookie().0,
+            direction: live.direction,
+            since: live.since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs(),
+            local: ends.local,
+            remote: ends.remote,
+            sent: ends.sent,
+            received: ends.received,
+            source: facts.source,
+            destination: facts.destination,
+            proved: facts.proved.map(|id| id.to_string()),
+            sni: facts.sni,
+            tls: facts.tls,
+            policy: facts.policy,
+        };
+        ctx.capture.keep_direct(ends.cookie, &serde_json::to_vec(&kept)?)?;
+        Ok(Self { ctx: ctx.clone(), pod: pod.clone(), ends, handed_over: false })
+    }
+
+    /// The application has the connection from here on.
+    pub fn hand_over(mut self, mut account: Account, permit: Permit, records: &'static str) -> Result<(), WatchError> {
+        let Some(direct) = &self.ctx.direct else { return Err(WatchError::Pod) };
+        let netns = self.pod.netns.cookie();
+        let live = account.live.clone();
+        {
+            let followed = lock(&direct.watch.followed);
+            let same = direct.pod(netns).is_some_and(|now| now.workload.id == self.pod.workload.id);
+            if !(same && followed.contains(&netns)) {
+                return Err(WatchError::Pod);
+            }
+            account.handed_over(records);
+            direct.watch.enter(self.ends.cookie, Live { account, netns, ends: self.ends, spent: None });
         }
+        self.handed_over = true;
+        sever_by_name(&self.ctx, &self.pod, &live, self.ends);
+        // The rules may have changed since the decision.
+        if let Some(revoked) = authorize::revoked_by(&self.ctx.state.load(), live.direction, &live.facts()) {
+            revoked.enforce(&live);
+        }
+        drop(permit);
+        Ok(())
+    }
+}
+
+impl Drop for Noted {
+    fn drop(&mut self) {
+        if !self.handed_over {
+            forget(&self.ctx, self.ends.cookie);
+        }
+    }
+}
+
+fn forget(ctx: &Context, cookie: u64) {
+    if let Err(error) = ctx.capture.forget_direct(cookie) {
+        tracing::warn!("a connection's record cannot be removed: {}", with_causes(&error));
+    }
+}
+
+fn sever_by_name(ctx: &Context, pod: &Arc<Pod>, live: &Arc<connections::Live>, ends: Ends) {
+    let (pod, runtime) = (pod.clone(), ctx.runtime.clone());
+    live.severed_by(move || {
+        let pod = pod.clone();
+        runtime.spawn(async move { ask::end(&pod, ends.id()).await });
     });
 }
 
-/// Resets a connection that is of no use to anybody.
-pub(super) fn destroy(pod: &Pod, cookie: u64, socket: &OwnedFd) {
-    let found = with_diag(pod, |diag| Ok(diag.all()?.into_iter().find(|found| found.id.cookie == cookie)));
-    match found.and_then(|found| found.map_or(Ok(false), |found| with_diag(pod, |diag| diag.destroy(&found.id)))) {
-        Ok(_) => {}
-        Err(error) => tracing::error!(%error, ?socket, "a connection cannot be ended"),
-    }
+/// Resets a connection that is of no use to anybody, on a thread that may wait.
+pub(super) fn destroy(pod: &Pod, ends: &Ends) {
+    ask::end_now(pod, ends.id());
 }
 
 /// Whether the application's end of a leg has been accepted, or will not be while no bytes come (TCP_DEFER_ACCEPT).
-pub(super) fn accepted(pod: &Pod, local: SocketAddr, remote: SocketAddr) -> bool {
-    match with_diag(pod, |diag| diag.find(local, remote)) {
-        Ok(Some(found)) => found.inode != 0 || found.state == TcpState::SYN_RECEIVED,
+pub(super) async fn accepted(pod: &Arc<Pod>, local: SocketAddr, remote: SocketAddr) -> bool {
+    match timeout(ANSWER, ask::ask(pod, move |diag| diag.find(local, remote))).await {
+        Ok(Ok(Some(found))) => found.inode != 0 || found.state == TcpState::SYN_RECEIVED,
         // Accepted and gone, or not to be known: the leg will tell.
-        Ok(None) | Err(_) => true,
+        Ok(Ok(None) | Err(_)) | Err(_) => true,
     }
 }
 
-fn with_diag<T>(pod: &Pod, ask: impl FnOnce(&Diag) -> io::Result<T>) -> io::Result<T> {
-    if let Some(diag) = pod.diag.get() {
-        return ask(diag);
-    }
-    let diag = Diag::open(&pod.netns)?;
-    ask(pod.diag.get_or_init(|| diag))
-}
-
-/// Takes over what a predecessor has left in the pod, and listens for the ends of direct connections there.
-pub(super) fn follow(ctx: &Arc<Context>, pod: &Arc<Pod>) {
+/// Takes over what a predecessor has left in the pod, and listens for the ends of direct connections there: for as long as it is
+/// served, or has any.
+pub(super) async fn follow(ctx: &Arc<Context>, pod: &Arc<Pod>) {
     let Some(direct) = &ctx.direct else { return };
-    if !lock(&direct.watch.followed).insert(pod.netns.cookie()) {
-        return;
-    }
-    match Destruction::open(&pod.netns) {
-        Ok(ends) => {
-            if let Err(error) = adopt(ctx, pod) {
-                tracing::error!("direct connections of an earlier agent are not known: {error}");
+    let netns = pod.netns.cookie();
+    let ends = {
+        let mut followed = lock(&direct.watch.followed);
+        if followed.contains(&netns) {
+            return;
+        }
+        match Destruction::open(&pod.netns) {
+            Ok(ends) => {
+                followed.insert(netns);
+                ends
             }
-            tokio::spawn(listen(Arc::downgrade(ctx), pod.clone(), ends));
+            Err(error) => {
+                let pod = pod.netns.path().display();
+                return tracing::error!(%error, %pod, "the ends of direct connections cannot be heard of");
+            }
         }
-        Err(error) => {
-            lock(&direct.watch.followed).remove(&pod.netns.cookie());
-            tracing::error!(%error, pod = %pod.netns.path().display(), "the ends of direct connections cannot be heard of");
-        }
+    };
+    if lock(&direct.watch.adopted).insert(netns)
+        && let Err(error) = adopt(ctx, pod).await
+    {
+        tracing::error!("direct connections of an earlier agent are not known: {error}");
     }
+    tokio::spawn(listen(Arc::downgrade(ctx), pod.clone(), ends));
 }
 
 impl Watch {
-    /// Whether there are direct connections in a namespace; in one that is not known there may be.
-    pub fn any(&self, netns: Option<NetnsCookie>) -> bool {
-        netns.is_none_or(|netns| lock(&self.counts).contains_key(&netns))
+    /// Whether there are direct connections in a namespace.
+    pub fn any(&self, netns: NetnsCookie) -> bool {
+        lock(&self.counts).contains_key(&netns)
     }
 
     fn enter(&self, cookie: u64, live: Live) {
         *lock(&self.counts).entry(live.netns).or_default() += 1;
         lock(&self.live).insert(cookie, live);
+    }
+
+    /// Notes what a socket has sent. `None` if it is no direct connection, or has a cipher without a limit.
+    pub fn count(&self, socket: &DiagSocket, sent: u64, limit: u64) -> Option<Limited> {
+        let mut live = lock(&self.live);
+        let live = live.get_mut(&socket.id.cookie)?;
+        if let Some(payload) = socket.counts.and_then(|counts| counts.payload(live.ends.opening, None)) {
+            live.ends.count(&live.account, payload);
+        }
+        let (direction, facts) = (live.account.live.direction, live.account.live.facts());
+        if facts.tls.is_none_or(|tls| tls.cipher == LASTING) {
+            return None;
+        }
+        if sent >= limit && live.spent.is_none() {
+            live.spent = Some(Instant::now());
+        }
+        let end = if direction == Direction::Outbound { live.ends.remote } else { live.ends.local };
+        Some(Limited { direction, end, spent: live.spent })
     }
 
     fn leave(&self, netns: NetnsCookie) {
@@ -215,38 +288,69 @@ impl Watch {
 }
 
 async fn listen(ctx: Weak<Context>, pod: Arc<Pod>, mut ends: Destruction) {
+    let Some(mut changes) = ctx.upgrade().map(|ctx| ctx.pods_changed.subscribe()) else { return };
+    let mut looks = tokio::time::interval(keys::LOOK);
+    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut look: Option<JoinHandle<()>> = None;
     loop {
-        let event = ends.next().await;
+        let mut time = false;
+        let event = tokio::select! {
+            event = ends.next() => Some(event),
+            changed = changes.changed() => if changed.is_ok() { None } else { return },
+            _ = looks.tick() => {
+                time = true;
+                None
+            }
+        };
         let Some(ctx) = ctx.upgrade() else { return };
+        if time
+            && look.as_ref().is_none_or(JoinHandle::is_finished)
+            && ctx.direct.as_ref().is_some_and(|direct| direct.watch.any(pod.netns.cookie()))
+        {
+            look = Some(tokio::spawn(keys::check(ctx.clone(), pod.clone())));
+        }
         match event {
-            Ok(Event::Destroyed(socket)) => ended(&ctx, &socket),
-            Ok(Event::Lost) => missed(&ctx, &pod),
-            Err(error) => {
+            None => {}
+            Some(Ok(Event::Destroyed(socket))) => ended(&ctx, &socket),
+            Some(Ok(Event::Lost)) => missed(&ctx, &pod).await,
+            Some(Err(error)) => {
                 tracing::error!(%error, "the ends of direct connections cannot be heard of");
-                missed(&ctx, &pod);
+                missed(&ctx, &pod).await;
                 tokio::time::sleep(RETRY).await;
             }
         }
+        if ctx.direct.as_ref().is_none_or(|direct| direct.unfollow(pod.netns.cookie())) {
+            return;
+        }
+    }
+}
+
+impl Direct {
+    /// Whether nothing is to be heard of a namespace any more; from then on it is not followed.
+    fn unfollow(&self, netns: NetnsCookie) -> bool {
+        let mut followed = lock(&self.watch.followed);
+        let over = self.pod(netns).is_none() && !self.watch.any(netns);
+        if over {
+            followed.remove(&netns);
+        }
+        over
     }
 }
 
 fn ended(ctx: &Context, socket: &DiagSocket) {
     let cookie = socket.id.cookie;
     let Some(direct) = &ctx.direct else { return };
-    let Some(Live { account, ends, netns }) = lock(&direct.watch.live).remove(&cookie) else { return };
+    let Some(Live { account, ends, netns, spent }) = lock(&direct.watch.live).remove(&cookie) else { return };
     direct.watch.leave(netns);
-    if let Err(error) = ctx.capture.forget_direct(cookie) {
-        tracing::warn!("a connection's record cannot be removed: {}", with_causes(&error));
-    }
+    forget(ctx, cookie);
     let fin = socket.fin_received(!WITHOUT_RECORDS);
     let payload = socket.counts.and_then(|counts| counts.payload(ends.opening, fin));
     if let Some(payload) = payload {
-        let moved = &account.live.moved;
-        moved.sent.store(payload.sent.saturating_sub(ends.sent), Ordering::Relaxed);
-        moved.received.store(payload.received.saturating_sub(ends.received), Ordering::Relaxed);
+        ends.count(&account, payload);
     }
     let result = match (account.live.revoked(), payload) {
         (Some(reason), _) => Err(PumpError::Revoked(reason)),
+        (None, _) if spent.is_some() => Err(PumpError::KeySpent),
         (None, Some(_)) => Ok(()),
         // An abortive close wipes the counts.
         (None, None) => Err(PumpError::Application(io::ErrorKind::ConnectionReset.into())),
@@ -255,51 +359,42 @@ fn ended(ctx: &Context, socket: &DiagSocket) {
 }
 
 /// Some ends were not told: whatever is not there any more has ended.
-fn missed(ctx: &Context, pod: &Pod) {
+async fn missed(ctx: &Context, pod: &Arc<Pod>) {
     let Some(direct) = &ctx.direct else { return };
-    let Ok(there) = cookies(pod) else { return };
+    let Ok(there) = cookies(pod).await else { return };
     let netns = pod.netns.cookie();
     let gone: Vec<_> =
         lock(&direct.watch.live).extract_if(|cookie, live| live.netns == netns && !there.contains(cookie)).collect();
     for (cookie, live) in gone {
         direct.watch.leave(netns);
-        let _ = ctx.capture.forget_direct(cookie);
+        forget(ctx, cookie);
         live.account.unobserved();
     }
 }
 
-fn cookies(pod: &Pod) -> io::Result<HashSet<u64>> {
-    Ok(with_diag(pod, Diag::all)?.into_iter().map(|socket| socket.id.cookie).collect())
+async fn cookies(pod: &Arc<Pod>) -> io::Result<HashSet<u64>> {
+    Ok(ask::ask(pod, Diag::all).await?.into_iter().map(|socket| socket.id.cookie).collect())
 }
 
 /// What a predecessor has kept of this pod: connections that live go on under this agent's eyes, the others are accounted.
-fn adopt(ctx: &Arc<Context>, pod: &Arc<Pod>) -> io::Result<()> {
+async fn adopt(ctx: &Arc<Context>, pod: &Arc<Pod>) -> io::Result<()> {
     let Some(direct) = &ctx.direct else { return Ok(()) };
-    let kept = ctx.capture.direct_kept().map_err(|error| io::Error::other(with_causes(&error)))?;
-    let there = cookies(pod)?;
-    let known: HashSet<u64> = lock(&direct.watch.live).keys().copied().collect();
-    for (cookie, bytes) in kept.into_iter().filter(|(cookie, _)| !known.contains(cookie)) {
-        let Ok(kept) = serde_json::from_slice::<Kept>(&bytes) else {
-            tracing::error!(cookie, "what an earlier agent has kept of a direct connection cannot be read");
-            continue;
-        };
-        if kept.netns != pod.netns.cookie().0 {
-            continue;
-        }
-        let mut account = Account::attempt(&ctx.connections, &ctx.metrics, &ctx.log, kept.direction);
-        account.count();
+    let there = cookies(pod).await?;
+    for (cookie, kept) in kept(ctx)?.into_iter().filter(|(_, kept)| kept.netns == pod.netns.cookie().0) {
         let opening = if kept.direction == Direction::Outbound { Opening::Active } else { Opening::Passive };
         let ends =
             Ends { cookie, local: kept.local, remote: kept.remote, opening, sent: kept.sent, received: kept.received };
-        account.live.learn(|facts| kept.teach(facts, pod));
+        let served = (kept.direction == Direction::Inbound).then(|| pod.workload.clone());
+        let account = kept.account(ctx);
+        account.live.learn(|facts| facts.served = served);
         if !there.contains(&cookie) {
-            let _ = ctx.capture.forget_direct(cookie);
+            forget(ctx, cookie);
             account.unobserved();
             continue;
         }
         let live = account.live.clone();
-        direct.watch.enter(cookie, Live { account, netns: pod.netns.cookie(), ends });
-        sever_by_name(pod, &live, ends);
+        direct.watch.enter(cookie, Live { account, netns: pod.netns.cookie(), ends, spent: None });
+        sever_by_name(ctx, pod, &live, ends);
         if let Some(revoked) = authorize::revoked_by(&ctx.state.load(), live.direction, &live.facts()) {
             revoked.enforce(&live);
         }
@@ -307,8 +402,47 @@ fn adopt(ctx: &Arc<Context>, pod: &Arc<Pod>) -> io::Result<()> {
     Ok(())
 }
 
+/// Accounts what is kept of namespaces that no pod of the mesh is in: nobody will hear of those connections' ends.
+pub(super) fn forget_strangers(ctx: &Context) {
+    let Some(direct) = &ctx.direct else { return };
+    match kept(ctx) {
+        Ok(all) => {
+            for (cookie, kept) in all {
+                if !lock(&direct.watch.adopted).contains(&NetnsCookie(kept.netns)) {
+                    forget(ctx, cookie);
+                    kept.account(ctx).unobserved();
+                }
+            }
+        }
+        Err(error) => tracing::error!("direct connections of an earlier agent are not known: {error}"),
+    }
+}
+
+/// All that is kept; what cannot be read is nobody's.
+fn kept(ctx: &Context) -> io::Result<Vec<(u64, Kept)>> {
+    let all = ctx.capture.direct_kept().map_err(|error| io::Error::other(with_causes(&error)))?;
+    let read = all.into_iter().filter_map(|(cookie, bytes)| match serde_json::from_slice(&bytes) {
+        Ok(kept) => Some((cookie, kept)),
+        Err(error) => {
+            tracing::error!(%error, cookie, "what an earlier agent has kept of a direct connection cannot be read");
+            forget(ctx, cookie);
+            None
+        }
+    });
+    Ok(read.collect())
+}
+
 impl Kept {
-    fn teach(self, facts: &mut Facts, pod: &Pod) {
+    /// The account goes on where the earlier agent has left it.
+    fn account(self, ctx: &Context) -> Account {
+        let since = SystemTime::UNIX_EPOCH + Duration::from_secs(self.since);
+        let mut account = Account::resume(&ctx.connections, &ctx.metrics, &ctx.log, self.direction, since);
+        account.count();
+        account.live.learn(|facts| self.teach(facts));
+        account
+    }
+
+    fn teach(self, facts: &mut Facts) {
         facts.source = self.source;
         facts.destination = self.destination;
         facts.mode = Some(Mode::Mtls);
@@ -318,6 +452,5 @@ impl Kept {
         facts.policy = self.policy;
         facts.sni = self.sni;
         facts.proved = self.proved.and_then(|id| id.parse().ok());
-        facts.served = (self.direction == Direction::Inbound).then(|| pod.workload.clone());
     }
 }

@@ -1,0 +1,141 @@
+//! One filter's calls, answered on a thread of its own.
+//!
+//! The kernel takes a socket's lock for nearly all that is done with it, and the application may hold that lock for as long as it likes,
+//! by sending from memory that does not come, say. Taking a descriptor, it may be kept from running. So whatever is done with an
+//! application's own sockets is done here, where nobody's calls wait but its own.
+
+use std::{
+    collections::HashSet,
+    io,
+    sync::{Arc, Mutex},
+    thread,
+};
+
+use tokio::runtime::{Builder, Handle};
+
+use super::{RETRY, client, close, server, waiting, waiting::Waiting};
+use crate::{
+    keeper::{Held, Receiver},
+    proxy::{Context, connections::lock},
+    sys::{
+        netns::{Netns, NetnsCookie},
+        seccomp::{Answer, Call},
+    },
+};
+
+pub(in crate::proxy::direct) struct Filter {
+    pub ctx: Arc<Context>,
+    pub waiting: Waiting,
+    /// The runtime of the filter's thread.
+    pub home: Handle,
+    /// Namespaces from which its calls have come, or will.
+    seen: Mutex<HashSet<NetnsCookie>>,
+}
+
+impl Filter {
+    fn new(ctx: Arc<Context>) -> io::Result<Self> {
+        Ok(Self { ctx, waiting: Waiting::new()?, home: Handle::current(), seen: Mutex::default() })
+    }
+
+    /// Under this filter there are sockets of that namespace.
+    pub fn at(&self, netns: NetnsCookie) {
+        if lock(&self.seen).insert(netns)
+            && let Some(direct) = &self.ctx.direct
+        {
+            *lock(&direct.filters).entry(netns).or_default() += 1;
+        }
+    }
+
+    /// Whether there may be direct connections among its sockets; where nothing is known of them there may be.
+    fn has_direct(&self) -> bool {
+        let (Some(direct), seen) = (&self.ctx.direct, lock(&self.seen)) else { return true };
+        seen.is_empty() || seen.iter().any(|netns| direct.watch.any(*netns))
+    }
+}
+
+impl Drop for Filter {
+    fn drop(&mut self) {
+        let Some(direct) = &self.ctx.direct else { return };
+        let mut filters = lock(&direct.filters);
+        for netns in lock(&self.seen).drain() {
+            if let Some(count) = filters.get_mut(&netns) {
+                *count -= 1;
+                if *count == 0 {
+                    filters.remove(&netns);
+                }
+            }
+        }
+    }
+}
+
+/// Answers the calls until the last task under the filter is gone.
+pub(super) fn start(ctx: &Arc<Context>, held: Held) {
+    let held = Arc::new(held);
+    let calls = serve(ctx.clone(), held.clone());
+    let started = Builder::new_current_thread().enable_all().build().and_then(|runtime| {
+        let thread = thread::Builder::new().name("marline-filter".into());
+        thread.spawn(move || runtime.block_on(calls))
+    });
+    if let Err(error) = started {
+        // Nobody else would answer them.
+        tracing::error!(%error, container = %held.container.id, "a filter has no thread of its own: its calls may make others wait");
+        tokio::spawn(serve(ctx.clone(), held));
+    }
+}
+
+async fn serve(ctx: Arc<Context>, held: Arc<Held>) {
+    let container = &held.container;
+    let (filter, calls) = loop {
+        match Filter::new(ctx.clone()).and_then(|filter| Ok((filter, held.receiver()?))) {
+            Ok(ready) => break ready,
+            Err(error) => tracing::error!(%error, container = %container.id, "calls of a filter cannot be received"),
+        }
+        tokio::time::sleep(RETRY).await;
+    };
+    // The first process may have ended, or not be known; then the first call tells.
+    if container.pid != 0
+        && let Ok(netns) = Netns::open(format!("/proc/{}/ns/net", container.pid))
+    {
+        filter.at(netns.cookie());
+    }
+    let filter = Arc::new(filter);
+    tracing::info!(container = %container.id, pid = container.pid, "a filter's calls are served");
+    tokio::select! {
+        () = receive(&filter, &calls, &container.id) => {}
+        () = waiting::run(&filter) => {}
+    }
+    tracing::info!(container = %container.id, "the last task under a filter has ended");
+}
+
+async fn receive(filter: &Arc<Filter>, calls: &Receiver, container: &str) {
+    loop {
+        let pending = match calls.recv().await {
+            Ok(Some(pending)) => pending,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::error!(%error, container, "calls of a filter cannot be received");
+                tokio::time::sleep(RETRY).await;
+                continue;
+            }
+        };
+        match pending.notification.call {
+            Call::Connect { fd, address, length } => {
+                let filter = filter.clone();
+                tokio::spawn(async move { client::connect(&filter, pending, fd, address, length).await });
+            }
+            Call::Accept { fd, address, length, flags } => {
+                server::accept(filter, pending, server::Wanted { fd, address, length, flags });
+            }
+            Call::Listen { fd } => server::listens(filter, pending, fd),
+            Call::Shutdown { fd, how } if filter.has_direct() => {
+                tokio::spawn(close::shutting(pending, fd, how));
+            }
+            ending @ (Call::Close { .. } | Call::CloseRange { .. }) if filter.has_direct() => {
+                close::closing(pending, ending);
+            }
+            _ => {
+                let _ = pending.answer(Answer::Continue);
+            }
+        }
+    }
+}
