@@ -121,6 +121,11 @@ impl Cluster {
         &self.name
     }
 
+    /// The agent's program.
+    pub fn program(&self) -> Result<PathBuf> {
+        self.settings(Side::A).binary()
+    }
+
     /// For files that live as long as the cluster.
     #[must_use]
     pub fn directory(&self) -> &Path {

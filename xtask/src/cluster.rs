@@ -1,12 +1,17 @@
 //! `cargo xtask up`, `exec`, `status` and `down`: a two-node mesh on this box that outlives the command that made it.
 //! What a cluster is and how it is made is left to the harness (`marline_tests::cluster`), building to `build`.
 
-use std::{fmt::Write as _, fs, os::unix::process::CommandExt, path::Path};
+use std::{
+    fmt::Write as _,
+    fs,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use marline_tests::{
-    cluster::{Cluster, ClusterSpec, Family, Membership, PodSpec, Side, remains},
+    cluster::{Cluster, ClusterSpec, Direct, Family, Membership, Pod, PodSpec, Side, remains},
     config::{Mode, replace},
     traffic::{nginx::Nginx, redis::Redis},
 };
@@ -30,6 +35,8 @@ pub(crate) const EXIT_NO_EXEC: i32 = 125;
 #[command(after_long_help = "\
 Two nodes are made of network namespaces, with a routed link between them and an agent on each. In the mesh are client-a and
 server-a on node a, client-b and server-b on node b; the pod `outside` on node a is not. nginx and redis run in both servers.
+Programs of client-a and server-b run under the seccomp filter (`marline run`): where the kernel's TLS is up to it, their connections
+are direct. Each node has a keeper, too, which outlives its agent.
 Everything stays until `cargo xtask down`: namespaces marline-dev-*, a cgroup marline-dev, files and logs in /run/marline-dev.
 
 Run it again after a change of the code: it builds, and restarts agents that run an older build. With another --mode it changes
@@ -49,7 +56,8 @@ pub(crate) struct UpArgs {
 
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
-The command runs in the pod's network namespace and cgroup, as root, with this terminal; names of pods resolve. The exit code is
+The command runs in the pod's network namespace and cgroup, as root, with this terminal; names of pods resolve. In client-a and
+server-b it is under the seccomp filter. The exit code is
 the command's own, or 125 if it could not be started.
 
   cargo xtask exec client-a -- curl -s http://server-b/
@@ -101,6 +109,8 @@ pub(crate) const NEEDS: [deps::Need; 10] = [
 struct Saved {
     mode: Mode,
     pods: Vec<PodSpec>,
+    /// The agent's.
+    program: PathBuf,
 }
 
 pub(crate) fn up(args: &UpArgs) -> Result<()> {
@@ -109,20 +119,10 @@ pub(crate) fn up(args: &UpArgs) -> Result<()> {
     let program = build::agent(args.release)?;
     let mode = args.mode.map(Mode::from);
     let cluster = match found()? {
-        Some(saved) => {
-            let spec = ClusterSpec {
-                mode: saved.mode,
-                pods: saved.pods,
-                extra: Vec::new(),
-                direct: None,
-                program: Some(program),
-            };
-            again(spec, mode)?
-        }
+        Some(saved) => again(ClusterSpec { program: Some(program), ..spec_of(&saved) }, mode)?,
         None => {
-            let mut spec = ClusterSpec::pairs(mode.unwrap_or(Mode::Permissive));
-            spec.program = Some(program);
-            fresh(&spec)?
+            let plan = ClusterSpec::pairs(mode.unwrap_or(Mode::Permissive));
+            fresh(&ClusterSpec { program: Some(program), direct: Some(direct()), ..plan })?
         }
     };
     print!("{}", overview(&cluster));
@@ -135,7 +135,7 @@ pub(crate) fn up(args: &UpArgs) -> Result<()> {
 pub(crate) fn exec(args: &ExecArgs) -> Result<i32> {
     require_root()?;
     let cluster = met()?;
-    let pod = cluster.pod(&args.pod).with_context(|| {
+    let pod = pod_of(&cluster, &args.pod).with_context(|| {
         let names: Vec<&str> = cluster.pods().map(|pod| pod.name.as_str()).collect();
         format!("the pods are {}", names.join(", "))
     })?;
@@ -167,10 +167,22 @@ pub(crate) fn down() -> Result<()> {
     }
 }
 
+/// Pods whose programs are under the filter; the others show what it is like without.
+const FILTERED: [&str; 2] = ["client-a", "server-b"];
+
+fn pod_of(cluster: &Cluster, name: &str) -> Result<Pod> {
+    if FILTERED.contains(&name) { cluster.filtered(name) } else { cluster.pod(name) }
+}
+
+fn direct() -> Direct {
+    // Agents without optimisation are slower than the agent's default allows for.
+    Direct { hold: "100ms".to_owned(), ..Direct::default() }
+}
+
 /// Starts the servers that a person finds in the mesh.
 pub(crate) fn fill(cluster: &Cluster) -> Result<()> {
     for server in ["server-a", "server-b"] {
-        let pod = cluster.pod(server)?;
+        let pod = pod_of(cluster, server)?;
         let greeting = format!("this page comes from {server}");
         for process in [Nginx::start(&pod, &greeting)?.process, Redis::start(&pod, &greeting)?.process] {
             process.detach();
@@ -192,7 +204,8 @@ pub(crate) fn save(cluster: &Cluster, pods: &[PodSpec]) -> Result<()> {
         writeln!(hosts, "{} {name}\n{} {name}", pod.v4, pod.v6, name = pod.name)?;
     }
     replace(&cluster.directory().join("hosts"), &hosts)?;
-    let saved = Saved { mode: cluster.mode(), pods: pods.to_vec() };
+    let program = cluster.program()?;
+    let saved = Saved { mode: cluster.mode(), pods: pods.to_vec(), program };
     replace(&cluster.directory().join("state.json"), &serde_json::to_string_pretty(&saved)?)
 }
 
@@ -225,7 +238,13 @@ fn met() -> Result<Cluster> {
 }
 
 fn spec_of(saved: &Saved) -> ClusterSpec {
-    ClusterSpec { mode: saved.mode, pods: saved.pods.clone(), extra: Vec::new(), direct: None, program: None }
+    ClusterSpec {
+        mode: saved.mode,
+        pods: saved.pods.clone(),
+        extra: Vec::new(),
+        direct: Some(direct()),
+        program: Some(saved.program.clone()),
+    }
 }
 
 fn fresh(spec: &ClusterSpec) -> Result<Cluster> {
@@ -236,10 +255,11 @@ fn fresh(spec: &ClusterSpec) -> Result<Cluster> {
     let _ = fs::remove_dir_all(directory);
     let mut cluster =
         Cluster::create_lasting(NAME, directory, spec).map_err(|error| step.fail(format!("{error:#}")))?;
+    let step = Step::begin("starting the agents and their keepers").way_out("the logs above tell why");
+    cluster.start_agents().map_err(|error| step.fail(format!("{error:#}\n{}", cluster.report())))?;
+    // After the keepers, which those under the filter need.
     fill(&cluster)?;
     save(&cluster, &spec.pods)?;
-    let step = Step::begin("starting the agents").way_out("the agents' logs above tell why");
-    cluster.start_agents().map_err(|error| step.fail(format!("{error:#}\n{}", cluster.report())))?;
     Ok(cluster)
 }
 
@@ -249,6 +269,13 @@ fn again(spec: ClusterSpec, mode: Option<Mode>) -> Result<Cluster> {
     step::say(&format!("the mesh is up already, in mode {}", cluster.mode().as_str()));
     let mut started = Vec::new();
     for side in Side::BOTH {
+        if cluster.keeper_mut(side)?.pid().is_none() {
+            step::say(&format!(
+                "keeper {} does not run: starting it anew; programs under its filter have to be, too",
+                side.letter()
+            ));
+            cluster.start_keeper(side)?;
+        }
         let agent = cluster.agent(side)?;
         let why = match (agent.pid(), agent.is_outdated()) {
             (None, _) => "does not run",
@@ -310,7 +337,7 @@ fn hints(cluster: &Cluster) -> String {
         ),
         ("cargo xtask exec client-b -- redis-cli -h server-a PING", "the other way"),
         (&format!("ip netns exec {NAME}-a tcpdump -ni link0 -A tcp port 80"), "what a stranger on the link sees"),
-        (&format!("tail -f {DIRECTORY}/b/access.log"), "one line per connection, as node b's agent saw it"),
+        (&format!("tail -f {DIRECTORY}/b/access.log"), "one line per connection: who, how, and by which path"),
         (&format!("cargo xtask up --mode {other}"), "another mode, while running"),
         ("cargo xtask down", "remove all of it"),
     ];
