@@ -139,6 +139,11 @@ impl Held {
         &self.listener
     }
 
+    /// Whether calls have been received and not been answered.
+    pub fn in_hand(&self) -> bool {
+        Arc::strong_count(&self.calls) > 1
+    }
+
     /// How many calls were more than there were places for, and were left to the kernel.
     pub fn beyond(&self) -> u64 {
         self.beyond.load(Ordering::Relaxed)

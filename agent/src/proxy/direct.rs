@@ -11,7 +11,7 @@ use std::{
     collections::{HashMap, HashSet},
     net::SocketAddr,
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Weak},
     time::{Duration, Instant},
 };
 
@@ -126,6 +126,8 @@ pub struct Direct {
     filters: Mutex<HashMap<NetnsCookie, usize>>,
     /// Why a connect() was left to the kernel, by the socket's cookie, until the connection comes by the proxied way.
     left: Mutex<HashMap<u64, Why>>,
+    /// The filters whose calls are received.
+    served: Mutex<Vec<Weak<filter::Filter>>>,
     /// Destinations that are not worth another try yet.
     avoided: Mutex<HashMap<SocketAddr, (Instant, Why)>>,
     /// Where connections go on for long, by the far end of those from the pods and the near end of those to them.
@@ -151,6 +153,7 @@ impl Direct {
             pods: Mutex::default(),
             filters: Mutex::default(),
             left: Mutex::default(),
+            served: Mutex::default(),
             avoided: Mutex::default(),
             lasting: Mutex::default(),
             lasting_possible: kernel.suites.contains(&CipherSuite::TLS13_CHACHA20_POLY1305_SHA256),
@@ -252,6 +255,7 @@ pub(super) async fn run(ctx: Arc<Context>) {
             Ok(link) => {
                 absent = false;
                 tracing::info!(keeper = %direct.settings.keeper.display(), "connected to the keeper");
+                direct.moved();
                 if let Err(error) = take(&ctx, &link).await {
                     tracing::error!("the keeper: {}", with_causes(&error));
                 }

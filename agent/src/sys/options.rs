@@ -315,7 +315,7 @@ impl Drop for Unblocked<'_> {
     }
 }
 
-fn int(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int) -> io::Result<libc::c_int> {
+pub(super) fn int(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int) -> io::Result<libc::c_int> {
     let mut buffer = [0; 4];
     match bytes(socket, level, name, &mut buffer)?.first_chunk() {
         Some(value) => Ok(libc::c_int::from_ne_bytes(*value)),
@@ -324,7 +324,7 @@ fn int(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int) -> io::Res
 }
 
 /// An option's value as the kernel writes it.
-fn bytes<'b>(
+pub(super) fn bytes<'b>(
     socket: BorrowedFd<'_>,
     level: libc::c_int,
     name: libc::c_int,
@@ -344,7 +344,7 @@ fn option_length(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int) 
     Ok(length as usize)
 }
 
-fn set(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, value: &[u8]) -> io::Result<()> {
+pub(super) fn set(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, value: &[u8]) -> io::Result<()> {
     let length = libc::socklen_t::try_from(value.len()).unwrap_or(0);
     // SAFETY: pointer and length are those of `value`.
     let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value.as_ptr().cast(), length) };

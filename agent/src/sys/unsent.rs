@@ -5,16 +5,15 @@
 //! left; shutdown() makes none. Seen on 6.1 and on 6.12: up to a record is lost that write() had accepted, and the peer sees an
 //! orderly end. TCP's own sockets lose nothing there, and programs count on it. So before a socket is closed its send buffer is
 //! made large enough for what is left.
-#![allow(unsafe_code)]
 
-use std::{
-    fs, io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
-};
+use std::{fs, io, os::fd::AsFd};
 
 use socket2::SockRef;
 
-use super::process::Caller;
+use super::{
+    options::{bytes, int, set},
+    process::Caller,
+};
 
 /// `SK_MEMINFO_WMEM_QUEUED` (include/uapi/linux/sock_diag.h).
 const WMEM_QUEUED: usize = 5;
@@ -36,11 +35,11 @@ pub enum Unsent {
 pub fn make_room(socket: impl AsFd) -> io::Result<Unsent> {
     let socket = socket.as_fd();
     let mut name = [0; 4];
-    if get(socket, libc::SOL_TCP, libc::TCP_ULP, &mut name).map_or(0, |length| length) < 3 || &name[..3] != b"tls" {
+    if !bytes(socket, libc::SOL_TCP, libc::TCP_ULP, &mut name).is_ok_and(|name| name.starts_with(b"tls")) {
         return Ok(Unsent::Nothing);
     }
     let mut memory = [0; 36];
-    get(socket, libc::SOL_SOCKET, libc::SO_MEMINFO, &mut memory)?;
+    let memory = bytes(socket, libc::SOL_SOCKET, libc::SO_MEMINFO, &mut memory)?;
     let queued = memory.chunks_exact(4).nth(WMEM_QUEUED).and_then(|word| word.first_chunk());
     let queued = queued.map_or(0, |word| u32::from_ne_bytes(*word)) as usize;
     let limit = SockRef::from(&socket).send_buffer_size()?;
@@ -49,15 +48,15 @@ pub fn make_room(socket: impl AsFd) -> io::Result<Unsent> {
         return Ok(if queued == 0 { Unsent::Nothing } else { Unsent::Queued });
     }
     if lowat != 0 {
-        set(socket, libc::SOL_TCP, libc::TCP_NOTSENT_LOWAT, -1)?;
+        set(socket, libc::SOL_TCP, libc::TCP_NOTSENT_LOWAT, &(-1_i32).to_ne_bytes())?;
     }
     let locked = int(socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK).ok();
     // The kernel doubles what it is told.
     let room = i32::try_from((queued.saturating_add(2 * ROOM)) / 2).unwrap_or(i32::MAX / 2);
-    set(socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, room)?;
+    set(socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &room.to_ne_bytes())?;
     // The socket may live on in another process, for which the kernel goes on choosing the size if it did.
     if let Some(locked) = locked {
-        set(socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK, locked)?;
+        set(socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK, &locked.to_ne_bytes())?;
     }
     Ok(Unsent::Squeezed)
 }
@@ -81,25 +80,4 @@ pub fn before_closing(caller: &Caller, first: u32, last: u32) {
             before_close(caller, fd);
         }
     }
-}
-
-fn int(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int) -> io::Result<libc::c_int> {
-    let mut value = [0; 4];
-    get(socket, level, name, &mut value)?;
-    Ok(libc::c_int::from_ne_bytes(value))
-}
-
-fn get(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, value: &mut [u8]) -> io::Result<usize> {
-    let mut length = libc::socklen_t::try_from(value.len()).unwrap_or(0);
-    // SAFETY: the kernel writes at most `length` bytes, the buffer's own length.
-    let result =
-        unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut length) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(length as usize) }
-}
-
-fn set(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
-    let length = size_of_val(&value) as libc::socklen_t;
-    // SAFETY: pointer and length are those of `value`.
-    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), length) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

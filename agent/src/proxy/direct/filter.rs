@@ -7,21 +7,31 @@
 use std::{
     collections::HashSet,
     io,
+    os::fd::AsFd,
+    path::Path,
     sync::{Arc, Mutex},
     thread,
+    time::Duration,
 };
 
-use tokio::runtime::{Builder, Handle};
+use tokio::{
+    runtime::{Builder, Handle},
+    sync::Notify,
+};
 
-use super::{RETRY, client, close, server, waiting, waiting::Waiting};
+use super::{Direct, RETRY, client, close, server, waiting, waiting::Waiting};
 use crate::{
-    keeper::{Held, Receiver},
+    keeper::{Held, Offer, Receiver},
     proxy::{Context, connections::lock},
     sys::{
         netns::{Netns, NetnsCookie},
         seccomp::{Answer, Call},
     },
+    words::with_causes,
 };
+
+/// How often to see whether calls in hand have ended.
+const LOOK: Duration = Duration::from_millis(50);
 
 pub(in crate::proxy::direct) struct Filter {
     pub ctx: Arc<Context>,
@@ -30,11 +40,19 @@ pub(in crate::proxy::direct) struct Filter {
     pub home: Handle,
     /// Namespaces from which its calls have come, or will.
     seen: Mutex<HashSet<NetnsCookie>>,
+    /// Told when there is a new keeper, which does not know of it.
+    moved: Notify,
 }
 
 impl Filter {
     fn new(ctx: Arc<Context>) -> io::Result<Self> {
-        Ok(Self { ctx, waiting: Waiting::new()?, home: Handle::current(), seen: Mutex::default() })
+        Ok(Self {
+            ctx,
+            waiting: Waiting::new()?,
+            home: Handle::current(),
+            seen: Mutex::default(),
+            moved: Notify::new(),
+        })
     }
 
     /// Under this filter there are sockets of that namespace.
@@ -84,6 +102,7 @@ pub(super) fn start(ctx: &Arc<Context>, held: Held) {
 }
 
 async fn serve(ctx: Arc<Context>, held: Arc<Held>) {
+    let Some(direct) = &ctx.direct else { return };
     let container = &held.container;
     let (filter, calls) = loop {
         match Filter::new(ctx.clone()).and_then(|filter| Ok((filter, held.receiver()?))) {
@@ -99,12 +118,43 @@ async fn serve(ctx: Arc<Context>, held: Arc<Held>) {
         filter.at(netns.cookie());
     }
     let filter = Arc::new(filter);
+    {
+        let mut served = lock(&direct.served);
+        served.retain(|filter| filter.strong_count() > 0);
+        served.push(Arc::downgrade(&filter));
+    }
     tracing::info!(container = %container.id, pid = container.pid, "a filter's calls are served");
-    tokio::select! {
-        () = receive(&filter, &calls, &container.id) => {}
-        () = waiting::run(&filter) => {}
+    loop {
+        tokio::select! {
+            () = receive(&filter, &calls, &container.id) => break,
+            () = waiting::run(&filter) => break,
+            () = filter.moved.notified() => if give(&filter, &held, &direct.settings.keeper).await { return },
+        }
     }
     tracing::info!(container = %container.id, "the last task under a filter has ended");
+}
+
+/// Hands the filter to a new keeper, from which it comes back to be served anew. Calls in hand are brought to their end.
+async fn give(filter: &Filter, held: &Held, keeper: &Path) -> bool {
+    let given = Offer::connect(keeper).and_then(|offer| offer.hand_over(held.as_fd(), &held.container));
+    if let Err(error) = given {
+        tracing::error!(container = %held.container.id, "a new keeper has not got a filter: {}", with_causes(&error));
+        return false;
+    }
+    filter.waiting.give_back();
+    while held.in_hand() {
+        tokio::time::sleep(LOOK).await;
+    }
+    true
+}
+
+impl Direct {
+    /// There is a new keeper: it is given the filters that its predecessor held.
+    pub(super) fn moved(&self) {
+        for filter in lock(&self.served).drain(..).filter_map(|filter| filter.upgrade()) {
+            filter.moved.notify_one();
+        }
+    }
 }
 
 async fn receive(filter: &Arc<Filter>, calls: &Receiver, container: &str) {

@@ -113,6 +113,13 @@ impl Waiting {
         first
     }
 
+    /// Gives all back to the kernel.
+    pub fn give_back(&self) {
+        for waiter in lock(&self.queues).waiters.drain().flat_map(|(_, waiting)| waiting) {
+            let _ = waiter.call.answer(Answer::Continue);
+        }
+    }
+
     /// Gives back whoever has a signal coming or is gone. Returns how many wait.
     fn look(&self) -> usize {
         let mut over = Vec::new();
