@@ -30,6 +30,9 @@ pub struct Record<'a> {
     pub direction: Direction,
     pub source: &'a Endpoint,
     pub destination: &'a Endpoint,
+    /// The service whose virtual address the application connected to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub service: Option<&'a str>,
     pub mode: Option<Mode>,
     /// `ktls`, `userspace`, `plaintext`, or `none` where it did not come so far.
     pub records: &'a str,

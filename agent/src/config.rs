@@ -5,11 +5,13 @@
 mod agent;
 mod assemble;
 mod authorization;
+mod behind;
 mod document;
 mod fields;
 mod finding;
 mod policies;
 mod resources;
+mod services;
 mod unsupported;
 
 use std::{
@@ -32,6 +34,7 @@ use crate::{
 use document::{Node, Pair, Value};
 use finding::{Origin, Report, about_file};
 use resources::WorkloadEntry;
+use services::ServiceResource;
 use unsupported::unsupported;
 
 /// A hundred thousand workloads are 20 MB.
@@ -137,7 +140,7 @@ fn read_all(dir: &Path, trust_domain: Option<&TrustDomain>, need: Need) -> (Opti
     // Without a sound AgentConfig nothing is loaded, but the contradictions among workloads shall be told as well.
     let trust_domain = trust_domain.or(agent.as_ref().map(|agent| &agent.trust_domain)).cloned().unwrap_or_default();
     let policies = documents.policies(&trust_domain, &mut report);
-    let snapshot = assemble::snapshot(&trust_domain, policies, &documents.workloads, &mut report);
+    let snapshot = assemble::snapshot(&trust_domain, policies, &documents.workloads, &documents.services, &mut report);
     (agent, snapshot, report)
 }
 
@@ -156,6 +159,7 @@ struct Documents {
     peers: Vec<PeerAuthentication>,
     authorizations: Vec<AuthorizationPolicy>,
     workloads: Vec<WorkloadEntry>,
+    services: Vec<ServiceResource>,
 }
 
 impl Documents {
@@ -211,6 +215,16 @@ impl Documents {
                 assemble::unique_name(&mut self.names, &origin, report);
                 let metadata = resources::metadata(&origin, document, report);
                 self.workloads.extend(resources::workload_entry(&origin, metadata, document, report));
+            }
+            ("ServiceEntry", "networking.istio.io", "v1" | "v1beta1" | "v1alpha3") => {
+                assemble::unique_name(&mut self.names, &origin, report);
+                let metadata = resources::metadata(&origin, document, report);
+                self.services.extend(services::service_entry(&origin, metadata, document, report));
+            }
+            ("Service", "", "v1") => {
+                assemble::unique_name(&mut self.names, &origin, report);
+                let metadata = resources::metadata(&origin, document, report);
+                self.services.extend(services::service(&origin, metadata, document, report));
             }
             ("PeerAuthentication", "security.istio.io", "v1" | "v1beta1") => {
                 assemble::unique_name(&mut self.names, &origin, report);

@@ -8,6 +8,7 @@ pub mod explain;
 pub mod matching;
 pub mod model;
 pub mod select;
+pub mod service;
 
 use std::{
     fmt,
@@ -20,6 +21,7 @@ pub use authorization::{Attempt, AuthorizationPolicy, Peer};
 pub use evaluate::{Authorization, Denial, Verdict};
 pub use model::{MtlsMode, Workload};
 pub use select::{Header, PolicyName, ROOT_NAMESPACE};
+pub use service::{Service, ServiceEndpoint};
 
 /// All policies of the mesh, compiled.
 #[derive(PartialEq, Default, Debug)]

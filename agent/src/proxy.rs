@@ -37,6 +37,7 @@ mod pod;
 pub mod probe;
 pub mod pump;
 mod refusal;
+mod target;
 mod watchdog;
 
 pub use pod::{PodState, PodStatus};
@@ -49,6 +50,7 @@ use handshake::{HandshakeError, Secured};
 use offload::{Capabilities, Records, RecordsChoice};
 use pump::PumpError;
 use refusal::Refusal;
+use target::Loads;
 
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -67,6 +69,7 @@ pub struct Context {
     pub kernel: Capabilities,
     pub settings: Settings,
     pub connections: Connections,
+    pub loads: Loads,
     pub metrics: Arc<Metrics>,
     pub log: AccessLog,
     /// `None` where direct connections are off.
@@ -116,6 +119,7 @@ impl Proxy {
             kernel,
             settings,
             connections: Connections::default(),
+            loads: Loads::default(),
             metrics,
             log,
             direct,

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use crate::{
     identity::{SpiffeId, TrustDomain},
-    policy::{Policies, Workload},
+    policy::{Policies, Service, Workload},
 };
 
 /// A pod on this node that is to be enrolled.
@@ -18,6 +18,8 @@ pub struct LocalPod {
     pub workload: Arc<Workload>,
     /// The pod's network namespace: a path that can be opened for setns.
     pub netns: PathBuf,
+    /// Where it is, as Istio writes localities: `REGION/ZONE`.
+    pub zone: Option<String>,
 }
 
 /// Everything the agent knows at one moment.
@@ -30,6 +32,8 @@ pub struct Snapshot {
     pub generation: u64,
     workloads: Vec<Arc<Workload>>,
     by_address: HashMap<IpAddr, Arc<Workload>>,
+    services: Vec<Arc<Service>>,
+    by_virtual_address: HashMap<IpAddr, Arc<Service>>,
 }
 
 impl Snapshot {
@@ -47,7 +51,24 @@ impl Snapshot {
                 by_address.entry(address.to_canonical()).or_insert_with(|| Arc::clone(workload));
             }
         }
-        Self { policies, trust_domain, local, generation: 0, workloads, by_address }
+        let (services, by_virtual_address) = Default::default();
+        Self { policies, trust_domain, local, generation: 0, workloads, by_address, services, by_virtual_address }
+    }
+
+    /// Two services with one address are refused by the configuration.
+    pub fn with_services(mut self, services: Vec<Arc<Service>>) -> Self {
+        for service in &services {
+            for address in &service.addresses {
+                self.by_virtual_address.insert(address.to_canonical(), Arc::clone(service));
+            }
+        }
+        self.services = services;
+        self
+    }
+
+    /// The service with this virtual address.
+    pub fn service(&self, address: IpAddr) -> Option<&Arc<Service>> {
+        self.by_virtual_address.get(&address.to_canonical())
     }
 
     /// The workload at an address. IPv4-mapped IPv6 addresses find the IPv4 workload.
@@ -65,6 +86,7 @@ impl Snapshot {
             && self.trust_domain == other.trust_domain
             && self.local == other.local
             && self.workloads == other.workloads
+            && self.services == other.services
     }
 
     /// The identities that this node must hold certificates for.

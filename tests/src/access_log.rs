@@ -51,6 +51,8 @@ pub struct Entry {
     pub direction: Direction,
     pub source: End,
     pub destination: End,
+    /// The host of the service that the program connected to.
+    pub service: Option<String>,
     pub mode: Option<String>,
     pub records: Records,
     pub pump: Option<String>,

@@ -127,7 +127,7 @@ fn settle(namespace: &str, account: &str, dir: &Path) -> Result<(), RunError> {
 
 fn netns_of(local: &[Arc<LocalPod>], namespace: &str, account: &str) -> Result<PathBuf, RunError> {
     let (mut paths, mut others) = (Vec::new(), Vec::new());
-    for LocalPod { workload, netns } in local.iter().map(AsRef::as_ref) {
+    for LocalPod { workload, netns, .. } in local.iter().map(AsRef::as_ref) {
         if workload.namespace == namespace && workload.service_account == account {
             paths.push(netns.clone());
         }

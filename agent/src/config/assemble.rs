@@ -8,8 +8,10 @@ use std::{
 };
 
 use super::{
+    behind,
     finding::{Origin, Report},
     resources::WorkloadEntry,
+    services::ServiceResource,
 };
 use crate::{
     identity::{SpiffeId, TrustDomain},
@@ -25,6 +27,7 @@ pub(super) fn snapshot(
     trust_domain: &TrustDomain,
     policies: Policies,
     entries: &[WorkloadEntry],
+    services: &[ServiceResource],
     report: &mut Report,
 ) -> Snapshot {
     unique_addresses(entries, report);
@@ -42,11 +45,13 @@ pub(super) fn snapshot(
         let Some(workload) = workload(trust_domain, &entries, report) else { continue };
         // A pod that opted out is known, so that others speak plaintext to it, and is left alone.
         if workload.in_mesh {
-            local.push(Arc::new(LocalPod { workload: Arc::clone(&workload), netns: netns.clone() }));
+            let zone = entries.iter().find_map(|entry| entry.zone.clone());
+            local.push(Arc::new(LocalPod { workload: Arc::clone(&workload), netns: netns.clone(), zone }));
         }
         workloads.push(workload);
     }
-    Snapshot::new(policies, trust_domain.clone(), workloads, local)
+    let services = behind::services(services, entries, &workloads, report);
+    Snapshot::new(policies, trust_domain.clone(), workloads, local).with_services(services)
 }
 
 /// Reports the second and every further resource of one kind, namespace and name.

@@ -277,6 +277,11 @@ impl<'a> Fields<'a> {
         mappings
     }
 
+    /// Everything in the mapping, as it is.
+    pub(super) fn values(&self) -> impl Iterator<Item = (&'a str, &'a Value)> {
+        self.pairs.iter().map(|pair| (pair.key.as_str(), &pair.value.value))
+    }
+
     /// A mapping of texts to texts, such as labels.
     pub(super) fn texts(&mut self, report: &mut Report, key: &'static str) -> BTreeMap<String, String> {
         let Some(fields) = self.fields(report, key) else { return BTreeMap::new() };

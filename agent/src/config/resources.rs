@@ -9,6 +9,7 @@ use super::{
     document::Pair,
     fields::{Fields, Unknown},
     finding::{Origin, Report},
+    services::numbers,
 };
 
 pub(super) const DEFAULT_NAMESPACE: &str = "default";
@@ -41,6 +42,10 @@ pub(super) struct WorkloadEntry {
     pub(super) labels: BTreeMap<String, String>,
     pub(super) in_mesh: bool,
     pub(super) netns: Option<PathBuf>,
+    /// By the names that services give them.
+    pub(super) ports: BTreeMap<String, u16>,
+    /// `REGION/ZONE`.
+    pub(super) zone: Option<String>,
 }
 
 /// Reads `metadata`. The name is checked to be one that Kubernetes would take, as it becomes part of host names.
@@ -109,7 +114,9 @@ pub(super) fn workload_entry(
     // As Istio does: labels of both places, those in the metadata first.
     let mut labels = spec_labels;
     labels.extend(metadata.labels);
-    for key in ["ports", "network", "locality", "weight"] {
+    let ports = numbers(&mut spec, report);
+    let zone = locality(&mut spec, report).or_else(|| zone_of(&labels));
+    for key in ["network", "weight"] {
         if spec.take(key).is_some() {
             let hint = "remove it, or leave it for Istio's sake";
             spec.warning(report, key, "has no effect in this version of Marline", hint);
@@ -129,7 +136,22 @@ pub(super) fn workload_entry(
         labels,
         in_mesh: in_mesh?,
         netns: netns.ok()?,
+        ports,
+        zone,
     })
+}
+
+/// Istio's `REGION/ZONE/SUBZONE`, without the last.
+pub(super) fn locality(fields: &mut Fields<'_>, report: &mut Report) -> Option<String> {
+    let text = fields.text(report, "locality").filter(|text| !text.is_empty())?;
+    Some(text.split('/').take(2).collect::<Vec<_>>().join("/"))
+}
+
+/// The same by the labels that Kubernetes gives nodes, and Istio takes of workloads.
+fn zone_of(labels: &BTreeMap<String, String>) -> Option<String> {
+    let region = labels.get("topology.kubernetes.io/region");
+    let zone = labels.get("topology.kubernetes.io/zone")?;
+    Some(region.map_or_else(|| format!("/{zone}"), |region| format!("{region}/{zone}")))
 }
 
 /// Nothing if an annotation is wrong, an empty option if there is none.

@@ -1,9 +1,11 @@
 //! What to say about a resource that is not acted on. None is passed over: what it protects would not be protected.
 
 /// The kinds that are read, their groups, and an apiVersion of each.
-const READ: [(&str, &str, &str); 4] = [
+const READ: [(&str, &str, &str); 6] = [
     ("AgentConfig", "marline.io", "marline.io/v1alpha1"),
     ("WorkloadEntry", "networking.istio.io", "networking.istio.io/v1"),
+    ("ServiceEntry", "networking.istio.io", "networking.istio.io/v1"),
+    ("Service", "", "v1"),
     ("PeerAuthentication", "security.istio.io", "security.istio.io/v1"),
     ("AuthorizationPolicy", "security.istio.io", "security.istio.io/v1"),
 ];
@@ -62,12 +64,6 @@ const KNOWN: &[(&str, &str, &str, &str)] = &[
         "networking.istio.io",
         "is not acted on yet: connections go where the application sent them",
         OUT,
-    ),
-    (
-        "ServiceEntry",
-        "networking.istio.io",
-        "is not acted on yet: destinations are known by their WorkloadEntries",
-        "write a WorkloadEntry for each endpoint",
     ),
     ("WorkloadGroup", "networking.istio.io", "is not acted on", "write a WorkloadEntry for each of its workloads"),
     (

@@ -7,9 +7,12 @@ use std::{
 };
 
 use super::{
+    Context,
     connections::{Connections, Live},
+    identify,
     offload::Records,
     pump::PumpError,
+    target::{InUse, Target},
 };
 use crate::{
     access_log::{AccessLog, Record},
@@ -23,6 +26,8 @@ pub struct Account {
     metrics: Arc<Metrics>,
     log: AccessLog,
     end: End,
+    /// Counted at an endpoint of a service.
+    load: Option<InUse>,
     /// Whether it has become a connection: an attempt that gave way to another leaves no trace.
     counted: bool,
 }
@@ -67,6 +72,7 @@ impl Account {
             metrics: metrics.clone(),
             log: log.clone(),
             end: End::Abandoned,
+            load: None,
             counted: false,
         }
     }
@@ -76,6 +82,15 @@ impl Account {
         if !std::mem::replace(&mut self.counted, true) {
             self.metrics.opened(self.live.direction);
         }
+    }
+
+    /// It is on its way there. An endpoint of a service counts it for as long as this lives.
+    pub fn aims_at(&mut self, ctx: &Context, target: &Target) {
+        self.load = target.service.is_some().then(|| ctx.loads.taken(target.address));
+        self.live.learn(|facts| {
+            facts.destination = identify::of(target.workload.as_deref(), target.address);
+            facts.service = target.service.as_ref().map(|service| service.host.clone());
+        });
     }
 
     /// The application has the connection itself.
@@ -164,6 +179,7 @@ impl Drop for Account {
             direction: self.live.direction,
             source: &facts.source,
             destination: &facts.destination,
+            service: facts.service.as_deref(),
             mode: facts.mode,
             records: facts.records.unwrap_or("none"),
             pump: facts.pump,

@@ -25,6 +25,9 @@ use crate::{
 pub struct Facts {
     pub source: Endpoint,
     pub destination: Endpoint,
+    /// The service whose virtual address the application connected to; the destination is one of its endpoints.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
     pub mode: Option<Mode>,
     pub records: Option<&'static str>,
     pub pump: Option<PumpKind>,

@@ -18,8 +18,10 @@ use super::{
     pod::{Pod, Turn},
     pump::PumpError,
     refusal::Refusal,
+    target::Target,
 };
 use crate::{
+    state::Snapshot,
     tls::{
         config::{self, Offer},
         records::RecordError,
@@ -32,22 +34,26 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, app: TcpStream, clie
         Ok((origin, _)) if ctx.selftest.claim_outbound(pod.netns.cookie(), origin.0) => return,
         origin => origin,
     };
-    let account = Account::open(&ctx.connections, &ctx.metrics, &ctx.log, Direction::Outbound);
+    let mut account = Account::open(&ctx.connections, &ctx.metrics, &ctx.log, Direction::Outbound);
     account.live.learn(|facts| facts.source = identify::of(Some(&pod.workload), seen_by_app(&pod, client)));
     if let (Some(direct), Ok((_, socket))) = (&ctx.direct, &origin) {
         let why = direct.why(pod.netns.cookie(), *socket);
         account.live.learn(|facts| facts.path_reason = Some(why.label()));
     }
-    match open(&ctx, &pod, &app, client, origin.map(|(origin, _)| origin), &account).await {
+    match open(&ctx, &pod, &app, client, origin.map(|(origin, _)| origin), &mut account).await {
         Err(refusal) => account.refused(refusal.reason(), &refusal),
-        Ok((wire, records, permit, destination)) => {
+        Ok((wire, records, permit, destination, target)) => {
             drop(turn);
             let ended = carry(&ctx, account, app, wire, records, permit).await;
-            ctx.learn_from(&ended.result, Direction::Outbound, destination.0);
+            ctx.learn_from(&ended.result, Direction::Outbound, target.address);
             if let Err(PumpError::Record(RecordError::Alert(_))) = ended.result
                 && ended.received == 0
             {
-                remember_refused(&ctx, &pod, destination);
+                // Of a service's endpoints another may take the next one.
+                match &target.service {
+                    Some(_) => ctx.loads.refused(&target),
+                    None => remember_refused(&ctx, &pod, destination),
+                }
             }
         }
     }
@@ -67,42 +73,60 @@ async fn open(
     app: &TcpStream,
     client: ClientAddr,
     origin: Result<OrigDst, Refusal>,
-    account: &Account,
-) -> Result<(Arc<TcpStream>, Records, Permit, OrigDst), Refusal> {
+    account: &mut Account,
+) -> Result<(Arc<TcpStream>, Records, Permit, OrigDst, Target), Refusal> {
     capture::guard(app, ctx.settings.dead_peer).map_err(Refusal::Client)?;
     let destination = origin?;
     let snapshot = ctx.state.load();
-    let (workload, endpoint) = identify::endpoint(&snapshot, destination.0);
-    account.live.learn(|facts| facts.destination = endpoint);
-    let way = authorize::outbound(&snapshot, workload.as_deref(), destination.0.port(), &account.live)?;
-
-    let mut wire = match capture::connect(&pod.netns, chosen(client), destination.0, ctx.settings.connect).await {
-        Ok(wire) => wire,
-        Err(error) => {
-            let refusal = Refusal::connecting(error);
-            if let Refusal::Refused(_) = refusal {
-                remember_refused(ctx, pod, destination);
-            }
+    let targets = ctx.loads.targets(&snapshot, pod, destination.0)?;
+    let (target, way, mut wire) = match reach(ctx, pod, &snapshot, chosen(client), targets, account).await {
+        Err(refusal @ Refusal::Refused(_)) => {
+            remember_refused(ctx, pod, destination);
             return Err(refusal);
         }
+        reached => reached?,
     };
     capture::guard(&wire, ctx.settings.dead_peer).map_err(Refusal::Unreachable)?;
     let (records, permit) = match way {
         Way::Plaintext { permit } => (Records::Plain(ctx.kernel.pump), permit),
         Way::Mtls { permit, expect } => {
             let svid = ctx.svid(&pod.workload.id)?;
-            let ciphers = ctx.ciphers(Direction::Outbound, destination.0);
+            let ciphers = ctx.ciphers(Direction::Outbound, target.address);
             let offer = if ctx.direct.is_some() { Offer::ProxiedFinOk } else { Offer::Proxied };
+            let expect = target.narrow(expect);
             let config = config::client_config_with(ciphers, &svid, ctx.identities.roots(), &expect, offer)?;
-            let host = workload.as_ref().map_or("unknown", |workload| workload.host.as_str());
-            let name = config::server_name(destination.0.port(), host);
+            let name = config::server_name(destination.0.port(), target.host());
             let since = Instant::now();
             let handshake = handshake::connect(&mut wire, config, name, ctx.settings.handshake).await;
             let secured = ctx.handshaken(account, Direction::Outbound, since, handshake)?;
             (offload::offload(&wire, secured, ctx.settings.records, &ctx.kernel)?, permit)
         }
     };
-    Ok((Arc::new(wire), records, permit, destination))
+    Ok((Arc::new(wire), records, permit, destination, target))
+}
+
+/// Connects to the first target that can be reached. Policy is asked for each: who may answer is another's for another.
+async fn reach(
+    ctx: &Context,
+    pod: &Pod,
+    snapshot: &Snapshot,
+    from: Option<IpAddr>,
+    targets: Vec<Target>,
+    account: &mut Account,
+) -> Result<(Target, Way, TcpStream), Refusal> {
+    let mut refusal = Refusal::NotCaptured;
+    for target in targets {
+        account.aims_at(ctx, &target);
+        let way = authorize::outbound(snapshot, target.workload.as_deref(), target.address.port(), &account.live)?;
+        match capture::connect(&pod.netns, from, target.address, ctx.settings.connect).await {
+            Ok(wire) => return Ok((target, way, wire)),
+            Err(error) => {
+                ctx.loads.refused(&target);
+                refusal = Refusal::connecting(error);
+            }
+        }
+    }
+    Err(refusal)
 }
 
 /// The address that the application had bound, if it had: an unbound one comes from loopback.

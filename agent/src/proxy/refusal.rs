@@ -24,6 +24,10 @@ pub enum Refusal {
     Handshake(HandshakeError),
     #[error(transparent)]
     Offload(#[from] OffloadError),
+    #[error("the service {host} has no port {port}")]
+    NoPort { host: String, port: u16 },
+    #[error("the service {host} has no endpoint for port {port}")]
+    NoEndpoint { host: String, port: u16 },
     #[error("the destination refuses")]
     Refused(#[source] io::Error),
     #[error("the destination cannot be reached")]
@@ -51,6 +55,8 @@ impl Refusal {
             Self::Handshake(error) => handshake_reason(error),
             Self::Offload(OffloadError::Demanded { .. }) => "ktls_required",
             Self::Offload(_) => "offload",
+            Self::NoPort { .. } => "no_port",
+            Self::NoEndpoint { .. } => "no_endpoint",
             Self::Refused(_) => "refused",
             Self::Unreachable(_) => "unreachable",
             Self::Client(_) => "client",

@@ -29,7 +29,9 @@ use crate::{
         offload::{self, OffloadError, RecordsChoice},
         pod::Pod,
         refusal::Refusal,
+        target::Target,
     },
+    state::Snapshot,
     sys::{
         netns::socket_netns,
         options::{self, Purpose},
@@ -106,9 +108,6 @@ async fn attempt(
     if !direct.usable || !direct.watch.follows(pod.netns.cookie()) {
         return Some((cookie, Outcome::Left(Why::Kernel)));
     }
-    if let Some(why) = direct.avoided(destination) {
-        return Some((cookie, Outcome::Left(why)));
-    }
     let try_ = Try { ctx: &filter.ctx, direct, pod, asked, destination, cookie };
     let outcome = try_.run(call, socket).await;
     Some((cookie, outcome))
@@ -121,6 +120,21 @@ struct Try<'a> {
     asked: SocketAddr,
     destination: SocketAddr,
     cookie: u64,
+}
+
+/// One place that the connection can go to.
+struct To<'a> {
+    target: &'a Target,
+    /// Its address as the socket's family has it.
+    asked: SocketAddr,
+    /// There is no other.
+    last: bool,
+}
+
+enum Aimed {
+    Done(Outcome),
+    /// Nobody takes it there, and the socket is as it was.
+    Elsewhere(OwnedFd),
 }
 
 /// Why an attempt on the socket went no further.
@@ -138,25 +152,56 @@ impl From<Refusal> for Stop {
 }
 
 impl Try<'_> {
-    async fn run(&self, call: &mut Pending, socket: OwnedFd) -> Outcome {
+    /// Tries the places that the connection can go to, until one of them takes it or there is another reason to stop.
+    async fn run(&self, call: &mut Pending, mut socket: OwnedFd) -> Outcome {
         let ctx = self.ctx;
         let Ok(_turn) = self.pod.outbound.clone().try_acquire_owned() else { return Outcome::Left(Why::Busy) };
-        let mut account = Account::attempt(&ctx.connections, &ctx.metrics, &ctx.log, Direction::Outbound);
         let snapshot = ctx.state.load();
-        let (workload, endpoint) = identify::endpoint(&snapshot, self.destination);
-        account.live.learn(|facts| facts.destination = endpoint);
-        let way = authorize::outbound(&snapshot, workload.as_deref(), self.destination.port(), &account.live);
-        let (permit, expect) = match way {
-            Err(_) => return Outcome::Left(Why::Policy),
-            Ok(Way::Plaintext { .. }) => return Outcome::Left(Why::Plaintext),
-            Ok(Way::Mtls { permit, expect }) => (permit, expect),
+        // The proxied path says what is the matter.
+        let Ok(targets) = ctx.loads.targets(&snapshot, &self.pod, self.destination) else {
+            return Outcome::Left(Why::Policy);
         };
-        let Ok(blocks) = options::blocks(&socket) else { return Outcome::Left(Why::Agent) };
-        let gate = match ctx.capture.direct(socket.as_fd(), self.destination, self.destination) {
+        let last = targets.len() - 1;
+        for (number, target) in targets.iter().enumerate() {
+            let mut account = Account::attempt(&ctx.connections, &ctx.metrics, &ctx.log, Direction::Outbound);
+            account.aims_at(ctx, target);
+            let Some(asked) = parts::like(self.asked, target.address) else {
+                return Outcome::Left(Why::AddressFamily);
+            };
+            if let Some(why) = self.direct.avoided(target.address) {
+                return Outcome::Left(why);
+            }
+            let to = To { target, asked, last: number == last };
+            match self.aim(call, socket, &to, account, &snapshot).await {
+                Aimed::Elsewhere(back) => socket = back,
+                Aimed::Done(outcome) => return outcome,
+            }
+        }
+        Outcome::Left(Why::Agent)
+    }
+
+    async fn aim(
+        &self,
+        call: &mut Pending,
+        socket: OwnedFd,
+        to: &To<'_>,
+        account: Account,
+        snapshot: &Snapshot,
+    ) -> Aimed {
+        let left = |why| Aimed::Done(Outcome::Left(why));
+        let (ctx, target) = (self.ctx, to.target);
+        let way = authorize::outbound(snapshot, target.workload.as_deref(), target.address.port(), &account.live);
+        let (permit, expect) = match way {
+            Err(_) => return left(Why::Policy),
+            Ok(Way::Plaintext { .. }) => return left(Why::Plaintext),
+            Ok(Way::Mtls { permit, expect }) => (permit, target.narrow(expect)),
+        };
+        let Ok(blocks) = options::blocks(&socket) else { return left(Why::Agent) };
+        let gate = match ctx.capture.direct(socket.as_fd(), target.address, self.destination) {
             Ok(gate) => gate,
             Err(error) => {
                 tracing::debug!("a socket cannot be gated: {}", with_causes(&error));
-                return Outcome::Left(Why::Agent);
+                return left(Why::Agent);
             }
         };
         call.begin();
@@ -164,59 +209,64 @@ impl Try<'_> {
             Ok(borrowed) => borrowed,
             Err(error) => {
                 tracing::warn!(%error, "a socket cannot be watched");
-                return Outcome::Failed(libc::ENOBUFS);
+                return Aimed::Done(Outcome::Failed(libc::ENOBUFS));
             }
         };
         let limit = if blocks { ctx.settings.connect + ctx.settings.handshake } else { self.direct.settings.hold };
-        let host = workload.as_ref().map_or("unknown", |workload| workload.host.as_str());
-        let made = timeout(limit, self.establish(&mut borrowed, &account, &expect, host)).await;
+        let made = timeout(limit, self.establish(&mut borrowed, &account, &expect, to)).await;
         let stop = match made {
-            Ok(Ok(made)) => return self.hand_over(borrowed, made, account, permit),
+            Ok(Ok(made)) => return Aimed::Done(self.hand_over(borrowed, made, account, permit)),
             Ok(Err(stop)) => stop,
             Err(_) => Stop::Left(Why::TooSlow),
         };
         let poisoned = borrowed.gate().poisoned().unwrap_or(true);
-        let ends = self.ends(&borrowed, 0);
+        let ends = self.ends(&borrowed, target.address, 0);
         let undone = self.undo(borrowed, &ends);
         match stop {
             Stop::Refused(refusal) => {
+                if matches!(refusal, Refusal::Refused(_) | Refusal::Unreachable(_)) {
+                    ctx.loads.refused(target);
+                    if let (Some(socket), false) = (undone, to.last) {
+                        return Aimed::Elsewhere(socket);
+                    }
+                }
                 account.live.learn(|facts| facts.source = identify::of(Some(&self.pod.workload), ends.local));
+                let (errno, mut account) = (errno(&refusal), account);
                 account.count();
-                let errno = errno(&refusal);
                 account.refused(refusal.reason(), &refusal);
-                Outcome::Failed(errno)
+                Aimed::Done(Outcome::Failed(errno))
             }
             Stop::Left(why) => {
                 if matches!(why, Why::TooSlow | Why::PeerNotReady | Why::Agent) {
-                    self.direct.avoid(self.destination, why);
+                    self.direct.avoid(target.address, why);
                 }
                 match undone {
-                    true => Outcome::Left(if poisoned { Why::Interference } else { why }),
-                    false => Outcome::Failed(libc::ECONNREFUSED),
+                    Some(_) => left(if poisoned { Why::Interference } else { why }),
+                    None => Aimed::Done(Outcome::Failed(libc::ECONNREFUSED)),
                 }
             }
         }
     }
 
     /// The application may connect the socket again, if it can be disconnected; with records on it, it is ended.
-    fn undo(&self, borrowed: Borrowed, ends: &Ends) -> bool {
+    fn undo(&self, borrowed: Borrowed, ends: &Ends) -> Option<OwnedFd> {
         let (socket, gate) = borrowed.into_parts();
         match options::disconnect(&socket) {
             Ok(()) => {
                 drop(gate);
-                true
+                Some(socket)
             }
             Err(error) => {
-                tracing::warn!(%error, destination = %self.destination, "a socket cannot be disconnected: its connect fails");
+                tracing::warn!(%error, destination = %ends.remote, "a socket cannot be disconnected: its connect fails");
                 self.end(ends);
-                false
+                None
             }
         }
     }
 
     /// What went wrong may go wrong again, so the next connect is left to the kernel.
     fn end(&self, ends: &Ends) {
-        self.direct.avoid(self.destination, Why::Agent);
+        self.direct.avoid(ends.remote, Why::Agent);
         watch::destroy(&self.pod, ends);
     }
 
@@ -225,19 +275,19 @@ impl Try<'_> {
         socket: &mut Borrowed,
         account: &Account,
         expect: &[crate::identity::SpiffeId],
-        host: &str,
+        to: &To<'_>,
     ) -> Result<Made, Stop> {
         let ctx = self.ctx;
         let since = Instant::now();
-        timeout(ctx.settings.connect, socket.connect(self.asked))
+        timeout(ctx.settings.connect, socket.connect(to.asked))
             .await
             .unwrap_or(Err(io::ErrorKind::TimedOut.into()))
             .map_err(Refusal::connecting)?;
         let svid = ctx.svid(&self.pod.workload.id)?;
-        let ciphers = self.direct.ciphers(Direction::Outbound, self.destination);
+        let ciphers = self.direct.ciphers(Direction::Outbound, to.target.address);
         let config = config::client_config_with(ciphers, &svid, ctx.identities.roots(), expect, Offer::Direct)
             .map_err(Refusal::from)?;
-        let name = config::server_name(self.destination.port(), host);
+        let name = config::server_name(self.destination.port(), to.target.host());
         let result = handshake::connect(socket, config, name, ctx.settings.handshake).await;
         if result.as_ref().is_err_and(handshake::not_agreed) {
             return Err(Stop::Left(Why::PeerNotReady));
@@ -250,7 +300,7 @@ impl Try<'_> {
         if socket.gate().poisoned().unwrap_or(true) {
             return Err(Stop::Left(Why::Interference));
         }
-        let ends = self.ends(socket, secured.received);
+        let ends = self.ends(socket, to.target.address, secured.received);
         account.live.learn(|facts| facts.source = identify::of(Some(&self.pod.workload), ends.local));
         let noted = Noted::new(ctx, &self.pod, account, ends).map_err(|error| {
             tracing::warn!("a direct connection cannot be followed: {}", with_causes(&error));
@@ -283,19 +333,19 @@ impl Try<'_> {
                 Outcome::Connected
             }
             Err(error) => {
-                tracing::warn!(destination = %self.destination, "a socket was not released: {error}");
+                tracing::warn!(destination = %ends.remote, "a socket was not released: {error}");
                 self.end(&ends);
                 Outcome::Failed(libc::ECONNABORTED)
             }
         }
     }
 
-    fn ends(&self, socket: &Borrowed, received: u64) -> Ends {
+    fn ends(&self, socket: &Borrowed, remote: SocketAddr, received: u64) -> Ends {
         let local = socket2::SockRef::from(socket).local_addr().ok().and_then(|address| address.as_socket());
         Ends {
             cookie: self.cookie,
-            local: local.map_or(SocketAddr::new(self.destination.ip(), 0), parts::canonical),
-            remote: self.destination,
+            local: local.map_or(SocketAddr::new(remote.ip(), 0), parts::canonical),
+            remote,
             opening: Opening::Active,
             sent: socket.written(),
             received,

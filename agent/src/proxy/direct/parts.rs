@@ -57,6 +57,20 @@ pub(in crate::proxy) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
+/// The address as a socket has it that was to be connected to `asked`: v4-mapped, if that is IPv6. `None` where no such socket can be
+/// connected to it.
+pub(super) fn like(asked: SocketAddr, address: SocketAddr) -> Option<SocketAddr> {
+    if canonical(asked) == address {
+        return Some(asked);
+    }
+    match (asked, address) {
+        (SocketAddr::V4(_), SocketAddr::V6(_)) => None,
+        // One of IPv6 alone, or bound to an IPv6 address, is told so by the kernel.
+        (SocketAddr::V6(_), SocketAddr::V4(v4)) => Some((v4.ip().to_ipv6_mapped(), v4.port()).into()),
+        _ => Some(address),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -1,0 +1,117 @@
+//! Where a connection from a local pod goes: to where the application sent it or, where that is a service's virtual address, to one of
+//! the service's endpoints. Which of them is `policy`'s order; how many connections each has is counted here.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use super::{connections::lock, pod::Pod, refusal::Refusal};
+use crate::{
+    identity::SpiffeId,
+    policy::{Service, ServiceEndpoint, Workload},
+    state::Snapshot,
+};
+
+/// One place to connect to.
+#[derive(Clone)]
+pub struct Target {
+    pub address: SocketAddr,
+    pub workload: Option<Arc<Workload>>,
+    /// The service that it is an endpoint of.
+    pub service: Option<Arc<Service>>,
+}
+
+/// How many are tried for one connection.
+const TRIES: usize = 4;
+/// How long an endpoint that has refused is tried last.
+const AVOIDED: Duration = Duration::from_secs(10);
+
+impl Target {
+    /// The host that the peer's agent is asked for by name.
+    pub fn host(&self) -> &str {
+        let service = self.service.as_ref().map(|service| service.host.as_str());
+        service.or(self.workload.as_ref().map(|workload| workload.host.as_str())).unwrap_or("unknown")
+    }
+
+    /// Of those who may answer for this address, those who may answer for the service.
+    pub fn narrow(&self, expect: Vec<SpiffeId>) -> Vec<SpiffeId> {
+        match &self.service {
+            Some(service) if !service.identities.is_empty() => {
+                expect.into_iter().filter(|id| service.identities.contains(id)).collect()
+            }
+            _ => expect,
+        }
+    }
+}
+
+/// How many connections of this node each endpoint of a service has. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Loads {
+    counts: Arc<Mutex<HashMap<SocketAddr, usize>>>,
+    refused: Arc<Mutex<HashMap<SocketAddr, Instant>>>,
+    turn: Arc<AtomicUsize>,
+}
+
+/// One of them, as long as it lives.
+pub struct InUse(Loads, SocketAddr);
+
+impl Loads {
+    /// Where to connect to, the best first.
+    pub fn targets(&self, snapshot: &Snapshot, pod: &Pod, to: SocketAddr) -> Result<Vec<Target>, Refusal> {
+        let Some(service) = snapshot.service(to.ip()) else {
+            let workload = snapshot.workload(to.ip()).cloned();
+            return Ok(vec![Target { address: to, workload, service: None }]);
+        };
+        let zone = snapshot.local.iter().find(|local| local.netns == pod.netns.path());
+        let zone = zone.and_then(|local| local.zone.as_deref());
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let endpoints = {
+            let (counts, mut refused) = (lock(&self.counts), lock(&self.refused));
+            refused.retain(|_, since| since.elapsed() < AVOIDED);
+            let count = |address| counts.get(&address).copied().unwrap_or(0);
+            let connections = |address| (!refused.contains_key(&address)).then(|| count(address));
+            service.endpoints(to, zone, connections, turn)
+        };
+        let endpoints = endpoints.ok_or_else(|| Refusal::NoPort { host: service.host.clone(), port: to.port() })?;
+        if endpoints.is_empty() {
+            return Err(Refusal::NoEndpoint { host: service.host.clone(), port: to.port() });
+        }
+        let target = |endpoint: &ServiceEndpoint| Target {
+            address: endpoint.address,
+            workload: endpoint.workload.clone(),
+            service: Some(Arc::clone(service)),
+        };
+        Ok(endpoints.into_iter().take(TRIES).map(target).collect())
+    }
+
+    /// It could not be reached, or did not take a connection.
+    pub fn refused(&self, target: &Target) {
+        if target.service.is_some() {
+            lock(&self.refused).insert(target.address, Instant::now());
+        }
+    }
+
+    /// A connection is being made to it.
+    pub fn taken(&self, address: SocketAddr) -> InUse {
+        *lock(&self.counts).entry(address).or_default() += 1;
+        InUse(self.clone(), address)
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let mut counts = lock(&self.0.counts);
+        if let Some(count) = counts.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.1);
+            }
+        }
+    }
+}

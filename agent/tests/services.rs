@@ -1,0 +1,135 @@
+//! Service and ServiceEntry as they are written: what becomes of them, and every fault named.
+#![allow(clippy::unwrap_used)]
+
+use std::{fs, net::IpAddr};
+
+use marline::{
+    config::{self, Finding, LoadedPolicies},
+    policy::Service,
+};
+
+const WORKLOADS: &str = "
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: web-1, namespace: shop}
+spec: {address: 10.0.0.1, serviceAccount: web, labels: {app: web}, locality: eu/eu-1/rack-7}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: web-2, namespace: shop, labels: {topology.kubernetes.io/region: eu, topology.kubernetes.io/zone: eu-2}}
+spec: {address: 10.0.0.2, serviceAccount: web, labels: {app: web}, ports: {http: 9090}}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: elsewhere, namespace: other}
+spec: {address: 10.0.0.3, serviceAccount: web, labels: {app: web}}
+";
+
+fn load(text: &str) -> Result<LoadedPolicies, Vec<Finding>> {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("workloads.yaml"), WORKLOADS).unwrap();
+    fs::write(dir.path().join("services.yaml"), text).unwrap();
+    config::load_policies(dir.path()).map_err(|errors| errors.errors)
+}
+
+fn service(text: &str, address: &str) -> Service {
+    let loaded = load(text).unwrap();
+    (**loaded.snapshot.service(address.parse::<IpAddr>().unwrap()).unwrap()).clone()
+}
+
+fn endpoints(service: &Service, port: u16) -> Vec<String> {
+    service.ports[&port].iter().map(|endpoint| endpoint.address.to_string()).collect()
+}
+
+fn errors(text: &str) -> String {
+    load(text).unwrap_err().iter().map(|finding| format!("{} {}\n", finding.field.clone().unwrap_or_default(), finding.message)).collect()
+}
+
+#[test]
+fn a_kubernetes_service_is_its_selectors_workloads_of_its_namespace() {
+    let text = "
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  type: ClusterIP
+  clusterIP: 10.96.0.10
+  clusterIPs: [10.96.0.10, 'fd00::10']
+  selector: {app: web}
+  ports:
+  - {name: http, port: 80, targetPort: 8080, protocol: TCP}
+  - {name: admin, port: 81}
+  - {name: dns, port: 53, protocol: UDP}
+  - {name: named, port: 82, targetPort: http}
+  sessionAffinity: None
+";
+    let service = service(text, "10.96.0.10");
+    assert_eq!(service.host, "web.shop.svc.cluster.local");
+    // Who has said where its port of this name is, is asked there.
+    assert_eq!(endpoints(&service, 80), ["10.0.0.1:8080", "10.0.0.2:9090"]);
+    assert_eq!(endpoints(&service, 81), ["10.0.0.1:81", "10.0.0.2:81"]);
+    assert_eq!(endpoints(&service, 82), ["10.0.0.2:9090"]);
+    assert!(!service.ports.contains_key(&53));
+    let zones: Vec<_> = service.ports[&80].iter().map(|endpoint| endpoint.zone.as_deref()).collect();
+    assert_eq!(zones, [Some("eu/eu-1"), Some("eu/eu-2")]);
+    let identity = |n: usize| service.ports[&80][n].workload.as_ref().unwrap().id.to_string();
+    assert_eq!(identity(0), "spiffe://cluster.local/ns/shop/sa/web");
+    assert!(load(text).unwrap().snapshot.service("fd00::10".parse().unwrap()).is_some());
+}
+
+#[test]
+fn a_service_without_an_address_changes_nothing() {
+    for spec in ["{clusterIP: None, selector: {app: web}, ports: [{port: 80}]}", "{ports: [{port: 80}]}"] {
+        let text = format!("apiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: shop}}\nspec: {spec}\n");
+        assert!(load(&text).unwrap().snapshot.service("10.0.0.1".parse().unwrap()).is_none());
+    }
+}
+
+fn entry(spec: &str) -> String {
+    format!(
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: web, namespace: shop}}\nspec: {spec}\n"
+    )
+}
+
+#[test]
+fn a_service_entry_has_endpoints_or_a_selector_and_may_name_who_answers() {
+    let text = entry(
+        "{hosts: [web.example], addresses: [10.96.0.11], location: MESH_INTERNAL, resolution: STATIC, \
+         ports: [{number: 80, name: http, protocol: HTTP, targetPort: 8080}], \
+         subjectAltNames: ['spiffe://cluster.local/ns/shop/sa/web'], \
+         endpoints: [{address: 10.0.0.2, ports: {http: 7070}, locality: eu/eu-9}, {address: 10.0.0.1}]}",
+    );
+    let found = service(&text, "10.96.0.11");
+    assert_eq!(found.host, "web.example");
+    assert_eq!(endpoints(&found, 80), ["10.0.0.2:7070", "10.0.0.1:8080"]);
+    assert_eq!(found.ports[&80][0].zone.as_deref(), Some("eu/eu-9"));
+    assert_eq!(found.identities.len(), 1);
+    let text = entry(
+        "{hosts: [web.example], addresses: [10.96.0.11], location: MESH_INTERNAL, resolution: STATIC, \
+         ports: [{number: 80, name: http}], workloadSelector: {labels: {app: web}}}",
+    );
+    assert_eq!(endpoints(&service(&text, "10.96.0.11"), 80), ["10.0.0.1:80", "10.0.0.2:9090"]);
+}
+
+#[test]
+fn what_cannot_be_one_is_refused_with_its_field() {
+    let whole = "hosts: [a.example], addresses: [10.96.0.11], location: MESH_INTERNAL, resolution: STATIC, \
+                 ports: [{number: 80, name: http}]";
+    for (spec, said) in [
+        ("{addresses: [10.96.0.11]}".to_owned(), "spec.hosts is missing"),
+        (format!("{{{whole}, endpoints: [{{address: 10.9.9.9}}]}}"), "10.9.9.9 is no workload's address"),
+        (whole.replace("STATIC", "DNS").replacen("hosts", "{hosts", 1) + "}", "does not look up host names"),
+        (format!("{{{whole}, workloadSelector: {{labels: {{app: web}}}}, endpoints: []}}"), "cannot be together"),
+        (format!("{{{}}}", whole.replace("10.96.0.11", "10.96.0.0/16")), "is no address that a service can have"),
+        (format!("{{{}}}", whole.replace("10.96.0.11", "10.0.0.1")), "is the address of workload shop/web-1 too"),
+        (format!("{{{}}}", whole.replace("number: 80", "number: 0")), "spec.ports[0].number is missing or no port"),
+        (format!("{{{whole}, subjectAltNames: [web]}}"), "spec.subjectAltNames"),
+        (format!("{{{whole}, endpoint: []}}"), "spec.endpoint"),
+    ] {
+        let said_now = errors(&entry(&spec));
+        assert!(said_now.contains(said), "{spec}\n{said_now}");
+    }
+    let twice =
+        format!("{}---\n{}", entry(&format!("{{{whole}}}")), entry(&format!("{{{whole}}}")).replace("web,", "again,"));
+    assert!(errors(&twice).contains("is the address of ServiceEntry shop/web"), "{}", errors(&twice));
+}

@@ -1,0 +1,128 @@
+//! Services with virtual addresses: applications see the address that they asked for, and the agent chooses who answers.
+
+use anyhow::{Result, ensure};
+use marline_tests::{
+    access_log::{Direction, Entry, Verdict},
+    agent,
+    cluster::{Cluster, ClusterSpec, Direct, Family, Pod, Side},
+    config::{self, Mode, NAMESPACE},
+    scenario::on_mesh,
+    traffic::nginx::Nginx,
+    wait::seconds,
+};
+
+const HOST: &str = "pages.example";
+
+#[test]
+fn a_virtual_address_leads_to_endpoints_in_turn_and_past_those_that_refuse() -> Result<()> {
+    on_mesh(&ClusterSpec::pairs(Mode::Strict), |cluster| {
+        let client = cluster.pod("client-a")?;
+        services(cluster, &client, "proxied")
+    })
+}
+
+#[test]
+fn direct_connections_go_to_endpoints_and_show_the_virtual_address() -> Result<()> {
+    if agent::kernel_keeps_records()? && !agent::kernel_splices()? {
+        println!(
+            "SKIPPED: direct_connections_go_to_endpoints_and_show_the_virtual_address: this kernel's records are not up to direct connections"
+        );
+        return Ok(());
+    }
+    let mut spec = ClusterSpec::pairs(Mode::Strict);
+    spec.program = Some(agent::binary_for_direct()?);
+    spec.direct = Some(Direct::default());
+    on_mesh(&spec, |cluster| {
+        let client = cluster.filtered("client-a")?;
+        services(cluster, &client, "direct")
+    })
+}
+
+/// A virtual address for each thing that is tried.
+fn virtual_address(family: Family, number: u8) -> String {
+    match family {
+        Family::V4 => format!("10.96.0.{number}"),
+        Family::V6 => format!("fd96::{number}"),
+    }
+}
+
+/// `endpoints` are addresses with the port where they listen.
+fn service(number: u8, endpoints: &[(String, u16)], more: &str) -> String {
+    let endpoints: Vec<String> = endpoints
+        .iter()
+        .map(|(address, port)| format!("{{address: \"{address}\", ports: {{http: {port}}}}}"))
+        .collect();
+    let (v4, v6) = (virtual_address(Family::V4, number), virtual_address(Family::V6, number));
+    format!(
+        "---\napiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: pages-{number}, namespace: {NAMESPACE}}}\n\
+         spec: {{hosts: [{HOST}], addresses: [\"{v4}\", \"{v6}\"], location: MESH_INTERNAL, resolution: STATIC{more},\n\
+         ports: [{{number: 80, name: http}}], endpoints: [{}]}}\n",
+        endpoints.join(", ")
+    )
+}
+
+/// What curl wrote, and the peer's address that it saw.
+fn fetch(client: &Pod, family: Family, number: u8, port: u16) -> Result<(String, String)> {
+    let address = virtual_address(family, number);
+    let url =
+        if family == Family::V6 { format!("http://[{address}]:{port}/") } else { format!("http://{address}:{port}/") };
+    let output = client.output("curl", &["-sS", "--fail", "-m", "20", "-w", "\n%{remote_ip}", &url], seconds(30))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.success(), "curl {url}: {}{text}", String::from_utf8_lossy(&output.stderr));
+    let (page, peer) = text.rsplit_once('\n').unwrap_or(("", ""));
+    Ok((page.to_owned(), peer.to_owned()))
+}
+
+fn services(cluster: &mut Cluster, client: &Pod, path: &str) -> Result<()> {
+    let (near, far) = (cluster.pod("server-a")?, cluster.pod("server-b")?);
+    let outside = cluster.pod("outside")?;
+    let _pages = [Nginx::start(&near, "from server-a")?, Nginx::start(&far, "from server-b")?];
+    let both = |pod: &Pod, port: u16| [(pod.v4.to_string(), port), (pod.v6.to_string(), port)];
+    let two = [both(&near, 80), both(&far, 80)].concat();
+    // Where nobody listens, and no agent is before it.
+    let refusing = [both(&outside, 81), both(&far, 80)].concat();
+    let stranger = ", subjectAltNames: [\"spiffe://cluster.local/ns/demo/sa/somebody-else\"]";
+    let text = [
+        service(10, &two, ""),
+        service(11, &refusing, ""),
+        service(12, &both(&far, 80), stranger),
+        service(13, &[], ""),
+    ];
+    cluster.reload(|cluster| {
+        let file = |side| cluster.config_directory(side).join("services.yaml");
+        [Side::A, Side::B].into_iter().try_for_each(|side| config::replace(&file(side), &text.concat()))
+    })?;
+
+    for family in Family::BOTH {
+        let mut seen = [0, 0];
+        for _ in 0..6 {
+            let (page, peer) = fetch(client, family, 10, 80)?;
+            ensure!(peer == virtual_address(family, 10), "curl saw {peer} at the other end");
+            seen[0] += usize::from(page.contains("from server-a"));
+            seen[1] += usize::from(page.contains("from server-b"));
+        }
+        ensure!(seen[0] + seen[1] == 6 && seen.iter().all(|count| *count >= 2), "not in turn: {seen:?}");
+        for _ in 0..2 {
+            let (page, _) = fetch(client, family, 11, 80)?;
+            ensure!(page.contains("from server-b"), "past the one that refuses: {page}");
+        }
+    }
+    let of = |entry: &Entry| entry.direction == Direction::Outbound && entry.service.as_deref() == Some(HOST);
+    let entries = cluster.agent(Side::A)?.wait_entries("connections to the service", 0, 16, of)?;
+    for server in [&near, &far] {
+        let to = |entry: &&Entry| entry.destination.identity == Some(server.identity());
+        ensure!(entries.iter().any(|entry| to(&entry)), "nothing to {}: {entries:#?}", server.name);
+    }
+    let way = |entry: &Entry| entry.path.as_deref() == Some(path) && entry.verdict == Verdict::Allowed;
+    ensure!(entries.iter().all(way), "not all were {path}: {entries:#?}");
+
+    for (number, port, reason) in [(12, 80, "tls_config"), (13, 80, "no_endpoint"), (10, 99, "no_port")] {
+        let before = cluster.agent(Side::A)?.entries()?.len();
+        let refused = fetch(client, Family::V4, number, port);
+        ensure!(refused.is_err(), "{reason}: it went through: {refused:?}");
+        let with = |entry: &Entry| entry.reason.as_deref() == Some(reason);
+        let entries = cluster.agent(Side::A)?.wait_entries(reason, before, 1, with)?;
+        ensure!(entries.iter().all(|entry| entry.verdict == Verdict::Refused), "{entries:#?}");
+    }
+    Ok(())
+}
