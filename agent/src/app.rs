@@ -62,7 +62,13 @@ pub enum AppError {
 }
 
 pub fn runtime() -> Result<tokio::runtime::Runtime, AppError> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("marline").build().map_err(AppError::Runtime)
+    // Threads that may wait are bounded for each pod: see `proxy::direct`. They are made when they are needed.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .max_blocking_threads(4096)
+        .thread_name("marline")
+        .build();
+    runtime.map_err(AppError::Runtime)
 }
 
 /// What this kernel can do, without a configuration: with a CA that is thrown away.

@@ -5,7 +5,8 @@
 //! process, `link` the agent's side of it, `ledger` the memory that tells the keeper what a dead agent has left unanswered,
 //! and `offer` hands a descriptor in, as `marline run` does. What is answered to calls is the agent's matter.
 
-pub mod ledger;
+pub mod closer;
+mod ledger;
 mod link;
 mod offer;
 mod serve;

@@ -42,7 +42,11 @@ fn endpoints(service: &Service, port: u16) -> Vec<String> {
 }
 
 fn errors(text: &str) -> String {
-    load(text).unwrap_err().iter().map(|finding| format!("{} {}\n", finding.field.clone().unwrap_or_default(), finding.message)).collect()
+    load(text)
+        .unwrap_err()
+        .iter()
+        .map(|finding| format!("{} {}\n", finding.field.clone().unwrap_or_default(), finding.message))
+        .collect()
 }
 
 #[test]

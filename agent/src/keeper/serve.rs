@@ -33,12 +33,10 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 pub(super) use self::sender::TAKEN;
 use self::sender::{Progress, Refusal, Sender};
-use super::{Container, KeeperError, ToAgent, VERSION, agent_socket, ledger, seccomp_socket};
+use super::{Container, KeeperError, ToAgent, VERSION, agent_socket, closer::Closer, ledger, seccomp_socket};
 use crate::sys::{
     pass,
-    process::Caller,
-    seccomp::{Answer, Call, Listener, Notification},
-    unsent,
+    seccomp::{Answer, Listener, Notification},
 };
 
 /// Peers that have connected and not said what they have to say; who has been silent for longest makes room for further ones.
@@ -84,6 +82,25 @@ struct Kept {
     since: Instant,
     /// Calls that were received while there was no agent, and when each is answered at the latest.
     waiting: Vec<(u64, Instant)>,
+    /// Started when it is needed first.
+    closer: Option<Closer>,
+}
+
+impl Kept {
+    fn goes_on(&mut self, call: Notification) -> io::Result<bool> {
+        if call.call.ends_sockets() {
+            if self.closer.is_none() {
+                self.closer = Closer::start(&self.listener)
+                    .inspect_err(|error| tracing::error!(%error, "sockets are closed without room for what they hold"))
+                    .ok();
+            }
+            if let Some(closer) = &self.closer {
+                closer.close(call);
+                return Ok(true);
+            }
+        }
+        self.listener.answer(call.id, Answer::Continue)
+    }
 }
 
 struct Agent {
@@ -250,7 +267,7 @@ impl Keeper {
                 Progress::Offered(container, listener) => {
                     let id = self.number();
                     tracing::info!(id, container = %container.id, pid = container.pid, "a filter's descriptor is held");
-                    self.held.insert(id, Kept { listener, container, since: now, waiting: Vec::new() });
+                    self.held.insert(id, Kept { listener, container, since: now, waiting: Vec::new(), closer: None });
                     sender.answer(None);
                 }
             }
@@ -271,10 +288,7 @@ impl Keeper {
         for _ in 0..AT_ONCE {
             let taken = match kept.listener.recv() {
                 Ok(None) => return,
-                Ok(Some(call)) if call.call.goes_on() => {
-                    last_room(&kept.listener, &call);
-                    kept.listener.answer(call.id, Answer::Continue)
-                }
+                Ok(Some(call)) if call.call.goes_on() => kept.goes_on(call),
                 Ok(Some(call)) if deadline <= now => kept.listener.answer(call.id, Answer::Continue),
                 Ok(Some(call)) => {
                     kept.waiting.push((call.id, deadline));
@@ -389,19 +403,6 @@ impl Agent {
             self.next = id + 1;
         }
         Ok(())
-    }
-}
-
-/// What an agent would do before a socket of an application ends: see `sys::unsent`.
-fn last_room(listener: &Listener, held: &Notification) {
-    let Ok(caller) = Caller::of(held.tid) else { return };
-    if !listener.valid(held.id) {
-        return;
-    }
-    match held.call {
-        Call::Close { fd } | Call::Shutdown { fd, .. } => drop(unsent::before_close(&caller, fd)),
-        Call::CloseRange { first, last } => unsent::before_closing(&caller, first, last),
-        _ => {}
     }
 }
 

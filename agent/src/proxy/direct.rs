@@ -11,11 +11,15 @@ use std::{
     collections::{HashMap, HashSet},
     net::SocketAddr,
     path::PathBuf,
-    sync::{Arc, Mutex, Weak},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use rustls::CipherSuite;
+use tokio::time::timeout;
 
 use super::{Context, connections::lock, offload::Capabilities, pod::Pod};
 use crate::{
@@ -126,6 +130,8 @@ pub struct Direct {
     filters: Mutex<HashMap<NetnsCookie, usize>>,
     /// Why a connect() was left to the kernel, by the socket's cookie, until the connection comes by the proxied way.
     left: Mutex<HashMap<u64, Why>>,
+    /// Whether every pod has been served, once.
+    settled: AtomicBool,
     /// The filters whose calls are received.
     served: Mutex<Vec<Weak<filter::Filter>>>,
     /// Destinations that are not worth another try yet.
@@ -142,6 +148,8 @@ pub struct Direct {
 const AVOID: Duration = Duration::from_secs(30);
 /// Bounds the memories above; when one is full it is forgotten.
 const REMEMBERED: usize = 1 << 16;
+/// How long a pod waits for its direct connections to be taken over.
+const TAKEN_OVER: Duration = Duration::from_secs(1);
 /// After the keeper was not there.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -153,6 +161,7 @@ impl Direct {
             pods: Mutex::default(),
             filters: Mutex::default(),
             left: Mutex::default(),
+            settled: AtomicBool::new(false),
             served: Mutex::default(),
             avoided: Mutex::default(),
             lasting: Mutex::default(),
@@ -231,7 +240,8 @@ impl<'a> Enrolled<'a> {
         let cookie = pod.netns.cookie();
         lock(&direct.pods).insert(cookie, pod.clone());
         let enrolled = Self(ctx, cookie);
-        watch::follow(ctx, pod).await;
+        // The pod is served without that, too; what it waits for may be in the pod's own hands.
+        let _ = timeout(TAKEN_OVER, watch::follow(ctx, pod)).await;
         Some(enrolled)
     }
 }
@@ -276,15 +286,19 @@ async fn take(ctx: &Arc<Context>, link: &Link) -> Result<(), KeeperError> {
     loop {
         // Calls that have waited for an agent go on when what the kernel makes of them is served.
         if !told && served(ctx) {
-            told = true;
-            link.ready()?;
+            told = link.ready().inspect_err(|error| tracing::warn!("the keeper: {}", with_causes(error))).is_ok();
         }
+        let retry = !told && served(ctx);
         tokio::select! {
-            held = link.next() => match held? {
-                Some(held) => filter::start(ctx, held),
-                None => return Ok(()),
+            held = link.next() => match held {
+                Ok(Some(held)) => filter::start(ctx, held),
+                Ok(None) => return Ok(()),
+                // A new connection would wait until this one has ended, which every filter holds open.
+                Err(error @ KeeperError::Strange(_)) => tracing::error!("the keeper: {}", with_causes(&error)),
+                Err(error) => return Err(error),
             },
             _ = changes.changed(), if !told => {}
+            () = tokio::time::sleep(RETRY), if retry => {}
         }
     }
 }
@@ -303,6 +317,9 @@ async fn forget_strangers(ctx: Arc<Context>) {
         if changes.changed().await.is_err() {
             return;
         }
+    }
+    if let Some(direct) = &ctx.direct {
+        direct.settled.store(true, Ordering::SeqCst);
     }
     watch::forget_strangers(&ctx);
 }

@@ -115,9 +115,10 @@ pub struct Destruction {
 impl Destruction {
     /// From its return on, nothing is missed but what `Lost` tells of. To be called within a tokio runtime.
     pub fn open(netns: &Netns) -> io::Result<Self> {
-        // Makes the kernel load what it answers with, if that is a module: a notification without it would be dropped.
-        let nobody = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
-        Diag::open(netns)?.find(nobody, nobody)?;
+        // Makes the kernel load what it answers with, if that is a module: a notification without it would be dropped. A question for
+        // sockets in no state is answered without looking at any.
+        let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        Diag::open(netns)?.ask(Kind::Dump, &SocketId { local: any, remote: any, cookie: 0 }, 0, |_| {})?;
         let socket = netns.run(|| netlink(SockFlag::SOCK_NONBLOCK))??;
         // A burst of closes must fit. Forced, which root may; where it is refused, the kernel's default serves.
         let _ = setsockopt(&socket, sockopt::RcvBufForce, &QUEUE);

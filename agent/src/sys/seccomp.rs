@@ -278,7 +278,12 @@ pub const HELD: [libc::c_long; 7] = [
 impl Call {
     /// Whether the kernel carries it out in any case: nobody waits for an agent with it.
     pub fn goes_on(self) -> bool {
-        matches!(self, Self::Listen { .. } | Self::Close { .. } | Self::CloseRange { .. } | Self::Shutdown { .. })
+        self.ends_sockets() || matches!(self, Self::Listen { .. })
+    }
+
+    /// Whether sockets may end with it, as a whole or one way.
+    pub fn ends_sockets(self) -> bool {
+        matches!(self, Self::Close { .. } | Self::CloseRange { .. } | Self::Shutdown { .. })
     }
 }
 

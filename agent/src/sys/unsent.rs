@@ -6,7 +6,7 @@
 //! orderly end. TCP's own sockets lose nothing there, and programs count on it. So before a socket is closed its send buffer is
 //! made large enough for what is left.
 
-use std::{fs, io, os::fd::AsFd};
+use std::{fs, io, os::fd::AsFd, path::Path};
 
 use socket2::SockRef;
 
@@ -61,8 +61,12 @@ pub fn make_room(socket: impl AsFd) -> io::Result<Unsent> {
     Ok(Unsent::Squeezed)
 }
 
-/// The same for one descriptor of a process.
+/// The same for one descriptor of a process. Only a socket is duplicated: giving up the duplicate of a file would flush it, which its
+/// file system may take its time for.
 pub fn before_close(caller: &Caller, fd: i32) -> Unsent {
+    if !is_socket(format!("/proc/{}/fd/{fd}", caller.tid())) {
+        return Unsent::Nothing;
+    }
     match caller.descriptor(fd) {
         Ok(descriptor) => make_room(&descriptor).unwrap_or(Unsent::Nothing),
         Err(_) => Unsent::Nothing,
@@ -75,9 +79,12 @@ pub fn before_closing(caller: &Caller, first: u32, last: u32) {
     for entry in entries.flatten() {
         let number = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok());
         let Some(number) = number.filter(|number| (first..=last).contains(number)) else { continue };
-        let is_socket = fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().starts_with("socket:"));
-        if let (true, Ok(fd)) = (is_socket, i32::try_from(number)) {
+        if let Ok(fd) = i32::try_from(number) {
             before_close(caller, fd);
         }
     }
+}
+
+fn is_socket(descriptor: impl AsRef<Path>) -> bool {
+    fs::read_link(descriptor).is_ok_and(|link| link.as_os_str().as_encoded_bytes().starts_with(b"socket:"))
 }

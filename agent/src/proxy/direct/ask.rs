@@ -17,7 +17,8 @@ pub struct Turns {
 }
 
 const QUESTIONS: usize = 8;
-const ENDINGS: usize = 32;
+/// More connections than that, of one pod and with locks that it holds, are ended only when it lets go.
+const ENDINGS: usize = 256;
 
 impl Default for Turns {
     fn default() -> Self {

@@ -6,11 +6,11 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
-    sync::Arc,
-    time::Instant,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::{
     Direct, Why,
@@ -33,7 +33,7 @@ use crate::{
     },
     state::Snapshot,
     sys::{
-        netns::socket_netns,
+        netns::{NetnsCookie, socket_netns},
         options::{self, Purpose},
         process::{Caller, peek},
         seccomp::Answer,
@@ -45,6 +45,11 @@ use crate::{
     },
     words::{Direction, Mode, with_causes},
 };
+
+/// How soon a signal is noticed.
+const LOOK: Duration = Duration::from_millis(50);
+/// How long a connect() of a pod waits that this agent, new, may be about to serve.
+const SETTLING: Duration = Duration::from_secs(10);
 
 /// How it ended for the application.
 enum Outcome {
@@ -91,9 +96,18 @@ async fn attempt(
     }
     let netns = socket_netns(socket.as_fd()).ok()?;
     filter.at(netns);
-    let pod = direct.pod(netns)?;
+    let pod = direct.pod_soon(&filter.ctx, netns).await?;
+    // Who was waited for may be gone, or wanted elsewhere.
+    if !call.valid() {
+        return None;
+    }
     let unsuited = options::unsuited(&socket, Purpose::Connect);
     if matches!(unsuited, Some("not an internet socket" | "not TCP" | "not unconnected")) {
+        return None;
+    }
+    // The kernel has the words for an address of another family than the socket's.
+    let domain = socket2::SockRef::from(&socket).domain().ok()?;
+    if (domain == socket2::Domain::IPV6) != asked.is_ipv6() {
         return None;
     }
     let destination = parts::canonical(asked);
@@ -108,15 +122,33 @@ async fn attempt(
     if !direct.usable || !direct.watch.follows(pod.netns.cookie()) {
         return Some((cookie, Outcome::Left(Why::Kernel)));
     }
-    let try_ = Try { ctx: &filter.ctx, direct, pod, asked, destination, cookie };
+    let try_ = Try { ctx: &filter.ctx, direct, pod, caller, asked, destination, cookie };
     let outcome = try_.run(call, socket).await;
     Some((cookie, outcome))
+}
+
+impl Direct {
+    /// The pod; of an agent that has just begun it may be about to come.
+    async fn pod_soon(&self, ctx: &Context, netns: NetnsCookie) -> Option<Arc<Pod>> {
+        let mut changes = ctx.pods_changed.subscribe();
+        let end = Instant::now() + SETTLING;
+        loop {
+            let settled = self.settled.load(Ordering::SeqCst);
+            if let Some(pod) = self.pod(netns) {
+                return Some(pod);
+            }
+            if settled || !matches!(tokio::time::timeout_at(end, changes.changed()).await, Ok(Ok(()))) {
+                return None;
+            }
+        }
+    }
 }
 
 struct Try<'a> {
     ctx: &'a Arc<Context>,
     direct: &'a Direct,
     pod: Arc<Pod>,
+    caller: Caller,
     asked: SocketAddr,
     destination: SocketAddr,
     cookie: u64,
@@ -127,6 +159,8 @@ struct To<'a> {
     target: &'a Target,
     /// Its address as the socket's family has it.
     asked: SocketAddr,
+    /// When the caller has waited long enough.
+    until: Instant,
     /// There is no other.
     last: bool,
 }
@@ -162,6 +196,7 @@ impl Try<'_> {
             return Outcome::Left(Why::Policy);
         };
         let last = targets.len() - 1;
+        let Ok(until) = self.deadline(&socket) else { return Outcome::Left(Why::Agent) };
         for (number, target) in targets.iter().enumerate() {
             let mut account = Account::attempt(&ctx.connections, &ctx.metrics, &ctx.log, Direction::Outbound);
             account.aims_at(ctx, target);
@@ -171,7 +206,7 @@ impl Try<'_> {
             if let Some(why) = self.direct.avoided(target.address) {
                 return Outcome::Left(why);
             }
-            let to = To { target, asked, last: number == last };
+            let to = To { target, asked, until, last: number == last };
             match self.aim(call, socket, &to, account, &snapshot).await {
                 Aimed::Elsewhere(back) => socket = back,
                 Aimed::Done(outcome) => return outcome,
@@ -196,7 +231,6 @@ impl Try<'_> {
             Ok(Way::Plaintext { .. }) => return left(Why::Plaintext),
             Ok(Way::Mtls { permit, expect }) => (permit, target.narrow(expect)),
         };
-        let Ok(blocks) = options::blocks(&socket) else { return left(Why::Agent) };
         let gate = match ctx.capture.direct(socket.as_fd(), target.address, self.destination) {
             Ok(gate) => gate,
             Err(error) => {
@@ -212,12 +246,14 @@ impl Try<'_> {
                 return Aimed::Done(Outcome::Failed(libc::ENOBUFS));
             }
         };
-        let limit = if blocks { ctx.settings.connect + ctx.settings.handshake } else { self.direct.settings.hold };
-        let made = timeout(limit, self.establish(&mut borrowed, &account, &expect, to)).await;
+        let made = tokio::select! {
+            made = self.establish(&mut borrowed, &account, &expect, to) => made,
+            () = tokio::time::sleep_until(to.until) => Err(Stop::Left(Why::TooSlow)),
+            () = self.interrupted() => Err(Stop::Left(Why::Caller)),
+        };
         let stop = match made {
-            Ok(Ok(made)) => return Aimed::Done(self.hand_over(borrowed, made, account, permit)),
-            Ok(Err(stop)) => stop,
-            Err(_) => Stop::Left(Why::TooSlow),
+            Ok(made) => return Aimed::Done(self.hand_over(borrowed, made, account, permit)),
+            Err(stop) => stop,
         };
         let poisoned = borrowed.gate().poisoned().unwrap_or(true);
         let ends = self.ends(&borrowed, target.address, 0);
@@ -244,6 +280,28 @@ impl Try<'_> {
                     Some(_) => left(if poisoned { Why::Interference } else { why }),
                     None => Aimed::Done(Outcome::Failed(libc::ECONNREFUSED)),
                 }
+            }
+        }
+    }
+
+    /// A blocking connect() waits for as long as it would for the kernel, but no longer than the application has said.
+    fn deadline(&self, socket: &OwnedFd) -> io::Result<Instant> {
+        let settings = &self.ctx.settings;
+        let limit = if options::blocks(socket)? {
+            let longest = settings.connect + settings.handshake;
+            socket2::SockRef::from(socket).write_timeout()?.map_or(longest, |timeout| timeout.min(longest))
+        } else {
+            self.direct.settings.hold
+        };
+        Ok(Instant::now() + limit)
+    }
+
+    /// A held call does not hear of signals: once one is coming, the call is the kernel's, which interrupts it.
+    async fn interrupted(&self) {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            if self.caller.interrupted().unwrap_or(true) {
+                return;
             }
         }
     }
@@ -278,7 +336,7 @@ impl Try<'_> {
         to: &To<'_>,
     ) -> Result<Made, Stop> {
         let ctx = self.ctx;
-        let since = Instant::now();
+        let since = std::time::Instant::now();
         timeout(ctx.settings.connect, socket.connect(to.asked))
             .await
             .unwrap_or(Err(io::ErrorKind::TimedOut.into()))

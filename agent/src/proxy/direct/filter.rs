@@ -9,7 +9,7 @@ use std::{
     io,
     os::fd::AsFd,
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Weak},
     thread,
     time::Duration,
 };
@@ -67,7 +67,9 @@ impl Filter {
     /// Whether there may be direct connections among its sockets; where nothing is known of them there may be.
     fn has_direct(&self) -> bool {
         let (Some(direct), seen) = (&self.ctx.direct, lock(&self.seen)) else { return true };
-        seen.is_empty() || seen.iter().any(|netns| direct.watch.any(*netns))
+        // What a predecessor has left is not known at once.
+        let may_have = |netns: &NetnsCookie| !direct.watch.adopted(*netns) || direct.watch.any(*netns);
+        seen.is_empty() || seen.iter().any(may_have)
     }
 }
 
@@ -128,7 +130,17 @@ async fn serve(ctx: Arc<Context>, held: Arc<Held>) {
         tokio::select! {
             () = receive(&filter, &calls, &container.id) => break,
             () = waiting::run(&filter) => break,
-            () = filter.moved.notified() => if give(&filter, &held, &direct.settings.keeper).await { return },
+            () = filter.moved.notified() => {
+                if give(&filter, &held, &direct.settings.keeper).await {
+                    return;
+                }
+                // It may be busy, or its successor be on its way.
+                let again = filter.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(RETRY).await;
+                    again.moved.notify_one();
+                });
+            }
         }
     }
     tracing::info!(container = %container.id, "the last task under a filter has ended");
@@ -151,7 +163,7 @@ async fn give(filter: &Filter, held: &Held, keeper: &Path) -> bool {
 impl Direct {
     /// There is a new keeper: it is given the filters that its predecessor held.
     pub(super) fn moved(&self) {
-        for filter in lock(&self.served).drain(..).filter_map(|filter| filter.upgrade()) {
+        for filter in lock(&self.served).iter().filter_map(Weak::upgrade) {
             filter.moved.notify_one();
         }
     }

@@ -10,10 +10,7 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -39,14 +36,20 @@ use crate::{
     words::with_causes,
 };
 
-/// The client as the application sees it, and the pod's end.
-type Key = (SocketAddr, SocketAddr);
+/// A connection of a pod. Another pod may have an address like its own, and clients like its clients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    netns: NetnsCookie,
+    /// As the application sees it.
+    client: SocketAddr,
+    local: SocketAddr,
+}
 
 #[derive(Default)]
 pub(super) struct Server {
     offers: Mutex<HashMap<Key, Offer>>,
-    /// How many held accepts are being carried out: what has left a listener's queue may be on its way to them.
-    taking: AtomicUsize,
+    /// How many held accepts are being carried out in a pod: what has left a listener's queue may be on its way to them.
+    taking: Mutex<HashMap<NetnsCookie, usize>>,
     /// Ports at which connections are accepted without accept() being held.
     unheard: Mutex<HashMap<(NetnsCookie, u16), ()>>,
 }
@@ -133,24 +136,26 @@ impl Offered {
             Why::Agent
         };
         let (local, cookie) = (wire.local_addr().map_err(gone)?, options::cookie(wire).map_err(gone)?);
+        let v6 = local.is_ipv6();
         let direct = ctx.direct.as_ref().ok_or(Why::Agent)?;
-        let key = (parts::canonical(client), parts::canonical(local));
-        let ends = Ends { cookie, local: key.1, remote: key.0, opening: Opening::Passive, sent, received };
+        let (client, local) = (parts::canonical(client), parts::canonical(local));
+        let key = Key { netns: pod.netns.cookie(), client, local };
+        let ends = Ends { cookie, local, remote: client, opening: Opening::Passive, sent, received };
         let noted = Noted::new(ctx, pod, account, ends).map_err(|error| {
             tracing::warn!("a direct connection cannot be followed: {}", with_causes(&error));
             Why::Agent
         })?;
         let (sender, taken) = oneshot::channel();
-        lock(&direct.server.offers).insert(key, Offer { sender, v6: local.is_ipv6() });
+        lock(&direct.server.offers).insert(key, Offer { sender, v6 });
         Ok(Self { pod: pod.clone(), listed: Listed { ctx: ctx.clone(), key }, noted, taken })
     }
 
     /// Waits until an accept() takes it, or until it is known that none will: then the connection is the caller's again, and goes
     /// through the leg.
     pub async fn wait(&mut self, leg: &TcpStream, permit: &mut Permit) -> Result<Handover, Why> {
-        let mut looks = LOOKS.iter().chain(std::iter::repeat(&LOOKS[LOOKS.len() - 1]));
+        let mut looks = LOOKS.iter();
         let why = loop {
-            let pause = looks.next().copied().unwrap_or(LOOKS[LOOKS.len() - 1]);
+            let (pause, last) = looks.next().map_or((LOOKS[LOOKS.len() - 1], true), |pause| (*pause, false));
             tokio::select! {
                 biased;
                 taken = &mut self.taken => return taken.map_err(|_| Why::AddressFamily),
@@ -159,14 +164,14 @@ impl Offered {
                 _ = permit.revoked.wait_for(Option::is_some) => break Why::Policy,
                 () = tokio::time::sleep(pause) => {}
             }
-            if self.was_accepted(leg).await {
+            if self.was_accepted(leg, last).await {
                 break Why::NotNotified;
             }
         };
         let Some(direct) = &self.listed.ctx.direct else { return Err(why) };
         if direct.server.claim(self.listed.key).is_some() {
             if why == Why::NotNotified {
-                lock(&direct.server.unheard).insert((self.pod.netns.cookie(), self.listed.key.1.port()), ());
+                lock(&direct.server.unheard).insert((self.pod.netns.cookie(), self.listed.key.local.port()), ());
             }
             return Err(why);
         }
@@ -174,12 +179,16 @@ impl Offered {
         (&mut self.taken).await.map_err(|_| Why::AddressFamily)
     }
 
+    fn taking(&self) -> bool {
+        let direct = self.listed.ctx.direct.as_ref();
+        direct.is_some_and(|direct| lock(&direct.server.taking).contains_key(&self.listed.key.netns))
+    }
+
     /// Whether somebody else than the agent has accepted the leg: a socket in a listener's queue has no inode yet. One that a held
-    /// accept is about to claim is not told apart, so it is looked at again later.
-    async fn was_accepted(&self, leg: &TcpStream) -> bool {
+    /// accept is about to claim is not told apart, so it is looked at again later, but not for ever.
+    async fn was_accepted(&self, leg: &TcpStream, last: bool) -> bool {
         let Ok(source) = leg.local_addr() else { return true };
-        watch::accepted(&self.pod, self.listed.key.1, source).await
-            && self.listed.ctx.direct.as_ref().is_none_or(|direct| direct.server.taking.load(Ordering::SeqCst) == 0)
+        watch::accepted(&self.pod, self.listed.key.local, source).await && (last || !self.taking())
     }
 }
 
@@ -212,7 +221,7 @@ impl Offered {
             .hand_over(ready.account, ready.permit, ready.records)
             .map_err(|error| io::Error::other(with_causes(&error)))?;
         let Handover { call, caller, wanted, v6, .. } = &mut handover;
-        if !hand(call, caller, *wanted, wire.into(), Some(listed.key.0), *v6)? {
+        if !hand(call, caller, *wanted, wire.into(), Some(listed.key.client), *v6)? {
             tracing::debug!("the caller of an accept was gone");
         }
         Ok(())
@@ -289,28 +298,40 @@ fn note(ctx: &Context, netns: NetnsCookie, listener: &OwnedFd) {
 }
 
 /// An accept that is being carried out, up to its claim.
-struct Taking<'a>(&'a AtomicUsize);
+struct Taking<'a>(&'a Server, NetnsCookie);
 
 impl<'a> Taking<'a> {
-    fn begin(count: &'a AtomicUsize) -> Self {
-        count.fetch_add(1, Ordering::SeqCst);
-        Self(count)
+    fn begin(server: &'a Server, netns: NetnsCookie) -> Self {
+        *lock(&server.taking).entry(netns).or_default() += 1;
+        Self(server, netns)
     }
 }
 
 impl Drop for Taking<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
+        let mut taking = lock(&self.0.taking);
+        if let Some(count) = taking.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                taking.remove(&self.1);
+            }
+        }
     }
 }
 
 /// Accepts and answers; the waiter comes back if nobody has connected.
 pub(super) fn take(filter: &Arc<Filter>, mut waiter: Box<Waiter>, listener: &OwnedFd) -> Result<(), Box<Waiter>> {
     let Some(direct) = &filter.ctx.direct else { return Ok(()) };
-    let taking = Taking::begin(&direct.server.taking);
+    let Ok(netns) = socket_netns(listener.as_fd()) else { return Err(waiter) };
+    let taking = Taking::begin(&direct.server, netns);
     let (socket, client) = match options::accept_now(listener) {
         Ok(accepted) => accepted,
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(waiter),
+        // The agent's own want is not the application's.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+            let _ = waiter.call.answer(Answer::Continue);
+            return Ok(());
+        }
         Err(error) => {
             let errno = error.raw_os_error().unwrap_or(libc::ECONNABORTED);
             let _ = waiter.call.answer(Answer::Errno(errno));
@@ -319,7 +340,11 @@ pub(super) fn take(filter: &Arc<Filter>, mut waiter: Box<Waiter>, listener: &Own
     };
     let v6 = socket2::SockRef::from(&socket).domain().is_ok_and(|domain| domain == socket2::Domain::IPV6);
     let local = socket2::SockRef::from(&socket).local_addr().ok().and_then(|address| address.as_socket());
-    let key = client.zip(local).map(|(client, local)| (parts::canonical(client), parts::canonical(local)));
+    let key = client.zip(local).map(|(client, local)| Key {
+        netns,
+        client: parts::canonical(client),
+        local: parts::canonical(local),
+    });
     let claimed = key.and_then(|key| direct.server.claim(key));
     drop(taking);
     if let Some(offer) = claimed {
@@ -342,7 +367,8 @@ pub(super) fn take(filter: &Arc<Filter>, mut waiter: Box<Waiter>, listener: &Own
     Ok(())
 }
 
-/// Puts the socket among the caller's descriptors, as accept4() would.
+/// Puts the socket among the caller's descriptors, as accept4() would. Whom it cannot be given to has lost it: its client must not
+/// take that for an end in good order.
 fn hand(
     call: &mut Pending,
     caller: &Caller,
@@ -351,7 +377,22 @@ fn hand(
     client: Option<SocketAddr>,
     v6: bool,
 ) -> io::Result<bool> {
-    socket2::SockRef::from(&socket).set_nonblocking(wanted.flags & libc::SOCK_NONBLOCK != 0)?;
+    let given = put(call, caller, wanted, &socket, client, v6);
+    if !matches!(given, Ok(true)) {
+        let _ = socket2::SockRef::from(&socket).set_linger(Some(Duration::ZERO));
+    }
+    given
+}
+
+fn put(
+    call: &mut Pending,
+    caller: &Caller,
+    wanted: Wanted,
+    socket: &OwnedFd,
+    client: Option<SocketAddr>,
+    v6: bool,
+) -> io::Result<bool> {
+    socket2::SockRef::from(socket).set_nonblocking(wanted.flags & libc::SOCK_NONBLOCK != 0)?;
     if !call.valid() {
         return Ok(false);
     }

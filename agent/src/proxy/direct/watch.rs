@@ -13,7 +13,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tokio::{task::JoinHandle, time::timeout};
+use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 
 use super::{Direct, ask, keys};
 use crate::{
@@ -83,6 +83,8 @@ pub(super) struct Watch {
     counts: Mutex<HashMap<NetnsCookie, usize>>,
     /// Namespaces whose sockets' ends are listened for. Its lock is taken before that of the pods.
     followed: Mutex<HashSet<NetnsCookie>>,
+    /// Namespaces for which that is about to begin. Its lock is taken before all the others.
+    beginning: Mutex<HashSet<NetnsCookie>>,
     /// Namespaces of which all that is kept is this agent's own.
     adopted: Mutex<HashSet<NetnsCookie>>,
 }
@@ -214,35 +216,66 @@ pub(super) async fn accepted(pod: &Arc<Pod>, local: SocketAddr, remote: SocketAd
 }
 
 /// Takes over what a predecessor has left in the pod, and listens for the ends of direct connections there: for as long as it is
-/// served, or has any.
-pub(super) async fn follow(ctx: &Arc<Context>, pod: &Arc<Pod>) {
-    let Some(direct) = &ctx.direct else { return };
-    let netns = pod.netns.cookie();
-    let ends = {
-        let mut followed = lock(&direct.watch.followed);
-        if followed.contains(&netns) {
-            return;
+/// served, or has any. New ones are made from when that is done, which the result tells.
+pub(super) fn follow(ctx: &Arc<Context>, pod: &Arc<Pod>) -> oneshot::Receiver<()> {
+    let (begun, told) = oneshot::channel();
+    if let Some(direct) = &ctx.direct {
+        let (netns, mut beginning) = (pod.netns.cookie(), lock(&direct.watch.beginning));
+        if !direct.watch.follows(netns) && beginning.insert(netns) {
+            tokio::spawn(begin(Arc::downgrade(ctx), pod.clone(), begun));
         }
-        match Destruction::open(&pod.netns) {
+    }
+    told
+}
+
+/// Tries until it succeeds, or the pod is not served any more.
+async fn begin(ctx: Weak<Context>, pod: Arc<Pod>, begun: oneshot::Sender<()>) {
+    let netns = pod.netns.cookie();
+    let ends = loop {
+        let Some(ctx) = ctx.upgrade() else { return };
+        let Some(direct) = &ctx.direct else { return };
+        {
+            let mut beginning = lock(&direct.watch.beginning);
+            if direct.pod(netns).is_none() {
+                beginning.remove(&netns);
+                return;
+            }
+        }
+        match take_over(&ctx, &pod).await {
             Ok(ends) => {
-                followed.insert(netns);
-                ends
+                let mut beginning = lock(&direct.watch.beginning);
+                lock(&direct.watch.followed).insert(netns);
+                beginning.remove(&netns);
+                break ends;
             }
             Err(error) => {
                 let pod = pod.netns.path().display();
-                return tracing::error!(%error, %pod, "the ends of direct connections cannot be heard of");
+                tracing::error!(%error, %pod, "direct connections cannot be followed");
             }
         }
+        drop(ctx);
+        tokio::time::sleep(RETRY).await;
     };
-    if lock(&direct.watch.adopted).insert(netns)
-        && let Err(error) = adopt(ctx, pod).await
-    {
-        tracing::error!("direct connections of an earlier agent are not known: {error}");
+    let _ = begun.send(());
+    listen(ctx, pod, ends).await;
+}
+
+async fn take_over(ctx: &Arc<Context>, pod: &Arc<Pod>) -> io::Result<Destruction> {
+    let Some(direct) = &ctx.direct else { return Err(io::ErrorKind::Unsupported.into()) };
+    let ends = Destruction::open(&pod.netns)?;
+    if !direct.watch.adopted(pod.netns.cookie()) {
+        adopt(ctx, pod).await?;
+        lock(&direct.watch.adopted).insert(pod.netns.cookie());
     }
-    tokio::spawn(listen(Arc::downgrade(ctx), pod.clone(), ends));
+    Ok(ends)
 }
 
 impl Watch {
+    /// Whether what an earlier agent has kept of a namespace is known.
+    pub fn adopted(&self, netns: NetnsCookie) -> bool {
+        lock(&self.adopted).contains(&netns)
+    }
+
     /// Whether there are direct connections in a namespace.
     pub fn any(&self, netns: NetnsCookie) -> bool {
         lock(&self.counts).contains_key(&netns)
@@ -361,10 +394,13 @@ fn ended(ctx: &Context, socket: &DiagSocket) {
 /// Some ends were not told: whatever is not there any more has ended.
 async fn missed(ctx: &Context, pod: &Arc<Pod>) {
     let Some(direct) = &ctx.direct else { return };
-    let Ok(there) = cookies(pod).await else { return };
     let netns = pod.netns.cookie();
+    // Those that come while the kernel answers may not be in the answer.
+    let known: HashSet<u64> =
+        lock(&direct.watch.live).iter().filter(|(_, live)| live.netns == netns).map(|(cookie, _)| *cookie).collect();
+    let Ok(there) = cookies(pod).await else { return };
     let gone: Vec<_> =
-        lock(&direct.watch.live).extract_if(|cookie, live| live.netns == netns && !there.contains(cookie)).collect();
+        lock(&direct.watch.live).extract_if(|cookie, _| known.contains(cookie) && !there.contains(cookie)).collect();
     for (cookie, live) in gone {
         direct.watch.leave(netns);
         forget(ctx, cookie);
@@ -408,7 +444,7 @@ pub(super) fn forget_strangers(ctx: &Context) {
     match kept(ctx) {
         Ok(all) => {
             for (cookie, kept) in all {
-                if !lock(&direct.watch.adopted).contains(&NetnsCookie(kept.netns)) {
+                if !direct.watch.adopted(NetnsCookie(kept.netns)) {
                     forget(ctx, cookie);
                     kept.account(ctx).unobserved();
                 }
