@@ -55,6 +55,11 @@ counters! {
     DirectDropped = "direct_dropped",
     /// A socket in handshake was connected a second time, or elsewhere.
     DirectRefused = "direct_refused",
+    /// Segments of a released socket that held something else than TLS records. The socket is poisoned then.
+    DirectForeign = "direct_foreign",
+    /// Segments that TCP has to send again, which speaks against nobody: the socket was released while they were on their way, or
+    /// one before them was lost on its way to the gate.
+    DirectHeldBack = "direct_held_back",
 }
 
 const _: () = assert!(Counter::ALL.len() <= crate::MAX_COUNTERS as usize);

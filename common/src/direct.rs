@@ -2,29 +2,32 @@
 //!
 //! Three pieces hang on such a socket. The agent writes the first and the last, and replaces them whole; the kernel writes the
 //! middle one in place. So neither can undo what the other has noted.
-use crate::{Endpoint, NetnsCookie};
+use crate::{Endpoint, NetnsCookie, framing::Framing};
 
 /// Where a direct socket stands. Written by the agent.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DirectEntry {
-    /// `DIRECT_HANDSHAKE` or `DIRECT_RELEASED`; anything else counts as shut.
+    /// One of the states below; anything else counts as shut.
     pub state: u32,
     /// The only destination that it may be connected to, once, while in handshake.
     pub to: Endpoint,
     /// What getpeername shows.
     pub shown: Endpoint,
-    pub pad: u32,
+    /// How many bytes were announced in all, once it is released: records begin after them.
+    pub announced: u32,
 }
 
 /// Nothing leaves the socket until it is connected anew, which turns it around like any other.
 pub const DIRECT_SHUT: u32 = 0;
 /// What the agent has announced leaves the socket, and nothing else.
 pub const DIRECT_HANDSHAKE: u32 = 1;
-/// The socket is the application's.
+/// The socket is the application's, and what leaves it is TLS records.
 pub const DIRECT_RELEASED: u32 = 2;
+/// The socket is the application's, and whatever is written leaves it: for the build without records alone.
+pub const DIRECT_WITHOUT_RECORDS: u32 = 3;
 
-/// What the kernel has seen of a socket in handshake. Each word is written alone.
+/// What the kernel has seen of a direct socket. Each word is written alone.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GateEntry {
@@ -33,8 +36,10 @@ pub struct GateEntry {
     pub synced: u32,
     /// It was connected: a second time is not the agent's doing.
     pub connected: u32,
-    /// Something was sent, or tried, that the agent had not announced.
+    /// Something was sent, or tried, that the agent had not announced, or that was no record after the release.
     pub poisoned: u32,
+    /// What left after the handshake.
+    pub framing: Framing,
 }
 
 /// Bytes of a handshake that can be announced: a client's side of TLS 1.3 with certificates is about half of that. Chosen so
@@ -85,7 +90,7 @@ impl Transcript {
 }
 
 const _: () = assert!(size_of::<DirectEntry>() == 48);
-const _: () = assert!(size_of::<GateEntry>() == 16);
+const _: () = assert!(size_of::<GateEntry>() == 40);
 const _: () = assert!(size_of::<Transcript>() == 8 + MAX_ANNOUNCED + ANNOUNCED_CHUNK);
 const _: () = assert!(size_of::<Transcript>() <= 8192 - 128);
 const _: () = assert!(size_of::<DirectFacts>() == 2048);

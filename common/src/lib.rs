@@ -7,6 +7,7 @@
 mod address;
 mod counter;
 mod direct;
+pub mod framing;
 mod limits;
 
 pub use address::{Address, Endpoint};

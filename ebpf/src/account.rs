@@ -40,8 +40,8 @@ pub fn egress(ctx: SkBuffContext) -> i32 {
     match direct::standing(&ctx) {
         Standing::Other => {}
         Standing::Pass => return PASS,
-        Standing::Drop => {
-            count(Counter::DirectDropped);
+        Standing::Drop(counter) => {
+            count(counter);
             return DROP;
         }
     }

@@ -3,13 +3,22 @@
 //! Until the agent releases such a socket, only bytes that it has announced leave it, compared one by one at their place in the
 //! stream: what another thread of the pod writes meanwhile stays here. It can be connected once and to one destination.
 //! Whether it may be released is the agent's judgement; this file only tells it that somebody else wrote.
+//!
+//! From the release on, only TLS records leave it: a thread that was inside send() before the kernel had the keys may still
+//! append what it was given. What a record is says `marline_common::framing`.
 use aya_ebpf::{
     bindings::{__sk_buff, bpf_sock},
     btf_maps::SkStorage,
-    helpers::{bpf_sk_fullsock, bpf_sk_storage_get, bpf_skb_load_bytes},
+    cty::{c_long, c_void},
+    helpers::{bpf_get_socket_cookie, bpf_loop, bpf_sk_fullsock, bpf_sk_storage_get, bpf_skb_load_bytes},
     programs::{SkBuffContext, SockAddrContext},
 };
-use marline_common::{ANNOUNCED_CHUNK, DIRECT_HANDSHAKE, DIRECT_RELEASED, Endpoint, MAX_ANNOUNCED};
+use aya_log_ebpf::warn;
+use marline_common::{
+    ANNOUNCED_CHUNK, Counter, DIRECT_HANDSHAKE, DIRECT_RELEASED, DIRECT_WITHOUT_RECORDS, DirectEntry, Endpoint,
+    GateEntry, MAX_ANNOUNCED, Transcript,
+    framing::{MAX_WALKED, Packet, RECORD_HEADER, Verdict, Walk},
+};
 
 use crate::{
     account::{ETH_P_IP, ETH_P_IPV6},
@@ -60,17 +69,21 @@ pub(crate) fn connect(ctx: &SockAddrContext, destination: &Endpoint) -> Connect 
 #[inline(always)]
 pub(crate) fn shown(ctx: &SockAddrContext) -> Option<Endpoint> {
     let entry = stored(&DIRECT, socket(ctx))?;
-    if entry.state == DIRECT_HANDSHAKE || entry.state == DIRECT_RELEASED { Some(entry.shown) } else { None }
+    match entry.state {
+        DIRECT_HANDSHAKE | DIRECT_RELEASED | DIRECT_WITHOUT_RECORDS => Some(entry.shown),
+        _ => None,
+    }
 }
 
 pub(crate) enum Standing {
     /// Not a direct socket.
     Other,
     Pass,
-    Drop,
+    /// Dropped, and counted as this.
+    Drop(Counter),
 }
 
-/// Judges a packet that leaves a socket.
+/// Judges a packet that leaves a socket. TCP holds the socket's lock meanwhile, so two are never judged at once.
 #[inline(always)]
 pub(crate) fn standing(ctx: &SkBuffContext) -> Standing {
     let skb = ctx.skb.skb;
@@ -86,16 +99,22 @@ pub(crate) fn standing(ctx: &SkBuffContext) -> Standing {
     let Some(entry) = stored(&DIRECT, sk) else {
         return Standing::Other;
     };
-    if entry.state == DIRECT_RELEASED {
-        return Standing::Pass;
+    match entry.state {
+        DIRECT_WITHOUT_RECORDS => Standing::Pass,
+        DIRECT_RELEASED => released(ctx, sk, entry),
+        state => in_handshake(ctx, sk, state),
     }
+}
+
+#[inline(always)]
+fn in_handshake(ctx: &SkBuffContext, sk: *mut bpf_sock, state: u32) -> Standing {
     let Some(segment) = Segment::of(ctx) else {
         // Nothing that TCP sends by itself looks like this; something on the way has wrapped it.
         return poison(sk);
     };
-    let gate = stored(&GATES, sk);
+    let mut gate = stored(&GATES, sk);
     if segment.syn
-        && let Some(gate) = gate
+        && let Some(gate) = &mut gate
     {
         gate.isn = segment.sequence;
         gate.synced = 1;
@@ -103,10 +122,14 @@ pub(crate) fn standing(ctx: &SkBuffContext) -> Standing {
     if segment.payload == 0 {
         return Standing::Pass;
     }
-    if entry.state != DIRECT_HANDSHAKE || !announced(ctx, sk, &segment) {
+    if state != DIRECT_HANDSHAKE {
         return poison(sk);
     }
-    Standing::Pass
+    let (Some(gate), Some(transcript)) = (gate, stored(&TRANSCRIPTS, sk)) else {
+        // Released while this packet was on its way, which speaks against nobody: it is judged anew when TCP sends it again.
+        return Standing::Drop(Counter::DirectHeldBack);
+    };
+    if announced(ctx, gate, transcript, &segment) { Standing::Pass } else { poison(sk) }
 }
 
 #[inline(always)]
@@ -114,7 +137,81 @@ fn poison(sk: *mut bpf_sock) -> Standing {
     if let Some(gate) = stored(&GATES, sk) {
         gate.poisoned = 1;
     }
-    Standing::Drop
+    Standing::Drop(Counter::DirectDropped)
+}
+
+#[inline(always)]
+fn released(ctx: &SkBuffContext, sk: *mut bpf_sock, entry: &DirectEntry) -> Standing {
+    let (Some(gate), Some(segment)) = (stored(&GATES, sk), Segment::of(ctx)) else {
+        return Standing::Drop(Counter::DirectForeign);
+    };
+    if segment.payload == 0 {
+        return Standing::Pass;
+    }
+    if gate.poisoned == 0 && gate.synced != 0 {
+        // Records begin after the SYN and what was announced.
+        let offset = segment.sequence.wrapping_sub(gate.isn.wrapping_add(1).wrapping_add(entry.announced));
+        match gate.framing.judge(offset, segment.head, segment.payload, &Skb(ctx)) {
+            Verdict::Records => return Standing::Pass,
+            Verdict::Ahead | Verdict::TooMany => return Standing::Drop(Counter::DirectHeldBack),
+            Verdict::Foreign => {
+                gate.poisoned = 1;
+                // SAFETY: the context is this program's own.
+                let cookie = unsafe { bpf_get_socket_cookie(ctx.skb.skb.cast()) };
+                warn!(
+                    ctx,
+                    "something else than TLS was written to a direct connection: nothing leaves it any more (socket {})",
+                    cookie
+                );
+            }
+        }
+    }
+    Standing::Drop(Counter::DirectForeign)
+}
+
+/// A packet whose bytes are loaded where they are looked at.
+struct Skb<'a>(&'a SkBuffContext);
+
+impl Packet for Skb<'_> {
+    #[inline(always)]
+    fn header(&self, at: u64) -> u64 {
+        // The kernel fills it with zeroes where it cannot load.
+        let mut bytes = [0_u8; 8];
+        // SAFETY: the header goes to the last bytes of the word.
+        unsafe {
+            let header = bytes.as_mut_ptr().add(size_of::<u64>() - RECORD_HEADER as usize);
+            bpf_skb_load_bytes(self.0.skb.skb.cast(), at as u32, header.cast(), RECORD_HEADER as u32)
+        };
+        u64::from_be_bytes(bytes)
+    }
+
+    #[inline(always)]
+    fn byte(&self, at: u64) -> u8 {
+        let mut byte = 0_u8;
+        // SAFETY: as above.
+        unsafe { bpf_skb_load_bytes(self.0.skb.skb.cast(), at as u32, (&raw mut byte).cast(), 1) };
+        byte
+    }
+
+    /// By a helper that calls `step`: the verifier follows it once, and not as often as it may be called.
+    #[inline(always)]
+    fn walk(&self, walk: &mut Walk) {
+        let mut steps = Steps { skb: self.0.skb.skb, walk };
+        // SAFETY: `step` is what the helper calls back, with `steps`.
+        unsafe { bpf_loop(MAX_WALKED, step as *mut c_void, (&raw mut steps).cast(), 0) };
+    }
+}
+
+#[repr(C)]
+struct Steps<'a> {
+    skb: *mut __sk_buff,
+    walk: &'a mut Walk,
+}
+
+extern "C" fn step(_index: u32, steps: *mut Steps<'_>) -> c_long {
+    // SAFETY: the helper hands over what `walk` gave it.
+    let steps = unsafe { &mut *steps };
+    c_long::from(!steps.walk.step(&Skb(&SkBuffContext::new(steps.skb))))
 }
 
 /// A TCP segment, or several that are cut apart further down.
@@ -198,10 +295,7 @@ macro_rules! word {
 
 /// Whether the agent announced exactly these bytes for this place in the stream. True of retransmissions as well.
 #[inline(always)]
-fn announced(ctx: &SkBuffContext, sk: *mut bpf_sock, segment: &Segment) -> bool {
-    let (Some(gate), Some(transcript)) = (stored(&GATES, sk), stored(&TRANSCRIPTS, sk)) else {
-        return false;
-    };
+fn announced(ctx: &SkBuffContext, gate: &GateEntry, transcript: &Transcript, segment: &Segment) -> bool {
     if gate.synced == 0 || gate.poisoned != 0 {
         return false;
     }

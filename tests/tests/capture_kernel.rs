@@ -8,6 +8,8 @@ mod bed;
 mod closed;
 #[path = "capture_kernel/direct.rs"]
 mod direct;
+#[path = "capture_kernel/framing.rs"]
+mod framing;
 #[path = "capture_kernel/helper.rs"]
 mod helper;
 #[path = "capture_kernel/used_again.rs"]

@@ -11,8 +11,8 @@ use std::{
 
 use aya::maps::MapError;
 use marline_common::{
-    DIRECT_HANDSHAKE, DIRECT_RELEASED, DIRECT_SHUT, DirectEntry, DirectFacts, Endpoint, GateEntry, MAX_ANNOUNCED,
-    MAX_DIRECT_FACTS, POD_READY, PodPort, Transcript,
+    DIRECT_HANDSHAKE, DIRECT_RELEASED, DIRECT_SHUT, DIRECT_WITHOUT_RECORDS, DirectEntry, DirectFacts, Endpoint,
+    GateEntry, MAX_ANNOUNCED, MAX_DIRECT_FACTS, POD_READY, PodPort, Transcript,
 };
 
 use super::{BpfError, Capture, entries::absent_is_fine};
@@ -20,6 +20,9 @@ use crate::sys::netns::{NetnsCookie, socket_netns};
 
 /// `BPF_EXIST`: only what is there is replaced.
 const REPLACE: u64 = 2;
+
+/// What a released socket may send. Only the build without records lets out what is none.
+const RELEASED: u32 = if cfg!(feature = "without-records") { DIRECT_WITHOUT_RECORDS } else { DIRECT_RELEASED };
 
 /// A pod's socket in handshake. Nothing leaves it but announced bytes, until [`Gate::release`].
 ///
@@ -41,7 +44,7 @@ impl Capture {
     /// `shown` as its peer.
     pub fn direct(&self, socket: BorrowedFd<'_>, to: SocketAddr, shown: SocketAddr) -> Result<Gate, BpfError> {
         let netns = socket_netns(socket).map_err(BpfError::Socket)?;
-        let entry = DirectEntry { state: DIRECT_HANDSHAKE, to: canonical(to), shown: canonical(shown), pad: 0 };
+        let entry = DirectEntry { state: DIRECT_HANDSHAKE, to: canonical(to), shown: canonical(shown), announced: 0 };
         let socket = socket.try_clone_to_owned().map_err(BpfError::Socket)?;
         let mut maps = self.maps();
         // Said here, because from connect() itself it could not be told from the destination's refusal.
@@ -120,23 +123,24 @@ impl Gate {
         Ok(seen.poisoned != 0)
     }
 
-    /// Gives the socket to the application: everything passes. A poisoned one is shut instead.
+    /// Gives the socket to the application: from the end of what was announced on, TLS records pass. A poisoned one is shut instead.
     ///
-    /// To be called when the kernel encrypts all that is written, and TCP has been given no byte but the agent's: what another
-    /// thread has put into the send queue before would leave now.
+    /// To be called when the kernel encrypts all that is written, and TCP has been given no byte but the agent's, all of them: what
+    /// was announced is not compared any more. Another thread may have been inside send() since before the kernel had the keys,
+    /// and append its plaintext whenever it wakes up. So the gate stays for the life of the connection: what is no record is
+    /// dropped and poisons the socket. It looks at headers only: what a thread forges to look like records is not stopped, nor
+    /// what falls into the midst of a record of which TCP has taken only a part.
     pub fn release(mut self) -> Result<(), BpfError> {
         if self.poisoned()? {
             return Err(BpfError::Poisoned);
         }
-        let entry = DirectEntry { state: DIRECT_RELEASED, ..self.entry };
+        let entry = DirectEntry { state: RELEASED, announced: self.transcript.length, ..self.entry };
         let mut maps = self.capture.maps();
         maps.direct.insert(&self.socket, entry, REPLACE).map_err(BpfError::map("DIRECT"))?;
         self.released = true;
-        // Not needed any more, and not a failure of the release if they stay: they go with the socket.
-        for left in [maps.transcripts.remove(&self.socket), maps.gates.remove(&self.socket)] {
-            if let Err(error) = absent_is_fine(left) {
-                tracing::debug!(%error, "an entry of a released socket could not be removed");
-            }
+        // Not needed any more, and not a failure of the release if it stays: it goes with the socket.
+        if let Err(error) = absent_is_fine(maps.transcripts.remove(&self.socket)) {
+            tracing::debug!(%error, "what was announced for a released socket could not be removed");
         }
         Ok(())
     }

@@ -20,6 +20,7 @@ use socket2::Socket;
 
 use super::{
     bed::{Agent, Bed, ip},
+    framing::records,
     helper::PATIENCE,
 };
 
@@ -31,6 +32,9 @@ const SHOWN4: &str = "10.96.0.10:80";
 const SHOWN6: &str = "[fd96::10]:80";
 const SHOWN_MAPPED: &str = "[::ffff:10.96.0.10]:80";
 
+/// Destinations of each kind, and what is shown in their place.
+pub(super) const FAMILIES: [(&str, &str); 3] = [(NODE4, SHOWN4), (NODE6, SHOWN6), (NODE_MAPPED, SHOWN_MAPPED)];
+
 /// A socket of pod a in handshake with a server.
 pub(super) struct Line {
     pub(super) socket: Socket,
@@ -40,9 +44,13 @@ pub(super) struct Line {
 
 /// Connects a socket of pod a to a server in the namespace `at`, as the agent does.
 pub(super) fn line(bed: &Bed, agent: &Agent, at: &Netns, to: &str, shown: &str) -> Line {
+    line_of(agent, at, bed.a.socket(to.parse().unwrap()), to, shown)
+}
+
+/// The same of a socket that is there.
+pub(super) fn line_of(agent: &Agent, at: &Netns, socket: Socket, to: &str, shown: &str) -> Line {
     let to: SocketAddr = to.parse().unwrap();
     let listener = at.run(|| TcpListener::bind(SocketAddr::new(to.ip().to_canonical(), to.port())).unwrap()).unwrap();
-    let socket = bed.a.socket(to);
     let gate = agent.capture.direct(socket.as_fd(), to, shown.parse().unwrap()).unwrap();
     socket.connect(&to.into()).unwrap();
     let (server, _) = listener.accept().unwrap();
@@ -69,14 +77,14 @@ pub(super) fn received_before_reset(socket: &Socket, mut server: TcpStream) -> V
 }
 
 /// Bytes of which no two chunks are alike.
-fn noise(length: usize) -> Vec<u8> {
+pub(super) fn noise(length: usize) -> Vec<u8> {
     (0..length).map(|i| (i.wrapping_mul(2_654_435_761) >> 11) as u8).collect()
 }
 
 fn each_family(test: impl Fn(&Bed, &Agent, Line)) {
     let bed = Bed::new();
     let (agent, _) = bed.ready_agent();
-    for (to, shown) in [(NODE4, SHOWN4), (NODE6, SHOWN6), (NODE_MAPPED, SHOWN_MAPPED)] {
+    for (to, shown) in FAMILIES {
         test(&bed, &agent, line(&bed, &agent, &bed.node, to, shown));
     }
 }
@@ -221,7 +229,7 @@ fn a_released_socket_is_the_applications() {
         server.read_exact(&mut [0; 5]).unwrap();
         gate.release().unwrap();
 
-        let bytes = noise(1 << 20);
+        let bytes = records(1 << 20);
         let writer = thread::spawn({
             let (bytes, mut twin) = (bytes.clone(), socket.try_clone().unwrap());
             move || twin.write_all(&bytes).unwrap()
