@@ -113,7 +113,13 @@ fn services(cluster: &mut Cluster, client: &Pod, path: &str) -> Result<()> {
         let to = |entry: &&Entry| entry.destination.identity == Some(server.identity());
         ensure!(entries.iter().any(|entry| to(&entry)), "nothing to {}: {entries:#?}", server.name);
     }
-    let way = |entry: &Entry| entry.path.as_deref() == Some(path) && entry.verdict == Verdict::Allowed;
+    // The endpoint that refuses is not of the mesh, so that a connection that begins there cannot be direct.
+    let way = |entry: &Entry| {
+        let taken = entry.path.as_deref() == Some(path) || entry.path_reason.as_deref() == Some("plaintext");
+        taken && entry.verdict == Verdict::Allowed
+    };
+    let direct = entries.iter().filter(|entry| entry.path.as_deref() == Some(path)).count();
+    ensure!(direct >= 12, "{direct} of {} were {path}", entries.len());
     ensure!(entries.iter().all(way), "not all were {path}: {entries:#?}");
 
     for (number, port, reason) in [(12, 80, "tls_config"), (13, 80, "no_endpoint"), (10, 99, "no_port")] {

@@ -444,7 +444,8 @@ pub(super) fn forget_strangers(ctx: &Context) {
     match kept(ctx) {
         Ok(all) => {
             for (cookie, kept) in all {
-                if !direct.watch.adopted(NetnsCookie(kept.netns)) {
+                let netns = NetnsCookie(kept.netns);
+                if !direct.watch.adopted(netns) && direct.pod(netns).is_none() {
                     forget(ctx, cookie);
                     kept.account(ctx).unobserved();
                 }
