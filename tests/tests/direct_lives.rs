@@ -184,7 +184,7 @@ fn a_keeper_that_is_replaced_gets_the_filters_again_and_keeps_them_for_the_next_
             let mut command = client.command(PYTHON);
             command.arg(program()).args(["call", &server.address(Family::V4).to_string(), &PORT.to_string()]);
             let log = client.directory.join(format!("call-{call}.log"));
-            let mut called = Process::start(&format!("call {call}"), &mut command, &log)?;
+            let mut called = Process::start(format!("call {call}"), &mut command, &log)?;
             wait_for("the connection to be made", seconds(20), || {
                 let log = called.log();
                 Ok(if log.contains("echoes 3") { Look::Done(()) } else { Look::NotYet(log) })

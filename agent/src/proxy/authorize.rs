@@ -246,6 +246,29 @@ mod tests {
     }
 
     #[test]
+    fn a_live_connection_is_judged_by_the_labels_that_its_workload_has_now() {
+        let header = Header {
+            name: PolicyName { kind: "AuthorizationPolicy", namespace: "shop".into(), name: "closed".into() },
+            created: None,
+            selector: BTreeMap::from([("state".into(), "closed".into())]),
+        };
+        let everybody =
+            AuthorizationPolicy { header, action: Action::Deny, dry_run: false, rules: vec![Rule::default()] };
+        let facts = facts(Some(Mode::Mtls), Some("good"), "10.0.0.1:80");
+        let now = |name: &str, state: &str| {
+            let authorization = Authorization::compile(&TrustDomain::default(), vec![everybody.clone()]);
+            let mut workload = (*workload(name, "10.0.0.1:80".parse().unwrap())).clone();
+            workload.labels.insert("state".into(), state.into());
+            let policies = Policies { authorization, ..Policies::default() };
+            Snapshot::new(policies, TrustDomain::default(), vec![Arc::new(workload)], Vec::new())
+        };
+        assert_eq!(revoked_by(&now("web", "open"), Direction::Inbound, &facts), None);
+        assert!(revoked_by(&now("web", "closed"), Direction::Inbound, &facts).is_some());
+        // Another workload has the address by now: what was served was not it.
+        assert_eq!(revoked_by(&now("db", "closed"), Direction::Inbound, &facts), None);
+    }
+
+    #[test]
     fn a_live_outbound_connection_is_revoked_when_another_identity_lives_at_its_destination() {
         let cases = [
             ("web", Some("web"), Some(Mode::Mtls), false),

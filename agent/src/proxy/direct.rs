@@ -34,6 +34,7 @@ mod client;
 mod close;
 mod filter;
 mod keys;
+mod noted;
 mod parts;
 mod server;
 mod socket;
@@ -321,5 +322,5 @@ async fn forget_strangers(ctx: Arc<Context>) {
     if let Some(direct) = &ctx.direct {
         direct.settled.store(true, Ordering::SeqCst);
     }
-    watch::forget_strangers(&ctx);
+    noted::forget_strangers(&ctx);
 }

@@ -15,9 +15,10 @@ use tokio::time::{Instant, timeout};
 use super::{
     Direct, Why,
     filter::Filter,
+    noted::Noted,
     parts,
     socket::Borrowed,
-    watch::{self, Ends, Noted},
+    watch::{self, Ends},
 };
 use crate::{
     keeper::Pending,

@@ -19,9 +19,10 @@ use tokio::{io::Interest, net::TcpStream, sync::oneshot};
 use super::{
     Why,
     filter::Filter,
+    noted::Noted,
     parts,
     waiting::Waiter,
-    watch::{self, Ends, Noted},
+    watch::{self, Ends},
 };
 use crate::{
     keeper::Pending,

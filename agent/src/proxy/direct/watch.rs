@@ -9,20 +9,18 @@ use std::{
     io,
     net::SocketAddr,
     sync::{Arc, Mutex, Weak, atomic::Ordering},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
-use serde::{Deserialize, Serialize};
 use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 
-use super::{Direct, ask, keys};
+use super::{Direct, ask, keys, noted};
 use crate::{
-    bpf::BpfError,
     proxy::{
         Context,
         account::Account,
-        authorize::{self, Permit},
-        connections::{self, Facts, lock},
+        authorize,
+        connections::{self, lock},
         pod::Pod,
         pump::PumpError,
     },
@@ -32,7 +30,7 @@ use crate::{
         tcp_info::{Opening, Payload, TcpState},
     },
     tls::config::WITHOUT_RECORDS,
-    words::{Direction, Endpoint, Mode, Path, TlsFacts, with_causes},
+    words::Direction,
 };
 
 /// The two ends of a direct connection, as the kernel names them in the pod, and what its handshake took.
@@ -58,24 +56,6 @@ impl Ends {
     }
 }
 
-/// What is kept for a successor, as JSON.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Kept {
-    netns: u64,
-    direction: Direction,
-    since: u64,
-    local: SocketAddr,
-    remote: SocketAddr,
-    sent: u64,
-    received: u64,
-    source: Endpoint,
-    destination: Endpoint,
-    proved: Option<String>,
-    sni: Option<String>,
-    tls: Option<TlsFacts>,
-    policy: Option<String>,
-}
-
 #[derive(Default)]
 pub(super) struct Watch {
     live: Mutex<HashMap<u64, Live>>,
@@ -89,12 +69,18 @@ pub(super) struct Watch {
     adopted: Mutex<HashSet<NetnsCookie>>,
 }
 
-struct Live {
+pub(super) struct Live {
     account: Account,
     netns: NetnsCookie,
     ends: Ends,
     /// Since when its key has sealed all that it may.
     spent: Option<Instant>,
+}
+
+impl Live {
+    pub fn new(account: Account, netns: NetnsCookie, ends: Ends) -> Self {
+        Self { account, netns, ends, spent: None }
+    }
 }
 
 /// A connection whose cipher has a limit.
@@ -112,93 +98,16 @@ const RETRY: Duration = Duration::from_secs(1);
 /// How long a connection waits to be told whether its leg was accepted.
 const ANSWER: Duration = Duration::from_millis(200);
 
-#[derive(Debug, thiserror::Error)]
-pub(super) enum WatchError {
-    #[error("what is known of it cannot be kept")]
-    Keep(#[from] BpfError),
-    #[error("what is known of it makes no JSON")]
-    Json(#[from] serde_json::Error),
-    #[error("its pod is not served any more, or as another workload")]
-    Pod,
-}
-
-/// What is known of a connection is where a successor finds it. That comes before anything that cannot be undone, for the room is
-/// bounded; dropped before the application has the connection, it is forgotten.
-pub(super) struct Noted {
-    ctx: Arc<Context>,
-    pod: Arc<Pod>,
-    ends: Ends,
-    handed_over: bool,
-}
-
-impl Noted {
-    pub fn new(ctx: &Arc<Context>, pod: &Arc<Pod>, account: &Account, ends: Ends) -> Result<Self, WatchError> {
-        let live = &account.live;
-        let facts = live.facts();
-        let kept = Kept {
-            netns: pod.netns.cookie().0,
-            direction: live.direction,
-            since: live.since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs(),
-            local: ends.local,
-            remote: ends.remote,
-            sent: ends.sent,
-            received: ends.received,
-            source: facts.source,
-            destination: facts.destination,
-            proved: facts.proved.map(|id| id.to_string()),
-            sni: facts.sni,
-            tls: facts.tls,
-            policy: facts.policy,
-        };
-        ctx.capture.keep_direct(ends.cookie, &serde_json::to_vec(&kept)?)?;
-        Ok(Self { ctx: ctx.clone(), pod: pod.clone(), ends, handed_over: false })
-    }
-
-    /// The application has the connection from here on.
-    pub fn hand_over(mut self, mut account: Account, permit: Permit, records: &'static str) -> Result<(), WatchError> {
-        let Some(direct) = &self.ctx.direct else { return Err(WatchError::Pod) };
-        let netns = self.pod.netns.cookie();
-        let live = account.live.clone();
-        {
-            let followed = lock(&direct.watch.followed);
-            let same = direct.pod(netns).is_some_and(|now| now.workload.id == self.pod.workload.id);
-            if !(same && followed.contains(&netns)) {
-                return Err(WatchError::Pod);
-            }
-            account.handed_over(records);
-            direct.watch.enter(self.ends.cookie, Live { account, netns, ends: self.ends, spent: None });
-        }
-        self.handed_over = true;
-        sever_by_name(&self.ctx, &self.pod, &live, self.ends);
-        // The rules may have changed since the decision.
-        if let Some(revoked) = authorize::revoked_by(&self.ctx.state.load(), live.direction, &live.facts()) {
-            revoked.enforce(&live);
-        }
-        drop(permit);
-        Ok(())
-    }
-}
-
-impl Drop for Noted {
-    fn drop(&mut self) {
-        if !self.handed_over {
-            forget(&self.ctx, self.ends.cookie);
-        }
-    }
-}
-
-fn forget(ctx: &Context, cookie: u64) {
-    if let Err(error) = ctx.capture.forget_direct(cookie) {
-        tracing::warn!("a connection's record cannot be removed: {}", with_causes(&error));
-    }
-}
-
-fn sever_by_name(ctx: &Context, pod: &Arc<Pod>, live: &Arc<connections::Live>, ends: Ends) {
+/// From now on the connection is ended when it is revoked, and at once if the rules have changed since it was let in.
+pub(super) fn supervise(ctx: &Context, pod: &Arc<Pod>, live: &Arc<connections::Live>, ends: Ends) {
     let (pod, runtime) = (pod.clone(), ctx.runtime.clone());
     live.severed_by(move || {
         let pod = pod.clone();
         runtime.spawn(async move { ask::end(&pod, ends.id()).await });
     });
+    if let Some(revoked) = authorize::revoked_by(&ctx.state.load(), live.direction, &live.facts()) {
+        revoked.enforce(live);
+    }
 }
 
 /// Resets a connection that is of no use to anybody, on a thread that may wait.
@@ -264,7 +173,7 @@ async fn take_over(ctx: &Arc<Context>, pod: &Arc<Pod>) -> io::Result<Destruction
     let Some(direct) = &ctx.direct else { return Err(io::ErrorKind::Unsupported.into()) };
     let ends = Destruction::open(&pod.netns)?;
     if !direct.watch.adopted(pod.netns.cookie()) {
-        adopt(ctx, pod).await?;
+        noted::adopt(ctx, pod).await?;
         lock(&direct.watch.adopted).insert(pod.netns.cookie());
     }
     Ok(ends)
@@ -281,9 +190,23 @@ impl Watch {
         lock(&self.counts).contains_key(&netns)
     }
 
-    fn enter(&self, cookie: u64, live: Live) {
+    pub fn enter(&self, live: Live) {
         *lock(&self.counts).entry(live.netns).or_default() += 1;
-        lock(&self.live).insert(cookie, live);
+        lock(&self.live).insert(live.ends.cookie, live);
+    }
+
+    /// The same if the namespace is followed and `still` says that its pod is: neither changes in between.
+    pub fn enter_if(&self, still: impl FnOnce() -> bool, live: impl FnOnce() -> Live) -> bool {
+        let followed = lock(&self.followed);
+        if !still() {
+            return false;
+        }
+        let live = live();
+        let enters = followed.contains(&live.netns);
+        if enters {
+            self.enter(live);
+        }
+        enters
     }
 
     /// Notes what a socket has sent. `None` if it is no direct connection, or has a cipher without a limit.
@@ -375,7 +298,7 @@ fn ended(ctx: &Context, socket: &DiagSocket) {
     let Some(direct) = &ctx.direct else { return };
     let Some(Live { account, ends, netns, spent }) = lock(&direct.watch.live).remove(&cookie) else { return };
     direct.watch.leave(netns);
-    forget(ctx, cookie);
+    noted::forget(ctx, cookie);
     let fin = socket.fin_received(!WITHOUT_RECORDS);
     let payload = socket.counts.and_then(|counts| counts.payload(ends.opening, fin));
     if let Some(payload) = payload {
@@ -403,91 +326,11 @@ async fn missed(ctx: &Context, pod: &Arc<Pod>) {
         lock(&direct.watch.live).extract_if(|cookie, _| known.contains(cookie) && !there.contains(cookie)).collect();
     for (cookie, live) in gone {
         direct.watch.leave(netns);
-        forget(ctx, cookie);
+        noted::forget(ctx, cookie);
         live.account.unobserved();
     }
 }
 
-async fn cookies(pod: &Arc<Pod>) -> io::Result<HashSet<u64>> {
+pub(super) async fn cookies(pod: &Arc<Pod>) -> io::Result<HashSet<u64>> {
     Ok(ask::ask(pod, Diag::all).await?.into_iter().map(|socket| socket.id.cookie).collect())
-}
-
-/// What a predecessor has kept of this pod: connections that live go on under this agent's eyes, the others are accounted.
-async fn adopt(ctx: &Arc<Context>, pod: &Arc<Pod>) -> io::Result<()> {
-    let Some(direct) = &ctx.direct else { return Ok(()) };
-    let there = cookies(pod).await?;
-    for (cookie, kept) in kept(ctx)?.into_iter().filter(|(_, kept)| kept.netns == pod.netns.cookie().0) {
-        let opening = if kept.direction == Direction::Outbound { Opening::Active } else { Opening::Passive };
-        let ends =
-            Ends { cookie, local: kept.local, remote: kept.remote, opening, sent: kept.sent, received: kept.received };
-        let served = (kept.direction == Direction::Inbound).then(|| pod.workload.clone());
-        let account = kept.account(ctx);
-        account.live.learn(|facts| facts.served = served);
-        if !there.contains(&cookie) {
-            forget(ctx, cookie);
-            account.unobserved();
-            continue;
-        }
-        let live = account.live.clone();
-        direct.watch.enter(cookie, Live { account, netns: pod.netns.cookie(), ends, spent: None });
-        sever_by_name(ctx, pod, &live, ends);
-        if let Some(revoked) = authorize::revoked_by(&ctx.state.load(), live.direction, &live.facts()) {
-            revoked.enforce(&live);
-        }
-    }
-    Ok(())
-}
-
-/// Accounts what is kept of namespaces that no pod of the mesh is in: nobody will hear of those connections' ends.
-pub(super) fn forget_strangers(ctx: &Context) {
-    let Some(direct) = &ctx.direct else { return };
-    match kept(ctx) {
-        Ok(all) => {
-            for (cookie, kept) in all {
-                let netns = NetnsCookie(kept.netns);
-                if !direct.watch.adopted(netns) && direct.pod(netns).is_none() {
-                    forget(ctx, cookie);
-                    kept.account(ctx).unobserved();
-                }
-            }
-        }
-        Err(error) => tracing::error!("direct connections of an earlier agent are not known: {error}"),
-    }
-}
-
-/// All that is kept; what cannot be read is nobody's.
-fn kept(ctx: &Context) -> io::Result<Vec<(u64, Kept)>> {
-    let all = ctx.capture.direct_kept().map_err(|error| io::Error::other(with_causes(&error)))?;
-    let read = all.into_iter().filter_map(|(cookie, bytes)| match serde_json::from_slice(&bytes) {
-        Ok(kept) => Some((cookie, kept)),
-        Err(error) => {
-            tracing::error!(%error, cookie, "what an earlier agent has kept of a direct connection cannot be read");
-            forget(ctx, cookie);
-            None
-        }
-    });
-    Ok(read.collect())
-}
-
-impl Kept {
-    /// The account goes on where the earlier agent has left it.
-    fn account(self, ctx: &Context) -> Account {
-        let since = SystemTime::UNIX_EPOCH + Duration::from_secs(self.since);
-        let mut account = Account::resume(&ctx.connections, &ctx.metrics, &ctx.log, self.direction, since);
-        account.count();
-        account.live.learn(|facts| self.teach(facts));
-        account
-    }
-
-    fn teach(self, facts: &mut Facts) {
-        facts.source = self.source;
-        facts.destination = self.destination;
-        facts.mode = Some(Mode::Mtls);
-        facts.records = Some("ktls");
-        facts.path = Some(Path::Direct);
-        facts.tls = self.tls;
-        facts.policy = self.policy;
-        facts.sni = self.sni;
-        facts.proved = self.proved.and_then(|id| id.parse().ok());
-    }
 }
