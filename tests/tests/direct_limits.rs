@@ -44,7 +44,7 @@ fn serve(pod: &Pod) -> Result<Process> {
 fn call(client: &Pod, server: &Pod, what: &str, name: &str) -> Result<Process> {
     let (host, port) = (server.address(Family::V4).to_string(), PORT.to_string());
     let log = client.directory.join(format!("{name}.log"));
-    Process::start(&format!("{name} on {}", client.name), &mut steady(client, &[what, &host, &port]), &log)
+    Process::start(format!("{name} on {}", client.name), &mut steady(client, &[what, &host, &port]), &log)
 }
 
 fn wait_said(process: &Process, text: &str) -> Result<()> {
