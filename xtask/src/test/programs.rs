@@ -32,10 +32,11 @@ const ALL: [Need; 12] = [
 const PYTHON: Need = need("/usr/bin/pydoc3", "python3");
 
 /// What single suites need beyond that, without which they fail.
-const SUITES: [(&str, &[Need]); 6] = [
+const SUITES: [(&str, &[Need]); 7] = [
     ("vm_runtime", &[need("crun", "crun")]),
     ("direct_lives", &[PYTHON]),
     ("direct_programs_sockets", &[PYTHON]),
+    ("direct_transfer", &[PYTHON]),
     (
         "direct_web",
         &[need("wrk", "wrk"), need("h2load", "nghttp2-client"), need("haproxy", "haproxy"), need("curl", "curl")],
