@@ -193,8 +193,8 @@ impl<'a> Stage<'a> {
             && entry.destination.identity.as_ref() == Some(&server.identity());
         let path = (entry.path.as_deref(), entry.path_reason.as_deref());
         let taken = match (self.paths, way) {
-            // An agent without direct paths has nothing to explain.
-            (Paths::Off, _) => matches!(path, (None | Some("proxied"), None)),
+            // What an agent without a keeper gives as its reason is not asked.
+            (Paths::Off, _) => path.0 == Some("proxied"),
             (Paths::On, Way::Either) => true,
             (Paths::Useless, Way::Direct) => path == (Some("proxied"), Some("kernel")),
             (Paths::Useless, Way::Proxied(_) | Way::Either) => path.0 == Some("proxied"),

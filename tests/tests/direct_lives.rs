@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use marline_tests::{
     access_log::{Direction, Verdict},
     agent,
+    amount::amount,
     capture::LinkCapture,
     cluster::{Cluster, ClusterSpec, Direct, Family, Pod, Side},
     config::{self, Mode, NAMESPACE},
@@ -78,7 +79,7 @@ impl Talk {
 
 /// How often agents are killed. Under emulation each start takes seconds.
 fn deaths() -> usize {
-    if std::env::var("MARLINE_TEST_ENV").as_deref() == Ok("vm") { 4 } else { 100 }
+    amount(100, 4)
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use marline_tests::{
     access_log::Verdict,
+    amount::amount,
     cluster::{ClusterSpec, Family, Pod},
     config::Mode,
     flow::{Before, Route},
@@ -75,9 +76,7 @@ fn many_threads_at_once_all_get_their_own_bytes() -> Result<()> {
     on_mesh(&strict(), |cluster| {
         let (client, server) = (cluster.pod("client-a")?, cluster.pod("server-b")?);
         let _echo = echo(&server)?;
-        // In the VM every instruction is emulated, handshakes above all.
-        let in_vm = std::env::var("MARLINE_TEST_ENV").is_ok_and(|place| place == "vm");
-        let count = if in_vm { "60" } else { "300" };
+        let count = amount("300", "60");
         for family in Family::BOTH {
             let said = talk(&client, &["many", &server.socket(family, PORT).to_string(), count, "50"])?;
             ensure!(said == format!("{count} echoes"), "over {}: {said}", family.as_str());

@@ -20,10 +20,7 @@ const PORT: u16 = 7000;
 /// What may remain in memory of ten thousand connections: arenas of the allocator, not a kilobyte for each.
 const GROWTH_KIB: u64 = 6 * 1024;
 
-/// Emulated handshakes take their time.
-fn connections() -> u32 {
-    if std::env::var("MARLINE_TEST_ENV").is_ok_and(|place| place == "vm") { 1_000 } else { 10_000 }
-}
+const CONNECTIONS: u32 = 10_000;
 
 #[test]
 fn ten_thousand_connections_leave_no_descriptor_no_map_entry_and_no_memory_behind() -> Result<()> {
@@ -60,9 +57,9 @@ fn ten_thousand_connections_leave_no_descriptor_no_map_entry_and_no_memory_behin
         spout.kill()?;
 
         // Pools, caches and arenas reach their size first.
-        churn(connections() / 10)?;
+        churn(CONNECTIONS / 10)?;
         let before = settled(cluster, None)?;
-        churn(connections())?;
+        churn(CONNECTIONS)?;
         let after = settled(cluster, Some(&before))?;
         for (side, (before, after)) in Side::BOTH.into_iter().zip(before.into_iter().zip(after)) {
             let node = side.letter();

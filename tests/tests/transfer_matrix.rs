@@ -15,16 +15,12 @@ use marline::{
         key_update_message, sealed_body_length,
     },
 };
+use marline_tests::amount::amount;
 use proptest::prelude::*;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
-
-/// In the VM every instruction is emulated.
-fn emulated() -> bool {
-    std::env::var("MARLINE_TEST_ENV").is_ok_and(|env| env == "vm")
-}
 
 fn run<T>(test: impl Future<Output = T>) -> T {
     let runtime =
@@ -134,7 +130,7 @@ fn every_size_arrives_exactly_both_ways_at_once() {
     run(async {
         let world = World::new().await;
         let mut sizes = vec![0, 1, 2, 16383, 16384, 16385, 65535, 65536, 65537, 1_000_003];
-        sizes.push(if emulated() { 4 << 20 } else { 64 << 20 });
+        sizes.push(amount(64 << 20, 4 << 20));
         for carrier in world.carriers() {
             for &size in &sizes {
                 let line = world.line(carrier, Buffers::default()).await;
@@ -150,7 +146,7 @@ fn small_buffers_slow_readers_and_slow_writers_lose_nothing() {
         let world = World::new().await;
         let slow = Manner { chunk: 3001, pause_every: 20_000 };
         // TCP itself crawls where the receive buffer is smaller than a segment: a window probe's time for each few KiB.
-        let (many, few) = if emulated() { (100_000, 20_000) } else { (2_000_000, 20_000) };
+        let (many, few) = amount((2_000_000, 20_000), (100_000, 20_000));
         for carrier in world.carriers() {
             for (buffers, size) in [
                 (Buffers { send: Some(2048), receive: None }, many),
@@ -185,7 +181,7 @@ fn writes_of_one_byte_arrive_exactly() {
 fn any_mix_of_sizes_buffers_and_manners_arrives_exactly() {
     run(async {
         let world = World::new().await;
-        let most: usize = if emulated() { 300_000 } else { 6_000_000 };
+        let most: usize = amount(6_000_000, 300_000);
         let buffers = || proptest::option::of(32_000_usize..200_000);
         let manner = || {
             (1_usize..100_000, prop_oneof![Just(usize::MAX), 50_000_usize..500_000])
@@ -193,7 +189,7 @@ fn any_mix_of_sizes_buffers_and_manners_arrives_exactly() {
         };
         let cases = (0..most, 0..most, buffers(), buffers(), manner(), manner());
         let mut runner = proptest::test_runner::TestRunner::default();
-        for _ in 0..if emulated() { 6 } else { 24 } {
+        for _ in 0..amount(24, 6) {
             use proptest::strategy::ValueTree;
             let (up, down, send, receive, writer, reader) = cases.new_tree(&mut runner).expect("a case").current();
             for carrier in world.carriers() {

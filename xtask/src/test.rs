@@ -48,7 +48,8 @@ Files named native_* run only natively, files named vm_* only in the VM. Before 
 rules of the house; a part that was chosen runs without them. What tests need (nginx, redis, …) is installed, but not started.
 
 A test that cannot run on a kernel prints `SKIPPED: name: reason`, which is counted and shown. The last line on standard output is
-`N passed, N failed, N skipped`. The exit code is 0 only if nothing failed and something ran.
+`N passed, N failed, N skipped`. The exit code is 0 only if nothing failed and something ran. With MARLINE_LONG=1 some suites
+(direct_transfer) move ten times as much: for single suites, as the time that a suite may take stays the same.
 
   cargo xtask test --native --suite transfer_matrix --filter half_close
   cargo xtask test --vm 6.1")]

@@ -48,7 +48,13 @@ impl Toolchain {
         let toolchain = match [Kind::Debian, Kind::Nightly].into_iter().find_map(Self::compiler) {
             Some(toolchain) => toolchain,
             None => {
-                deps::install("compile the eBPF program", &["rustc-web", "cargo-web", "rust-web-src"])?;
+                let install = || deps::install("compile the eBPF program", &["rustc-web", "cargo-web", "rust-web-src"]);
+                install()?;
+                if Self::compiler(Kind::Debian).is_none() {
+                    // Lists that are months old know an older one.
+                    deps::update()?;
+                    install()?;
+                }
                 let step = Step::quiet("looking for Debian's rustc-web")
                     .way_out("apt-get install --reinstall rustc-web cargo-web rust-web-src; a rustup nightly with rust-src serves as well, unless its LLVM is newer than bpf-linker's");
                 Self::compiler(Kind::Debian)

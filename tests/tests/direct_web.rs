@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use marline_tests::{
+    amount::{amount, families},
     cluster::Family,
     direct::{Count, Route, Stage, on_direct_mesh},
     traffic::{
@@ -19,22 +20,25 @@ const MARKER: &str = "marker-of-the-web";
 #[test]
 fn nginx_serves_curl_and_wrk_with_one_worker_and_with_four() -> Result<()> {
     on_direct_mesh(|stage| {
+        let (curls, wrks) = amount((12, 16), (4, 4));
         let kinds = [(1, false), (4, false), (1, true), (4, true)];
-        for (port, (workers, reuseport)) in (80..).zip(kinds) {
+        for (turn, (port, (workers, reuseport))) in (80..).zip(kinds).enumerate() {
             let nginx =
                 Nginx::start_with(&stage.server, port, MARKER, Options { workers, reuseport, ..Options::default() })?;
-            nginx.add_file("file", 2_000_000)?;
-            for family in Family::BOTH {
+            nginx.add_file("file", file_size())?;
+            for family in families(turn) {
                 let address = stage.server.address(family);
                 let name = format!("{workers} workers, reuseport {reuseport}, {}", family.as_str());
                 exact(stage, &name, stage.route(family, port, 1), || nginx.keep_alive(&stage.client, address))?;
                 exact(stage, &name, stage.route(family, port, 1), || nginx.fetch(&stage.client, address, "file"))?;
-                exact(stage, &name, stage.route(family, port, 12), || nginx.many_curls(&stage.client, address, 12))?;
+                exact(stage, &name, stage.route(family, port, curls), || {
+                    nginx.many_curls(&stage.client, address, curls)
+                })?;
             }
             let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs/compare.lua");
             // wrk tries the address by a connection that it does not use, and leaves answers on their way.
-            let route = Route { counted: false, ..stage.route(Family::V4, port, 17) };
-            exact(stage, "wrk", route, || nginx.wrk(&stage.client, stage.server.address(Family::V4), 16, &script))?;
+            let route = Route { counted: false, ..stage.route(Family::V4, port, wrks + 1) };
+            exact(stage, "wrk", route, || nginx.wrk(&stage.client, stage.server.address(Family::V4), wrks, &script))?;
         }
         Ok(())
     })
@@ -43,16 +47,17 @@ fn nginx_serves_curl_and_wrk_with_one_worker_and_with_four() -> Result<()> {
 #[test]
 fn http2_in_clear_text_has_many_streams_on_one_connection() -> Result<()> {
     on_direct_mesh(|stage| {
+        let (curls, requests) = amount((8, 400), (3, 60));
         let options = Options { http2: true, ..Options::default() };
         let nginx = Nginx::start_with(&stage.server, 80, MARKER, options)?;
-        nginx.add_file("file", 2_000_000)?;
-        for family in Family::BOTH {
+        nginx.add_file("file", file_size())?;
+        for family in families(0) {
             let address = stage.server.address(family);
             // One request each: Debian 12's curl cannot use such a connection twice, with or without a mesh.
             exact(stage, "page", stage.route(family, 80, 1), || nginx.page(&stage.client, address))?;
             exact(stage, "file", stage.route(family, 80, 1), || nginx.fetch(&stage.client, address, "file"))?;
-            exact(stage, "curls", stage.route(family, 80, 8), || nginx.many_curls(&stage.client, address, 8))?;
-            exact(stage, "streams", stage.route(family, 80, 4), || nginx.streams(&stage.client, address, 400))?;
+            exact(stage, "curls", stage.route(family, 80, curls), || nginx.many_curls(&stage.client, address, curls))?;
+            exact(stage, "streams", stage.route(family, 80, 4), || nginx.streams(&stage.client, address, requests))?;
         }
         Ok(())
     })
@@ -63,8 +68,8 @@ fn haproxy_passes_bytes_and_requests_on_to_nginx() -> Result<()> {
     on_direct_mesh(|stage| {
         let web = stage.cluster.filtered("server-a")?;
         let nginx = Nginx::start(&web, MARKER)?;
-        nginx.add_file("file", 2_000_000)?;
-        for family in Family::BOTH {
+        nginx.add_file("file", file_size())?;
+        for family in families(1) {
             let haproxy = Haproxy::start(&stage.server, web.socket(family, nginx.port()))?;
             let behind = stage.between(&stage.server, &web);
             let address = stage.server.address(family);
@@ -83,6 +88,10 @@ fn haproxy_passes_bytes_and_requests_on_to_nginx() -> Result<()> {
         }
         Ok(())
     })
+}
+
+fn file_size() -> u64 {
+    amount(2_000_000, 300_000)
 }
 
 fn exact(stage: &Stage<'_>, name: &str, route: Route<'_>, run: impl FnOnce() -> Result<Seen>) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use marline_tests::{
+    amount::{amount, families},
     cluster::Family,
     direct::{Route, Stage, on_direct_mesh},
     traffic::{Seen, iperf::Iperf, postgres::Postgres, redis::Redis},
@@ -13,11 +14,13 @@ const MARKER: &str = "marker-of-the-data";
 fn redis_keeps_what_it_is_given_by_many_clients() -> Result<()> {
     on_direct_mesh(|stage| {
         let redis = Redis::start(&stage.server, MARKER)?;
-        for family in Family::BOTH {
+        let (size, clients, requests) = amount((1_000_000, 20, 1_000), (200_000, 4, 50));
+        for family in families(0) {
             let (client, address) = (&stage.client, stage.server.address(family));
             exact(stage, stage.route(family, redis.port(), 1), || redis.set_and_get(client, address))?;
-            exact(stage, stage.route(family, redis.port(), 2), || redis.big_value(client, address, 1_000_000))?;
-            exact(stage, stage.route(family, redis.port(), 41), || redis.benchmark(client, address, 20, 1_000))?;
+            exact(stage, stage.route(family, redis.port(), 2), || redis.big_value(client, address, size))?;
+            let route = stage.route(family, redis.port(), 2 * clients + 1);
+            exact(stage, route, || redis.benchmark(client, address, clients, requests))?;
         }
         Ok(())
     })
@@ -27,10 +30,12 @@ fn redis_keeps_what_it_is_given_by_many_clients() -> Result<()> {
 fn postgresql_forks_a_server_for_each_session() -> Result<()> {
     on_direct_mesh(|stage| {
         let postgres = Postgres::start(&stage.server)?;
-        for family in Family::BOTH {
+        let (rows, sessions) = amount((20_000, 8), (1_000, 3));
+        for family in families(1) {
             let (client, address) = (&stage.client, stage.server.address(family));
-            exact(stage, stage.route(family, postgres.port(), 2), || postgres.copy(client, address, 20_000))?;
-            exact(stage, stage.route(family, postgres.port(), 10), || postgres.bench(client, address, 8))?;
+            exact(stage, stage.route(family, postgres.port(), 2), || postgres.copy(client, address, rows))?;
+            let route = stage.route(family, postgres.port(), usize::from(sessions) + 2);
+            exact(stage, route, || postgres.bench(client, address, sessions))?;
         }
         Ok(())
     })
@@ -40,13 +45,14 @@ fn postgresql_forks_a_server_for_each_session() -> Result<()> {
 fn iperf3_moves_bytes_both_ways_over_parallel_streams() -> Result<()> {
     on_direct_mesh(|stage| {
         let iperf = Iperf::new(&stage.server, MARKER);
-        for (family, streams, direction, connections) in [
-            (Family::V4, 1, None, 2),
+        let kinds = [
             (Family::V4, 4, Some("-R"), 5),
             (Family::V6, 4, None, 5),
-            (Family::V6, 1, Some("-R"), 2),
             (Family::V6, 2, Some("--bidir"), 5),
-        ] {
+            (Family::V4, 1, None, 2),
+            (Family::V6, 1, Some("-R"), 2),
+        ];
+        for (family, streams, direction, connections) in kinds.into_iter().take(amount(5, 3)) {
             // For a second: of a few bytes its receiver may have counted none when its sender is done.
             let words: Vec<&str> = ["-t", "1"].into_iter().chain(direction).collect();
             // It ends with bytes on their way.

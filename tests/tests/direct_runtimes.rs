@@ -3,33 +3,41 @@
 
 use std::{env, path::PathBuf, process::Command};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use marline_tests::{
+    amount::{amount, families},
     cluster::{Family, Pod},
     direct::{Stage, on_direct_mesh},
-    process::{output, succeed},
+    process::output,
     wait::seconds,
 };
 
 const PORT: u16 = 7000;
 const PYTHON: &str = "/usr/bin/python3";
 
-/// A server, and a client that opens so many connections at once; the words are those of the command lines.
+/// A server and its client, and the words of their command lines.
 struct Runtime<'a> {
     program: &'a str,
     before: &'a [String],
+    /// Of each connection, natively.
     size: u32,
-    connections: usize,
+    /// For the choice of a family in the VM.
+    turn: usize,
+}
+
+/// How many connections are opened at once.
+fn connections() -> usize {
+    amount(10, 3)
 }
 
 #[test]
 fn asyncio_servers_and_clients() -> Result<()> {
-    echo(&Runtime { program: PYTHON, before: &[program("runtime_asyncio.py")], size: 100_000, connections: 10 })
+    echo(&Runtime { program: PYTHON, before: &[program("runtime_asyncio.py")], size: 100_000, turn: 0 })
 }
 
 #[test]
 fn python_threads_with_keep_alive() -> Result<()> {
-    echo(&Runtime { program: PYTHON, before: &[program("runtime_threads.py")], size: 50_000, connections: 10 })
+    echo(&Runtime { program: PYTHON, before: &[program("runtime_threads.py")], size: 50_000, turn: 1 })
 }
 
 #[test]
@@ -38,24 +46,21 @@ fn node_servers_and_clients() -> Result<()> {
         println!("SKIPPED: node_servers_and_clients: there is no node on this machine");
         return Ok(());
     }
-    echo(&Runtime { program: "node", before: &[program("runtime.js")], size: 100_000, connections: 10 })
+    echo(&Runtime { program: "node", before: &[program("runtime.js")], size: 100_000, turn: 0 })
 }
 
 #[test]
 fn java_channels_that_are_registered_before_they_connect() -> Result<()> {
-    let reason = if env::var("MARLINE_TEST_ENV").as_deref() == Ok("vm") {
-        Some("a Java machine takes minutes to start on an emulated processor; it runs natively")
-    } else {
-        (!there("javac")?).then_some("there is no Java compiler on this machine")
-    };
-    if let Some(reason) = reason {
-        println!("SKIPPED: java_channels_that_are_registered_before_they_connect: {reason}");
+    let Some(classes) = env::var_os("MARLINE_JAVA_CLASSES").map(PathBuf::from).filter(|classes| classes.is_dir())
+    else {
+        println!(
+            "SKIPPED: java_channels_that_are_registered_before_they_connect: programs/Runtime.java is not compiled; \
+             `cargo xtask test` does it"
+        );
         return Ok(());
-    }
-    let classes = tempfile::tempdir().context("making a directory for classes")?;
-    succeed(Command::new("javac").arg("-d").arg(classes.path()).arg(program("Runtime.java")), seconds(60))?;
-    let before = ["-XX:TieredStopAtLevel=1", "-cp", &classes.path().to_string_lossy(), "Runtime"].map(str::to_owned);
-    echo(&Runtime { program: "java", before: &before, size: 100_000, connections: 10 })
+    };
+    let before = ["-XX:TieredStopAtLevel=1", "-cp", &classes.to_string_lossy(), "Runtime"].map(str::to_owned);
+    echo(&Runtime { program: "java", before: &before, size: 100_000, turn: 1 })
 }
 
 #[test]
@@ -70,10 +75,12 @@ fn go_servers_and_clients_with_keep_alive() -> Result<()> {
     on_direct_mesh(|stage| {
         let mut command = stage.server.command(&*program);
         let server = stage.server.serve("go", command.args(["serve", &PORT.to_string()]), PORT)?;
-        for family in Family::BOTH {
+        for family in families(0) {
             let url = format!("http://{}/", stage.server.socket(family, PORT));
-            let words = ["call", &url, "10", "5", "50000"];
-            calls(stage, family, 10, "exact: 10 connections", &mut client(&stage.client, &program, &words))?;
+            let (count, size) = (connections().to_string(), amount("50000", "10000"));
+            let words = ["call", &url, &count, "5", size];
+            let said = format!("exact: {count} connections");
+            calls(stage, family, connections(), &said, &mut client(&stage.client, &program, &words))?;
         }
         ensure!(!server.log().contains("WRONG"), "the server said:\n{}", server.log());
         Ok(())
@@ -86,10 +93,14 @@ fn perl_children_that_all_block_in_accept() -> Result<()> {
         let (port, prefork) = (PORT.to_string(), program("prefork.pl"));
         let mut command = stage.server.command("perl");
         let server = stage.server.serve("prefork", command.args([&prefork, &port, "4"]), PORT)?;
-        for family in Family::BOTH {
+        for family in families(1) {
             let address = stage.server.address(family).to_string();
-            let words = [&program("runtime_asyncio.py"), "call", &address, &port, "12", "20000"];
-            calls(stage, family, 12, "exact: 12 connections", &mut client(&stage.client, PYTHON, &words))?;
+            // More than there are children.
+            let connections = amount(12, 6);
+            let count = connections.to_string();
+            let words = [&program("runtime_asyncio.py"), "call", &address, &port, &count, "20000"];
+            let said = format!("exact: {count} connections");
+            calls(stage, family, connections, &said, &mut client(&stage.client, PYTHON, &words))?;
         }
         ensure!(!server.log().contains("WRONG"), "the server said:\n{}", server.log());
         Ok(())
@@ -98,16 +109,18 @@ fn perl_children_that_all_block_in_accept() -> Result<()> {
 
 /// The runtime's server and client, over both families.
 fn echo(runtime: &Runtime<'_>) -> Result<()> {
-    let Runtime { program, before, size, connections } = runtime;
+    let Runtime { program, before, size, turn } = runtime;
+    let connections = connections();
     on_direct_mesh(|stage| {
-        let (port, size, count) = (PORT.to_string(), size.to_string(), connections.to_string());
+        let size = amount(*size, size / 4).to_string();
+        let (port, count) = (PORT.to_string(), connections.to_string());
         let mut command = stage.server.command(program);
         let server = stage.server.serve("runtime", command.args(*before).args(["serve", &port]), PORT)?;
-        for family in Family::BOTH {
+        for family in families(*turn) {
             let address = stage.server.address(family).to_string();
             let mut command = client(&stage.client, program, &[]);
             command.args(*before).args(["call", &address, &port, &count, &size]);
-            calls(stage, family, *connections, &format!("exact: {count} connections"), &mut command)?;
+            calls(stage, family, connections, &format!("exact: {count} connections"), &mut command)?;
         }
         ensure!(!server.log().contains("WRONG"), "the server said:\n{}", server.log());
         Ok(())
