@@ -64,6 +64,9 @@ pub(super) fn service(
     let before = report.errors.len();
     let mut top = Fields::top(origin, document);
     top.skip(&["apiVersion", "kind", "metadata", "status"]);
+    if !top.has("spec") {
+        top.error(report, "spec", "is missing", "write spec.ports and what is behind them");
+    }
     let mut spec = top.fields(report, "spec")?;
     if spec.text(report, "type") == Some("ExternalName") {
         let hint = "write a ServiceEntry, or move it out of the directory";
@@ -105,6 +108,9 @@ pub(super) fn service_entry(
     let before = report.errors.len();
     let mut top = Fields::top(origin, document);
     top.skip(&["apiVersion", "kind", "metadata", "status"]);
+    if !top.has("spec") {
+        top.error(report, "spec", "is missing", "write spec.ports and what is behind them");
+    }
     let mut spec = top.fields(report, "spec")?;
     let hosts: Vec<String> = spec.strings(report, "hosts").into_iter().map(str::to_owned).collect();
     if hosts.is_empty() {
