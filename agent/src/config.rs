@@ -6,6 +6,7 @@ mod agent;
 mod assemble;
 mod authorization;
 mod behind;
+mod destinations;
 mod document;
 mod fields;
 mod finding;
@@ -28,7 +29,10 @@ pub use finding::{ConfigErrors, Finding};
 
 use crate::{
     identity::TrustDomain,
-    policy::{Authentication, Authorization, AuthorizationPolicy, PeerAuthentication, Policies},
+    policy::{
+        Authentication, Authorization, AuthorizationPolicy, DestinationRule, DestinationRules, PeerAuthentication,
+        Policies, PolicyName,
+    },
     state::Snapshot,
 };
 use document::{Node, Pair, Value};
@@ -160,6 +164,7 @@ struct Documents {
     authorizations: Vec<AuthorizationPolicy>,
     workloads: Vec<WorkloadEntry>,
     services: Vec<ServiceResource>,
+    destinations: Vec<DestinationRule>,
 }
 
 impl Documents {
@@ -221,6 +226,11 @@ impl Documents {
                 let metadata = resources::metadata(&origin, document, report);
                 self.services.extend(services::service_entry(&origin, metadata, document, report));
             }
+            ("DestinationRule", "networking.istio.io", "v1" | "v1beta1" | "v1alpha3") => {
+                assemble::unique_name(&mut self.names, &origin, report);
+                let metadata = resources::metadata(&origin, document, report);
+                self.destinations.extend(destinations::destination_rule(&origin, metadata, document, report));
+            }
             ("Service", "", "v1") => {
                 assemble::unique_name(&mut self.names, &origin, report);
                 let metadata = resources::metadata(&origin, document, report);
@@ -262,13 +272,23 @@ impl Documents {
     fn policies(&mut self, trust_domain: &TrustDomain, report: &mut Report) -> Policies {
         let authentication = Authentication::compile(std::mem::take(&mut self.peers));
         for (void, first) in authentication.superseded() {
-            let Some(origin) = self.names.get(&void.to_string()) else { continue };
             let message = format!("has no effect: {first} is older and says the mode already");
             let hint = "keep one of them for the whole namespace (or mesh); the oldest counts, then the first by name";
-            report.warnings.push(origin.finding("metadata.name", origin.line, message, hint.to_owned()));
+            self.void(void, message, hint, report);
+        }
+        let destinations = DestinationRules::compile(std::mem::take(&mut self.destinations));
+        for (void, first) in destinations.superseded() {
+            let message = format!("has no effect: {first} is older, and for the same host and clients");
+            self.void(void, message, "keep one of them; the oldest counts, then the first by name", report);
         }
         let authorization = Authorization::compile(trust_domain, std::mem::take(&mut self.authorizations));
-        Policies { authentication, authorization }
+        Policies { authentication, authorization, destinations }
+    }
+
+    fn void(&self, name: &PolicyName, message: String, hint: &str, report: &mut Report) {
+        if let Some(origin) = self.names.get(&name.to_string()) {
+            report.warnings.push(origin.finding("metadata.name", origin.line, message, hint.to_owned()));
+        }
     }
 
     fn check_agents(&self, dir: &Path, need: Need, report: &mut Report) {

@@ -3,6 +3,7 @@
 
 pub mod authentication;
 pub mod authorization;
+pub mod destination;
 pub mod evaluate;
 pub mod explain;
 pub mod matching;
@@ -18,6 +19,7 @@ use std::{
 use crate::identity::SpiffeId;
 pub use authentication::{Authentication, PeerAuthentication};
 pub use authorization::{Attempt, AuthorizationPolicy, Peer};
+pub use destination::{ClientTls, DestinationRule, DestinationRules, Keepalive, Traffic};
 pub use evaluate::{Authorization, Denial, Verdict};
 pub use model::{MtlsMode, Workload};
 pub use select::{Header, PolicyName, ROOT_NAMESPACE};
@@ -28,12 +30,13 @@ pub use service::{Service, ServiceEndpoint};
 pub struct Policies {
     pub authentication: Authentication,
     pub authorization: Authorization,
+    pub destinations: DestinationRules,
 }
 
 impl Policies {
     /// How many policies there are that can have an effect.
     pub fn len(&self) -> usize {
-        self.authentication.len() + self.authorization.len()
+        self.authentication.len() + self.authorization.len() + self.destinations.len()
     }
 
     pub fn is_empty(&self) -> bool {

@@ -1,11 +1,11 @@
-//! Service and ServiceEntry as they are written: what becomes of them, and every fault named.
+//! Service, ServiceEntry and DestinationRule as they are written: what becomes of them, and every fault named.
 #![allow(clippy::unwrap_used)]
 
-use std::{fs, net::IpAddr};
+use std::{fs, net::IpAddr, time::Duration};
 
 use marline::{
     config::{self, Finding, LoadedPolicies},
-    policy::Service,
+    policy::{ClientTls, Service, Traffic},
 };
 
 const WORKLOADS: &str = "
@@ -136,4 +136,91 @@ fn what_cannot_be_one_is_refused_with_its_field() {
     let twice =
         format!("{}---\n{}", entry(&format!("{{{whole}}}")), entry(&format!("{{{whole}}}")).replace("web,", "again,"));
     assert!(errors(&twice).contains("is the address of ServiceEntry shop/web"), "{}", errors(&twice));
+}
+
+fn rules(text: &str) -> Result<LoadedPolicies, Vec<Finding>> {
+    load(&text.replace("RULE", "apiVersion: networking.istio.io/v1beta1\nkind: DestinationRule\nmetadata"))
+}
+
+fn traffic(loaded: &LoadedPolicies, host: &str, port: u16) -> Option<Traffic> {
+    let client = loaded.snapshot.workload("10.0.0.1".parse().unwrap()).unwrap();
+    loaded.snapshot.policies.destinations.traffic(client, "shop", host, port).map(|traffic| (**traffic).clone())
+}
+
+#[test]
+fn a_destination_rule_is_read_with_what_acts_on_tcp() {
+    let text = "
+RULE: {name: web, namespace: shop, creationTimestamp: '2024-01-31T12:00:00Z'}
+spec:
+  host: web
+  trafficPolicy:
+    loadBalancer: {simple: ROUND_ROBIN}
+    connectionPool:
+      tcp: {maxConnections: 3, connectTimeout: 300ms, tcpKeepalive: {time: 60s, interval: 20s, probes: 4}, idleTimeout: 1h}
+      http: {http1MaxPendingRequests: 1}
+    tls: {mode: ISTIO_MUTUAL, subjectAltNames: ['spiffe://cluster.local/ns/shop/sa/web']}
+    portLevelSettings:
+    - port: {number: 81}
+      tls: {mode: DISABLE}
+  subsets:
+  - {name: v1, labels: {version: v1}}
+---
+RULE: {name: web-again, namespace: shop}
+spec: {host: web.shop.svc.cluster.local, exportTo: ['.']}
+";
+    let loaded = rules(text).unwrap();
+    // Of two the one without a time is the older, as in Istio: the other is void, and a warning says so.
+    assert_eq!(traffic(&loaded, "web.shop.svc.cluster.local", 81), Some(Traffic::default()));
+    let fields: Vec<_> = loaded.warnings.iter().map(|warning| warning.field.clone().unwrap_or_default()).collect();
+    for field in [
+        "spec.trafficPolicy.loadBalancer",
+        "spec.trafficPolicy.connectionPool.http",
+        "spec.trafficPolicy.connectionPool.tcp.idleTimeout",
+        "spec.subsets",
+        "metadata.name",
+    ] {
+        assert!(fields.iter().any(|warned| warned == field), "{field}: {fields:?}");
+    }
+    let one = rules(text.split("---").next().unwrap()).unwrap();
+    let plain = Traffic { tls: Some(ClientTls::Disable), ..Traffic::default() };
+    assert_eq!(traffic(&one, "web.shop.svc.cluster.local", 81), Some(plain));
+    let found = traffic(&one, "web.shop.svc.cluster.local", 80).unwrap();
+    assert_eq!((found.tls, found.max_connections), (Some(ClientTls::IstioMutual), Some(3)));
+    assert_eq!(found.connect_timeout, Some(Duration::from_millis(300)));
+    let keepalive = found.keepalive.unwrap();
+    assert_eq!(
+        (keepalive.probes, keepalive.time, keepalive.interval),
+        (Some(4), Some(Duration::from_secs(60)), Some(Duration::from_secs(20)))
+    );
+    assert_eq!(found.identities.len(), 1);
+    assert_eq!(traffic(&one, "db.shop.svc.cluster.local", 80), None);
+}
+
+#[test]
+fn a_destination_rule_that_cannot_be_done_is_refused_with_its_field() {
+    for (spec, said) in [
+        ("{trafficPolicy: {}}", "spec.host is missing"),
+        ("{host: 'w*b'}", "spec.host"),
+        ("{host: '*web'}", "spec.host"),
+        (
+            "{host: web, trafficPolicy: {tls: {mode: SIMPLE}}}",
+            "spec.trafficPolicy.tls.mode TLS towards servers outside",
+        ),
+        ("{host: web, trafficPolicy: {tls: {mode: NONE}}}", "spec.trafficPolicy.tls.mode"),
+        ("{host: web, trafficPolicy: {tls: {mode: DISABLE, credentialName: x}}}", "credentialName means nothing"),
+        ("{host: web, trafficPolicy: {connectionPool: {tcp: {maxConnections: 0}}}}", "maxConnections is not a number"),
+        ("{host: web, trafficPolicy: {connectionPool: {tcp: {connectTimeout: soon}}}}", "connectTimeout"),
+        ("{host: web, trafficPolicy: {portLevelSettings: [{tls: {mode: DISABLE}}]}}", "port.number is missing"),
+        ("{host: web, trafficPolicy: {proxyProtocol: {version: V1}}}", "proxyProtocol is not done here"),
+        ("{host: web, traficPolicy: {}}", "did you mean trafficPolicy"),
+    ] {
+        let errors = rules(&format!("RULE: {{name: web, namespace: shop}}\nspec: {spec}\n")).unwrap_err();
+        let said_now: String = errors
+            .iter()
+            .map(|finding| {
+                format!("{} {} {}\n", finding.field.clone().unwrap_or_default(), finding.message, finding.hint)
+            })
+            .collect();
+        assert!(said_now.contains(said), "{spec}\n{said_now}");
+    }
 }

@@ -6,9 +6,10 @@ use marline_tests::{
     agent,
     cluster::{Cluster, ClusterSpec, Direct, Family, Pod, Side},
     config::{self, Mode, NAMESPACE},
+    process::Process,
     scenario::on_mesh,
     traffic::nginx::Nginx,
-    wait::seconds,
+    wait::{Look, seconds, wait_for},
 };
 
 const HOST: &str = "pages.example";
@@ -36,6 +37,68 @@ fn direct_connections_go_to_endpoints_and_show_the_virtual_address() -> Result<(
         let client = cluster.filtered("client-a")?;
         services(cluster, &client, "direct")
     })
+}
+
+#[test]
+fn destination_rules_are_heeded_by_the_clients_agent() -> Result<()> {
+    on_mesh(&ClusterSpec::pairs(Mode::Permissive), |cluster| {
+        let (client, server) = (cluster.pod("client-a")?, cluster.pod("server-b")?);
+        let _pages = Nginx::start(&server, "from server-b")?;
+        let at = |port: u16| [(server.v4.to_string(), port)];
+        let text = [
+            service(10, &at(80), "").replace(HOST, "limited.example"),
+            service(11, &at(80), "").replace(HOST, "plain.example"),
+            service(12, &at(80), "").replace(HOST, "named.example"),
+            rule("limited", "connectionPool: {tcp: {maxConnections: 1, tcpKeepalive: {time: 7200s}}}"),
+            rule("plain", "portLevelSettings: [{port: {number: 80}, tls: {mode: DISABLE}}]"),
+            rule("named", "tls: {mode: ISTIO_MUTUAL, subjectAltNames: [\"spiffe://cluster.local/ns/demo/sa/nobody\"]}"),
+        ];
+        cluster.reload(|cluster| {
+            let file = |side| cluster.config_directory(side).join("services.yaml");
+            [Side::A, Side::B].into_iter().try_for_each(|side| config::replace(&file(side), &text.concat()))
+        })?;
+        let refused = |number: u8, reason: &str| -> Result<()> {
+            let before = cluster.agent(Side::A)?.entries()?.len();
+            let went = fetch(&client, Family::V4, number, 80);
+            ensure!(went.is_err(), "{reason}: it went through: {went:?}");
+            let with = |entry: &Entry| entry.reason.as_deref() == Some(reason);
+            cluster.agent(Side::A)?.wait_entries(reason, before, 1, with).map(drop)
+        };
+
+        // One that is open, and then a second; after the first has ended there is room again.
+        let script = format!(
+            "exec 3<>/dev/tcp/{}/80; echo open; read -t 20 -u 3 line; echo closed",
+            virtual_address(Family::V4, 10)
+        );
+        let mut command = client.command("bash");
+        command.args(["-c", &script]);
+        let mut open = Process::start("an open connection", &mut command, &client.directory.join("open.log"))?;
+        wait_for("the first connection", seconds(20), || {
+            let log = open.log();
+            Ok(if log.contains("open") { Look::Done(()) } else { Look::NotYet(log) })
+        })?;
+        refused(10, "max_connections")?;
+        open.kill()?;
+        wait_for("room for another", seconds(20), || match fetch(&client, Family::V4, 10, 80) {
+            Ok((page, _)) if page.contains("from server-b") => Ok(Look::Done(())),
+            other => Ok(Look::NotYet(format!("{other:?}"))),
+        })?;
+
+        // The server's agent takes plaintext of nobody that it knows to be in the mesh: it is the client's that has sent it.
+        let before = cluster.agent(Side::A)?.entries()?.len();
+        let _ = fetch(&client, Family::V4, 11, 80);
+        let plain = |entry: &Entry| entry.service.as_deref() == Some("plain.example");
+        let entries = cluster.agent(Side::A)?.wait_entries("plaintext as asked for", before, 1, plain)?;
+        ensure!(entries.iter().all(|entry| entry.mode.as_deref() == Some("plaintext")), "{entries:#?}");
+        refused(12, "tls_config")
+    })
+}
+
+fn rule(name: &str, policy: &str) -> String {
+    format!(
+        "---\napiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: {name}, namespace: {NAMESPACE}}}\n\
+         spec: {{host: {name}.example, trafficPolicy: {{{policy}}}}}\n"
+    )
 }
 
 /// A virtual address for each thing that is tried.

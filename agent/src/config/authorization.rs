@@ -55,7 +55,7 @@ pub(super) fn authorization_policy(
     let dry_run = dry_run(&top, &metadata, report);
     let (mut selector, mut action, mut rules) = (Default::default(), Action::Allow, Vec::new());
     if let Some(mut spec) = top.fields(report, "spec") {
-        selector = policies::read_selector(&mut spec, report);
+        selector = policies::read_selector(&mut spec, report, "selector");
         for key in ["targetRef", "targetRefs"] {
             if spec.take(key).is_some() {
                 let message = "attaches the policy to a gateway or a waypoint, and Marline has none";

@@ -32,6 +32,7 @@ pub(super) fn services(
         let ports = resource.ports.iter().map(|port| (port.number, endpoints(port, &found))).collect();
         services.push(Arc::new(Service {
             host: resource.hosts.first().cloned().unwrap_or_default(),
+            namespace: resource.namespace.clone(),
             addresses: resource.addresses.clone(),
             ports,
             identities: resource.identities.clone(),

@@ -151,6 +151,18 @@ impl<'a> Fields<'a> {
         None
     }
 
+    /// A number of things, at least one.
+    pub(super) fn count(&mut self, report: &mut Report, key: &'static str) -> Option<u32> {
+        let count = match &self.take(key)?.value {
+            Value::Integer(count) => u32::try_from(*count).ok().filter(|count| *count != 0),
+            _ => None,
+        };
+        if count.is_none() {
+            self.error(report, key, "is not a number of at least 1", "write one, or remove it");
+        }
+        count
+    }
+
     /// Bytes, as Kubernetes writes quantities: `4096`, `64Ki`, `1Mi`, `100Gi`.
     pub(super) fn quantity(&mut self, report: &mut Report, key: &'static str) -> Option<u64> {
         let node = self.take(key)?;

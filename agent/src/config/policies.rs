@@ -40,7 +40,7 @@ pub(super) fn peer_authentication(
     }
     let (mut selector, mut mode, mut ports) = (BTreeMap::new(), None, BTreeMap::new());
     if let Some(mut spec) = top.fields(report, "spec") {
-        selector = read_selector(&mut spec, report);
+        selector = read_selector(&mut spec, report, "selector");
         mode = read_mode(&mut spec, report, "mtls");
         ports = read_ports(&mut spec, report);
         if selector.is_empty() && !ports.is_empty() {
@@ -86,8 +86,8 @@ pub(super) fn made(top: &Fields<'_>, metadata: &Metadata, report: &mut Report) -
 }
 
 /// As Istio has it, an empty selector is none (validateWorkloadSelector).
-pub(super) fn read_selector(spec: &mut Fields<'_>, report: &mut Report) -> BTreeMap<String, String> {
-    let Some(mut selector) = spec.fields(report, "selector") else { return BTreeMap::new() };
+pub(super) fn read_selector(spec: &mut Fields<'_>, report: &mut Report, key: &'static str) -> BTreeMap<String, String> {
+    let Some(mut selector) = spec.fields(report, key) else { return BTreeMap::new() };
     let labels = selector.texts(report, "matchLabels");
     for (key, value) in &labels {
         if key.is_empty() || key.contains('*') || value.contains('*') {
@@ -97,8 +97,8 @@ pub(super) fn read_selector(spec: &mut Fields<'_>, report: &mut Report) -> BTree
     }
     selector.finish(report, Unknown::Error);
     if labels.is_empty() {
-        let hint = "remove spec.selector, or write matchLabels";
-        spec.warning(report, "selector", "selects without labels, and so everything in its reach", hint);
+        let hint = format!("remove spec.{key}, or write matchLabels");
+        spec.warning(report, key, "selects without labels, and so everything in its reach", hint);
     }
     labels
 }

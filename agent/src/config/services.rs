@@ -219,7 +219,7 @@ fn ports(spec: &mut Fields<'_>, report: &mut Report, number: &'static str) -> Ve
     ports
 }
 
-fn port(fields: &mut Fields<'_>, report: &mut Report, key: &'static str) -> Option<u16> {
+pub(super) fn port(fields: &mut Fields<'_>, report: &mut Report, key: &'static str) -> Option<u16> {
     let number = match fields.take(key).map(|node| &node.value) {
         Some(Value::Integer(number)) => u16::try_from(*number).ok().filter(|number| *number != 0),
         _ => None,
@@ -230,7 +230,7 @@ fn port(fields: &mut Fields<'_>, report: &mut Report, key: &'static str) -> Opti
     number
 }
 
-fn identities(spec: &mut Fields<'_>, report: &mut Report) -> Vec<SpiffeId> {
+pub(super) fn identities(spec: &mut Fields<'_>, report: &mut Report) -> Vec<SpiffeId> {
     let mut identities = Vec::new();
     for text in spec.strings(report, "subjectAltNames") {
         match text.parse() {

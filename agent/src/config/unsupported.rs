@@ -1,11 +1,12 @@
 //! What to say about a resource that is not acted on. None is passed over: what it protects would not be protected.
 
 /// The kinds that are read, their groups, and an apiVersion of each.
-const READ: [(&str, &str, &str); 6] = [
+const READ: [(&str, &str, &str); 7] = [
     ("AgentConfig", "marline.io", "marline.io/v1alpha1"),
     ("WorkloadEntry", "networking.istio.io", "networking.istio.io/v1"),
     ("ServiceEntry", "networking.istio.io", "networking.istio.io/v1"),
     ("Service", "", "v1"),
+    ("DestinationRule", "networking.istio.io", "networking.istio.io/v1"),
     ("PeerAuthentication", "security.istio.io", "security.istio.io/v1"),
     ("AuthorizationPolicy", "security.istio.io", "security.istio.io/v1"),
 ];
@@ -53,12 +54,6 @@ const KNOWN: &[(&str, &str, &str, &str)] = &[
         "move it out of the directory; Marline's own settings are in AgentConfig",
     ),
     // Not acted on yet.
-    (
-        "DestinationRule",
-        "networking.istio.io",
-        "is not acted on yet: whether a client speaks mTLS follows from PeerAuthentication alone",
-        OUT,
-    ),
     (
         "VirtualService",
         "networking.istio.io",

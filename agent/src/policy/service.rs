@@ -14,6 +14,7 @@ use crate::identity::SpiffeId;
 pub struct Service {
     /// As clients write it: `shop.default.svc.cluster.local`.
     pub host: String,
+    pub namespace: String,
     pub addresses: Vec<IpAddr>,
     /// By the port that clients connect to.
     pub ports: BTreeMap<u16, Vec<ServiceEndpoint>>,
@@ -71,6 +72,7 @@ mod tests {
         });
         Service {
             host: "shop.default.svc.cluster.local".to_owned(),
+            namespace: "default".to_owned(),
             addresses: vec!["10.96.0.10".parse().unwrap()],
             ports: BTreeMap::from([(80, endpoints.collect())]),
             identities: Vec::new(),

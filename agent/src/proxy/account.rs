@@ -12,7 +12,7 @@ use super::{
     identify,
     offload::Records,
     pump::PumpError,
-    target::{InUse, Target},
+    target::{InUse, Slot, Target},
 };
 use crate::{
     access_log::{AccessLog, Record},
@@ -27,7 +27,7 @@ pub struct Account {
     log: AccessLog,
     end: End,
     /// Counted at an endpoint of a service.
-    load: Option<InUse>,
+    load: Option<(InUse, Option<Arc<Slot>>)>,
     /// Whether it has become a connection: an attempt that gave way to another leaves no trace.
     counted: bool,
 }
@@ -86,7 +86,7 @@ impl Account {
 
     /// It is on its way there. An endpoint of a service counts it for as long as this lives.
     pub fn aims_at(&mut self, ctx: &Context, target: &Target) {
-        self.load = target.service.is_some().then(|| ctx.loads.taken(target.address));
+        self.load = target.service.is_some().then(|| (ctx.loads.taken(target.address), target.slot.clone()));
         self.live.learn(|facts| {
             facts.destination = identify::of(target.workload.as_deref(), target.address);
             facts.service = target.service.as_ref().map(|service| service.host.clone());

@@ -5,10 +5,13 @@ use std::{net::SocketAddr, sync::Arc};
 
 use tokio::sync::watch;
 
-use super::connections::{Facts, Live};
+use super::{
+    connections::{Facts, Live},
+    target::Target,
+};
 use crate::{
     identity::SpiffeId,
-    policy::{self, Attempt, DenyReason, Inbound, MtlsMode, Outbound, Peer, Verdict, Workload},
+    policy::{self, Attempt, ClientTls, DenyReason, Inbound, MtlsMode, Outbound, Peer, Verdict, Workload},
     state::Snapshot,
     words::{Direction, Mode},
 };
@@ -45,6 +48,21 @@ pub fn outbound(snapshot: &Snapshot, destination: Option<&Workload>, port: u16, 
         Outbound::Plaintext => Ok(Way::Plaintext { permit: permit(live, Mode::Plaintext) }),
         Outbound::Deny(reason) => Err(Denied::Policy(reason)),
     }
+}
+
+/// The same with what DestinationRules say, which can ask for plaintext or for mTLS and allows nothing that is denied.
+pub fn towards(snapshot: &Snapshot, target: &Target, live: &Live) -> Result<Way, Denied> {
+    let way = outbound(snapshot, target.workload.as_deref(), target.address.port(), live)?;
+    Ok(match (target.traffic.tls, way) {
+        (None, way @ Way::Plaintext { .. }) => way,
+        (Some(ClientTls::Disable), _) => Way::Plaintext { permit: permit(live, Mode::Plaintext) },
+        (_, Way::Mtls { permit, expect }) => Way::Mtls { permit, expect: target.narrow(expect) },
+        // Whose identity that is, is known of workloads alone.
+        (Some(ClientTls::IstioMutual), Way::Plaintext { .. }) => {
+            let expect = target.workload.iter().map(|workload| workload.id.clone()).collect();
+            Way::Mtls { permit: permit(live, Mode::Mtls), expect: target.narrow(expect) }
+        }
+    })
 }
 
 /// A connection to a local workload.

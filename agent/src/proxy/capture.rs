@@ -8,7 +8,7 @@ use std::{
 };
 
 use rustls::server::Acceptor;
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
     io::Interest,
     net::{TcpListener, TcpSocket, TcpStream},
@@ -16,6 +16,7 @@ use tokio::{
 
 use crate::{
     bpf::PodListeners,
+    policy::Keepalive,
     sys::{netns::Netns, socket},
     tls::{config::ALPN, records::MAX_RECORD},
 };
@@ -100,6 +101,21 @@ pub fn bound_leg(netns: &Netns, address: SocketAddr) -> io::Result<(TcpSocket, S
 pub fn guard(leg: &TcpStream, idle: Duration) -> io::Result<()> {
     socket::abort_on_close(leg)?;
     socket::tune(leg, idle)
+}
+
+/// Keepalive as a DestinationRule wants it; what it leaves out stays as `guard` has it.
+pub fn keep_alive(leg: &TcpStream, wanted: &Keepalive) -> io::Result<()> {
+    let mut keepalive = TcpKeepalive::new();
+    if let Some(time) = wanted.time {
+        keepalive = keepalive.with_time(time);
+    }
+    if let Some(interval) = wanted.interval {
+        keepalive = keepalive.with_interval(interval);
+    }
+    if let Some(probes) = wanted.probes {
+        keepalive = keepalive.with_retries(probes);
+    }
+    SockRef::from(leg).set_tcp_keepalive(&keepalive)
 }
 
 /// Both directions have ended in order: what is still queued is delivered after the close.

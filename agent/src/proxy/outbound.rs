@@ -87,13 +87,15 @@ async fn open(
         reached => reached?,
     };
     capture::guard(&wire, ctx.settings.dead_peer).map_err(Refusal::Unreachable)?;
+    if let Some(wanted) = &target.traffic.keepalive {
+        capture::keep_alive(&wire, wanted).map_err(Refusal::Unreachable)?;
+    }
     let (records, permit) = match way {
         Way::Plaintext { permit } => (Records::Plain(ctx.kernel.pump), permit),
         Way::Mtls { permit, expect } => {
             let svid = ctx.svid(&pod.workload.id)?;
             let ciphers = ctx.ciphers(Direction::Outbound, target.address);
             let offer = if ctx.direct.is_some() { Offer::ProxiedFinOk } else { Offer::Proxied };
-            let expect = target.narrow(expect);
             let config = config::client_config_with(ciphers, &svid, ctx.identities.roots(), &expect, offer)?;
             let name = config::server_name(destination.0.port(), target.host());
             let since = Instant::now();
@@ -117,8 +119,9 @@ async fn reach(
     let mut refusal = Refusal::NotCaptured;
     for target in targets {
         account.aims_at(ctx, &target);
-        let way = authorize::outbound(snapshot, target.workload.as_deref(), target.address.port(), &account.live)?;
-        match capture::connect(&pod.netns, from, target.address, ctx.settings.connect).await {
+        let way = authorize::towards(snapshot, &target, &account.live)?;
+        let limit = target.traffic.connect_timeout.unwrap_or(ctx.settings.connect);
+        match capture::connect(&pod.netns, from, target.address, limit).await {
             Ok(wire) => return Ok((target, way, wire)),
             Err(error) => {
                 ctx.loads.refused(&target);

@@ -28,6 +28,8 @@ pub enum Refusal {
     NoPort { host: String, port: u16 },
     #[error("the service {host} has no endpoint for port {port}")]
     NoEndpoint { host: String, port: u16 },
+    #[error("the pod has the {limit} connections to {host} that a DestinationRule allows it")]
+    TooMany { host: String, limit: usize },
     #[error("the destination refuses")]
     Refused(#[source] io::Error),
     #[error("the destination cannot be reached")]
@@ -57,6 +59,7 @@ impl Refusal {
             Self::Offload(_) => "offload",
             Self::NoPort { .. } => "no_port",
             Self::NoEndpoint { .. } => "no_endpoint",
+            Self::TooMany { .. } => "max_connections",
             Self::Refused(_) => "refused",
             Self::Unreachable(_) => "unreachable",
             Self::Client(_) => "client",

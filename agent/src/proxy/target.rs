@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    hash::Hash,
     net::SocketAddr,
     sync::{
         Arc, Mutex,
@@ -14,8 +15,9 @@ use std::{
 use super::{connections::lock, pod::Pod, refusal::Refusal};
 use crate::{
     identity::SpiffeId,
-    policy::{Service, ServiceEndpoint, Workload},
+    policy::{Service, ServiceEndpoint, Traffic, Workload},
     state::Snapshot,
+    sys::netns::NetnsCookie,
 };
 
 /// One place to connect to.
@@ -25,6 +27,10 @@ pub struct Target {
     pub workload: Option<Arc<Workload>>,
     /// The service that it is an endpoint of.
     pub service: Option<Arc<Service>>,
+    /// What DestinationRules say of connections to it.
+    pub traffic: Arc<Traffic>,
+    /// Counted among its pod's connections to the service, where those are limited.
+    pub slot: Option<Arc<Slot>>,
 }
 
 /// How many are tried for one connection.
@@ -39,14 +45,13 @@ impl Target {
         service.or(self.workload.as_ref().map(|workload| workload.host.as_str())).unwrap_or("unknown")
     }
 
-    /// Of those who may answer for this address, those who may answer for the service.
-    pub fn narrow(&self, expect: Vec<SpiffeId>) -> Vec<SpiffeId> {
-        match &self.service {
-            Some(service) if !service.identities.is_empty() => {
-                expect.into_iter().filter(|id| service.identities.contains(id)).collect()
-            }
-            _ => expect,
+    /// Of those who may answer for this address, those who may answer for the service as well.
+    pub fn narrow(&self, mut expect: Vec<SpiffeId>) -> Vec<SpiffeId> {
+        let named = self.service.iter().map(|service| &service.identities).chain([&self.traffic.identities]);
+        for identities in named.filter(|identities| !identities.is_empty()) {
+            expect.retain(|id| identities.contains(id));
         }
+        expect
     }
 }
 
@@ -55,8 +60,15 @@ impl Target {
 pub struct Loads {
     counts: Arc<Mutex<HashMap<SocketAddr, usize>>>,
     refused: Arc<Mutex<HashMap<SocketAddr, Instant>>>,
+    slots: Arc<Mutex<HashMap<Host, usize>>>,
     turn: Arc<AtomicUsize>,
 }
+
+/// A service's port as one pod sees it.
+type Host = (NetnsCookie, String, u16);
+
+/// A place among the connections that a pod may have to a service.
+pub struct Slot(Loads, Host);
 
 /// One of them, as long as it lives.
 pub struct InUse(Loads, SocketAddr);
@@ -66,7 +78,7 @@ impl Loads {
     pub fn targets(&self, snapshot: &Snapshot, pod: &Pod, to: SocketAddr) -> Result<Vec<Target>, Refusal> {
         let Some(service) = snapshot.service(to.ip()) else {
             let workload = snapshot.workload(to.ip()).cloned();
-            return Ok(vec![Target { address: to, workload, service: None }]);
+            return Ok(vec![Target { address: to, workload, service: None, traffic: Arc::default(), slot: None }]);
         };
         let zone = snapshot.local.iter().find(|local| local.netns == pod.netns.path());
         let zone = zone.and_then(|local| local.zone.as_deref());
@@ -82,12 +94,31 @@ impl Loads {
         if endpoints.is_empty() {
             return Err(Refusal::NoEndpoint { host: service.host.clone(), port: to.port() });
         }
+        let rules = &snapshot.policies.destinations;
+        let traffic = rules.traffic(&pod.workload, &service.namespace, &service.host, to.port()).cloned();
+        let traffic = traffic.unwrap_or_default();
+        let slot = match traffic.max_connections {
+            Some(limit) => Some(self.slot((pod.netns.cookie(), service.host.clone(), to.port()), limit)?),
+            None => None,
+        };
         let target = |endpoint: &ServiceEndpoint| Target {
             address: endpoint.address,
             workload: endpoint.workload.clone(),
             service: Some(Arc::clone(service)),
+            traffic: Arc::clone(&traffic),
+            slot: slot.clone(),
         };
         Ok(endpoints.into_iter().take(TRIES).map(target).collect())
+    }
+
+    fn slot(&self, host: Host, limit: usize) -> Result<Arc<Slot>, Refusal> {
+        let mut slots = lock(&self.slots);
+        let count = slots.entry(host.clone()).or_default();
+        if *count >= limit {
+            return Err(Refusal::TooMany { host: host.1, limit });
+        }
+        *count += 1;
+        Ok(Arc::new(Slot(self.clone(), host)))
     }
 
     /// It could not be reached, or did not take a connection.
@@ -104,14 +135,24 @@ impl Loads {
     }
 }
 
+impl Drop for Slot {
+    fn drop(&mut self) {
+        give_back(&self.0.slots, &self.1);
+    }
+}
+
 impl Drop for InUse {
     fn drop(&mut self) {
-        let mut counts = lock(&self.0.counts);
-        if let Some(count) = counts.get_mut(&self.1) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.1);
-            }
+        give_back(&self.0.counts, &self.1);
+    }
+}
+
+fn give_back<K: Eq + Hash>(counts: &Mutex<HashMap<K, usize>>, key: &K) {
+    let mut counts = lock(counts);
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
         }
     }
 }

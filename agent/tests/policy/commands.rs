@@ -159,7 +159,7 @@ fn documents_that_are_not_acted_on_are_refused_with_what_to_do_instead() {
         ("ServiceRoleBinding", "rbac.istio.io/v1alpha1", "left Istio", "AuthorizationPolicy"),
         ("IstioOperator", "install.istio.io/v1alpha1", "there is no Istio here", "AgentConfig"),
         ("EnvoyFilter", "networking.istio.io/v1alpha3", "no Envoy here", "move it out"),
-        ("DestinationRule", "networking.istio.io/v1", "not acted on yet", "move it out"),
+        ("DestinationRule", "networking.istio.io/v1alpha1", "version v1alpha1", "networking.istio.io/v1"),
         ("VirtualService", "networking.istio.io/v1", "not acted on yet", "move it out"),
         ("Sidecar", "networking.istio.io/v1", "not acted on yet", "AuthorizationPolicies"),
         ("Gateway", "networking.istio.io/v1", "not acted on yet", "move it out"),

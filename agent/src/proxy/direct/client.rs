@@ -226,11 +226,10 @@ impl Try<'_> {
     ) -> Aimed {
         let left = |why| Aimed::Done(Outcome::Left(why));
         let (ctx, target) = (self.ctx, to.target);
-        let way = authorize::outbound(snapshot, target.workload.as_deref(), target.address.port(), &account.live);
-        let (permit, expect) = match way {
+        let (permit, expect) = match authorize::towards(snapshot, target, &account.live) {
             Err(_) => return left(Why::Policy),
             Ok(Way::Plaintext { .. }) => return left(Why::Plaintext),
-            Ok(Way::Mtls { permit, expect }) => (permit, target.narrow(expect)),
+            Ok(Way::Mtls { permit, expect }) => (permit, expect),
         };
         let gate = match ctx.capture.direct(socket.as_fd(), target.address, self.destination) {
             Ok(gate) => gate,
@@ -338,7 +337,7 @@ impl Try<'_> {
     ) -> Result<Made, Stop> {
         let ctx = self.ctx;
         let since = std::time::Instant::now();
-        timeout(ctx.settings.connect, socket.connect(to.asked))
+        timeout(to.target.traffic.connect_timeout.unwrap_or(ctx.settings.connect), socket.connect(to.asked))
             .await
             .unwrap_or(Err(io::ErrorKind::TimedOut.into()))
             .map_err(Refusal::connecting)?;
