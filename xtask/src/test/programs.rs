@@ -38,6 +38,7 @@ const SUITES: &[(&str, &[Need])] = &[
     ("direct_limits", &[PYTHON]),
     ("direct_programs_sockets", &[PYTHON]),
     ("direct_transfer", &[PYTHON]),
+    ("native_reloads", &[PYTHON]),
     (
         "direct_web",
         &[need("wrk", "wrk"), need("h2load", "nghttp2-client"), need("haproxy", "haproxy"), need("curl", "curl")],
