@@ -1,7 +1,7 @@
 //! YAML (and JSON, which is YAML too) as a tree that knows its lines. A typed deserializer stops at the first thing it
 //! dislikes; a tree can be read to the end, so that all errors are found at once.
 
-use std::fmt;
+use std::{fmt, thread};
 
 use serde::{
     Deserialize, Deserializer,
@@ -46,6 +46,8 @@ pub(super) struct SyntaxError {
 const DEPTH: usize = 20;
 /// Room for a hundred thousand resources in one file; expansion of aliases stays bounded by the library's own limits.
 const NODES: usize = 50_000_000;
+/// How much of a large file is read at a time, by each thread.
+const PIECE: usize = 256 << 10;
 
 impl Value {
     /// What a person calls this kind of value.
@@ -62,22 +64,44 @@ impl Value {
 }
 
 /// Gives the documents of a file one by one, up to the first that cannot be read, and says why it cannot. Empty documents are
-/// left out. One at a time, because the tree of a large file takes many times its size.
+/// left out. A few at a time, because the tree of a large file takes many times its size.
 pub(super) fn parse(text: &str, mut each: impl FnMut(Node)) -> Option<SyntaxError> {
-    let options = serde_saphyr::options! {
-        budget: serde_saphyr::budget! {
-            max_depth: DEPTH,
-            max_events: NODES,
-            max_nodes: NODES,
-            max_documents: NODES,
-            max_total_scalar_bytes: usize::MAX,
-        },
-        with_snippet: false,
-        // YAML 1.2: `no` and `y` are texts, and may be names.
-        strict_booleans: true,
-    };
+    let pieces = pieces(text);
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let mut before = 0;
+    for pieces in pieces.chunks(threads) {
+        // The reader is slow where it can stop at any document, so that is left for where it has to.
+        let read = |piece: &str| serde_saphyr::from_multiple_with_options::<Node>(piece, options());
+        let parsed: Vec<_> = match pieces {
+            [only] => vec![read(only).ok()],
+            _ => thread::scope(|scope| {
+                let readers: Vec<_> = pieces.iter().map(|piece| scope.spawn(|| read(piece).ok())).collect();
+                readers.into_iter().map(|reader| reader.join().ok().flatten()).collect()
+            }),
+        };
+        for (piece, documents) in pieces.iter().zip(parsed) {
+            let mut each = |mut node: Node| {
+                node.shift(before);
+                each(node);
+            };
+            match documents {
+                Some(documents) => documents.into_iter().for_each(each),
+                None => {
+                    if let Some(error) = until_error(piece, &mut each) {
+                        return Some(SyntaxError { line: error.line.map(|line| line + before), ..error });
+                    }
+                }
+            }
+            before += piece.bytes().filter(|byte| *byte == b'\n').count() as u64;
+        }
+    }
+    None
+}
+
+/// The same, document by document.
+fn until_error(text: &str, mut each: impl FnMut(Node)) -> Option<SyntaxError> {
     let mut bytes = text.as_bytes();
-    for document in serde_saphyr::read_with_options::<_, Node>(&mut bytes, options) {
+    for document in serde_saphyr::read_with_options::<_, Node>(&mut bytes, options()) {
         match document {
             Ok(node) => each(node),
             Err(error) => {
@@ -88,6 +112,64 @@ pub(super) fn parse(text: &str, mut each: impl FnMut(Node)) -> Option<SyntaxErro
         }
     }
     None
+}
+
+fn options() -> serde_saphyr::Options {
+    serde_saphyr::options! {
+        budget: serde_saphyr::budget! {
+            max_depth: DEPTH,
+            max_events: NODES,
+            max_nodes: NODES,
+            max_documents: NODES,
+            max_total_scalar_bytes: usize::MAX,
+        },
+        with_snippet: false,
+        // YAML 1.2: `no` and `y` are texts, and may be names.
+        strict_booleans: true,
+    }
+}
+
+/// Cuts a large file where documents begin: `---` at the beginning of a line is nothing else in YAML, not even within a text
+/// (YAML 1.2.2, production c-forbidden). What a directive says is for the document after it, so files that have one stay whole.
+fn pieces(text: &str) -> Vec<&str> {
+    if text.len() <= PIECE || text.starts_with('%') || text.contains("\n%") {
+        return vec![text];
+    }
+    let (mut pieces, mut rest) = (Vec::new(), text);
+    while rest.len() > PIECE {
+        let from = (PIECE..).find(|at| rest.is_char_boundary(*at)).unwrap_or(rest.len());
+        let begins = |at: &usize| {
+            let after = rest.as_bytes().get(at + 4);
+            after.is_none_or(u8::is_ascii_whitespace)
+        };
+        let found = rest[from..].match_indices("\n---").map(|(at, _)| from + at).find(begins);
+        let Some(cut) = found else { break };
+        let (piece, more) = rest.split_at(cut + 1);
+        pieces.push(piece);
+        rest = more;
+    }
+    pieces.push(rest);
+    pieces
+}
+
+impl Node {
+    /// Moves it down by some lines.
+    fn shift(&mut self, lines: u64) {
+        if lines == 0 {
+            return;
+        }
+        self.line += lines;
+        match &mut self.value {
+            Value::List(list) => list.iter_mut().for_each(|node| node.shift(lines)),
+            Value::Map(pairs) => {
+                for pair in pairs {
+                    pair.line += lines;
+                    pair.value.shift(lines);
+                }
+            }
+            _ => {}
+        }
+    }
 }
 
 impl<'de> Deserialize<'de> for Node {
@@ -249,6 +331,44 @@ mod tests {
         for text in [bomb, "[".repeat(100_000), "- ".repeat(100_000), "{a: ".repeat(10_000), "? ".repeat(10_000)] {
             assert!(parse(&text).1.is_some(), "{}", &text[..8]);
         }
+    }
+
+    /// Some pieces' worth of documents.
+    fn large() -> String {
+        let document = |n: usize| format!("# the {n}th\na: {n}\nb:\n- \"--- {{\"\n- |\n  ---\n  text\n--- # and on\n");
+        (0..3 * PIECE / 60).map(document).collect()
+    }
+
+    #[test]
+    fn a_large_file_is_read_in_pieces_as_it_would_be_whole() {
+        let text = large();
+        assert!(pieces(&text).len() > 2);
+        assert_eq!(pieces(&text).concat(), text);
+        let mut whole = Vec::new();
+        assert!(until_error(&text, |node| whole.push(node)).is_none());
+        let (documents, error) = parse(&text);
+        assert!(error.is_none(), "{error:?}");
+        assert_eq!(documents.len(), whole.len());
+        assert!(documents == whole);
+    }
+
+    #[test]
+    fn an_error_in_a_large_file_keeps_what_is_before_it_and_names_its_line() {
+        let mut text = large();
+        let lines = text.lines().count() as u64;
+        let documents = parse(&text).0.len();
+        text += "x: [\n---\n";
+        text += &large();
+        let (read, error) = parse(&text);
+        assert_eq!(read.len(), documents);
+        assert!((lines..lines + 4).contains(&error.as_ref().unwrap().line.unwrap()), "{error:?} after {lines}");
+    }
+
+    #[test]
+    fn a_file_with_directives_stays_whole() {
+        let text = format!("%YAML 1.2\n---\n{}", large());
+        assert_eq!(pieces(&text), [text.as_str()]);
+        assert_eq!(parse(&text).0.len(), parse(&large()).0.len());
     }
 
     proptest! {
