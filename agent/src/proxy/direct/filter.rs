@@ -146,14 +146,15 @@ async fn serve(ctx: Arc<Context>, held: Arc<Held>) {
     tracing::info!(container = %container.id, "the last task under a filter has ended");
 }
 
-/// Hands the filter to a new keeper, from which it comes back to be served anew. Calls in hand are brought to their end.
+/// Hands the filter to a new keeper, from which it comes back to be served anew. Calls in hand stand in the memory of a keeper that is
+/// gone, so nobody would answer them if this agent died: what waits is given back to the kernel first, the rest is brought to its end.
 async fn give(filter: &Filter, held: &Held, keeper: &Path) -> bool {
+    filter.waiting.give_back();
     let given = Offer::connect(keeper).and_then(|offer| offer.hand_over(held.as_fd(), &held.container));
     if let Err(error) = given {
         tracing::error!(container = %held.container.id, "a new keeper has not got a filter: {}", with_causes(&error));
         return false;
     }
-    filter.waiting.give_back();
     while held.in_hand() {
         tokio::time::sleep(LOOK).await;
     }
