@@ -174,7 +174,8 @@ fn a_keeper_that_is_replaced_gets_the_filters_again_and_keeps_them_for_the_next_
         cluster.start_keeper(Side::B)?;
         wait_for("the new keeper to hold the server's filter", seconds(20), || {
             let log = cluster.keeper_mut(Side::B)?.log();
-            let held = log.rsplit("keeping").next().is_some_and(|log| log.contains("a filter's descriptor is held"));
+            // The predecessor's words are before the new one's.
+            let held = log.split("keeping").nth(2).is_some_and(|log| log.contains("a filter's descriptor is held"));
             Ok(if held { Look::Done(()) } else { Look::NotYet(log) })
         })?;
         cluster.agent_mut(Side::B)?.kill()?;
