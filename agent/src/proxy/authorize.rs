@@ -54,11 +54,11 @@ pub fn outbound(snapshot: &Snapshot, destination: Option<&Workload>, port: u16, 
 pub fn towards(snapshot: &Snapshot, target: &Target, live: &Live) -> Result<Way, Denied> {
     let way = outbound(snapshot, target.workload.as_deref(), target.address.port(), live)?;
     Ok(match (target.traffic.tls, way) {
-        (None, way @ Way::Plaintext { .. }) => way,
+        (None, way @ Way::Plaintext { .. }) if !target.names_who_answers() => way,
         (Some(ClientTls::Disable), _) => Way::Plaintext { permit: permit(live, Mode::Plaintext) },
         (_, Way::Mtls { permit, expect }) => Way::Mtls { permit, expect: target.narrow(expect) },
-        // Whose identity that is, is known of workloads alone.
-        (Some(ClientTls::IstioMutual), Way::Plaintext { .. }) => {
+        // mTLS is asked for, or who may answer is said, which plaintext cannot show. Whose identity that is, is known of workloads alone.
+        (Some(ClientTls::IstioMutual) | None, Way::Plaintext { .. }) => {
             let expect = target.workload.iter().map(|workload| workload.id.clone()).collect();
             Way::Mtls { permit: permit(live, Mode::Mtls), expect: target.narrow(expect) }
         }
@@ -203,6 +203,7 @@ mod tests {
         identity::TrustDomain,
         policy::{
             Authentication, Authorization, AuthorizationPolicy, Header, PeerAuthentication, Policies, PolicyName,
+            Service, Traffic,
             authorization::{Action, Condition, Rule, Test},
         },
         proxy::connections::Connections,
@@ -260,6 +261,47 @@ mod tests {
         for (port_mode, mode, destination, revoked) in cases {
             let found = revoked_by(&snapshot("web", port_mode), Direction::Inbound, &facts(mode, None, destination));
             assert_eq!(found.is_some(), revoked, "{port_mode} {mode:?} {destination}");
+        }
+    }
+
+    /// A service's endpoint outside of what is known of the mesh, or at a workload.
+    fn target(workload: Option<Arc<Workload>>, identities: &[&str], tls: Option<ClientTls>) -> Target {
+        let id = |account: &&str| SpiffeId::new(&TrustDomain::default(), "shop", account).unwrap();
+        let service = Service {
+            host: "web.example".into(),
+            namespace: "shop".into(),
+            addresses: Vec::new(),
+            ports: BTreeMap::new(),
+            identities: identities.iter().map(id).collect(),
+        };
+        let traffic = Arc::new(Traffic { tls, ..Traffic::default() });
+        let address = "10.0.0.1:80".parse().unwrap();
+        Target { address, workload, service: Some(Arc::new(service)), traffic, slot: None }
+    }
+
+    #[test]
+    fn who_must_answer_is_never_left_to_plaintext_but_where_a_rule_asks_for_that() {
+        let snapshot = Snapshot::new(Policies::default(), TrustDomain::default(), Vec::new(), Vec::new());
+        let web = || Some(workload("web", "10.0.0.1:80".parse().unwrap()));
+        let cases = [
+            (target(None, &[], None), None),
+            (target(None, &["web"], None), Some(vec![])),
+            (target(None, &[], Some(ClientTls::IstioMutual)), Some(vec![])),
+            (target(None, &["web"], Some(ClientTls::Disable)), None),
+            (target(web(), &[], Some(ClientTls::Disable)), None),
+            (target(web(), &[], None), Some(vec!["web"])),
+            (target(web(), &["web", "db"], None), Some(vec!["web"])),
+            (target(web(), &["db"], None), Some(vec![])),
+        ];
+        for (number, (target, expected)) in cases.into_iter().enumerate() {
+            let live = Connections::default().open(Direction::Outbound, std::time::SystemTime::now());
+            let found = match towards(&snapshot, &target, &live).unwrap() {
+                Way::Plaintext { .. } => None,
+                Way::Mtls { expect, .. } => Some(expect.iter().map(ToString::to_string).collect::<Vec<_>>()),
+            };
+            let expected: Option<Vec<String>> = expected
+                .map(|all| all.iter().map(|account| format!("spiffe://cluster.local/ns/shop/sa/{account}")).collect());
+            assert_eq!(found, expected, "case {number}");
         }
     }
 

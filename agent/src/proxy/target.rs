@@ -45,6 +45,12 @@ impl Target {
         service.or(self.workload.as_ref().map(|workload| workload.host.as_str())).unwrap_or("unknown")
     }
 
+    /// Whether the service, or a rule for it, says who may answer.
+    pub fn names_who_answers(&self) -> bool {
+        !self.traffic.identities.is_empty()
+            || self.service.as_ref().is_some_and(|service| !service.identities.is_empty())
+    }
+
     /// Of those who may answer for this address, those who may answer for the service as well.
     pub fn narrow(&self, mut expect: Vec<SpiffeId>) -> Vec<SpiffeId> {
         let named = self.service.iter().map(|service| &service.identities).chain([&self.traffic.identities]);
