@@ -101,6 +101,24 @@ enum Paths {
     Off,
 }
 
+/// Makes a mesh in STRICT mode that has direct paths, and runs the scenario on it; skips it where this kernel is not up to them.
+pub fn where_direct_works(direct: Direct, scenario: impl FnOnce(&mut Cluster) -> Result<()>) -> Result<()> {
+    if agent::kernel_keeps_records()? && !agent::kernel_splices()? {
+        say_skipped();
+        return Ok(());
+    }
+    let mut spec = ClusterSpec::pairs(Mode::Strict);
+    spec.program = Some(agent::binary_for_direct()?);
+    spec.direct = Some(direct);
+    on_mesh(&spec, scenario)
+}
+
+fn say_skipped() {
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("direct");
+    println!("SKIPPED: {name}: this kernel's records are not up to direct connections");
+}
+
 /// Makes the mesh in STRICT mode, and runs the scenario on it.
 pub fn on_direct_mesh(scenario: impl FnOnce(&Stage<'_>) -> Result<()>) -> Result<()> {
     let mut spec = ClusterSpec::pairs(Mode::Strict);
@@ -108,9 +126,7 @@ pub fn on_direct_mesh(scenario: impl FnOnce(&Stage<'_>) -> Result<()>) -> Result
         Ok("off") => Paths::Off,
         asked if agent::kernel_keeps_records()? && !agent::kernel_splices()? => {
             if asked != Ok("useless") {
-                let thread = std::thread::current();
-                let name = thread.name().unwrap_or("direct");
-                println!("SKIPPED: {name}: this kernel's records are not up to direct connections");
+                say_skipped();
                 return Ok(());
             }
             Paths::Useless

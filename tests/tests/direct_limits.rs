@@ -6,10 +6,10 @@ use anyhow::{Context, Result, ensure};
 use marline_tests::{
     access_log::{Direction, Entry, Verdict},
     agent,
-    cluster::{Cluster, ClusterSpec, Direct, Family, Pod, Side},
-    config::{self, Mode, NAMESPACE},
+    cluster::{Direct, Family, Pod, Side},
+    config::{self, NAMESPACE},
+    direct::where_direct_works,
     process::{Process, output},
-    scenario::on_mesh,
     wait::{Look, seconds, wait_for},
 };
 
@@ -17,19 +17,6 @@ const PYTHON: &str = "/usr/bin/python3";
 const PORT: u16 = 7200;
 /// Bytes that one key may seal here.
 const LIMIT: u64 = 256 << 10;
-
-fn on_direct_mesh(extra: &[&str], scenario: impl FnOnce(&mut Cluster) -> Result<()>) -> Result<()> {
-    if agent::kernel_keeps_records()? && !agent::kernel_splices()? {
-        let thread = std::thread::current();
-        let name = thread.name().unwrap_or("direct");
-        println!("SKIPPED: {name}: this kernel's records are not up to direct connections");
-        return Ok(());
-    }
-    let mut spec = ClusterSpec::pairs(Mode::Strict);
-    spec.program = Some(agent::binary_for_direct()?);
-    spec.direct = Some(Direct { extra: extra.iter().map(|&line| line.to_owned()).collect(), ..Direct::default() });
-    on_mesh(&spec, scenario)
-}
 
 fn steady(pod: &Pod, words: &[&str]) -> std::process::Command {
     let mut command = pod.command(PYTHON);
@@ -56,7 +43,8 @@ fn wait_said(process: &Process, text: &str) -> Result<()> {
 
 #[test]
 fn a_key_that_has_sealed_enough_ends_its_connection_in_good_order_and_later_ones_last() -> Result<()> {
-    on_direct_mesh(&[&format!("    keyLimit: {}Ki", LIMIT >> 10)], |cluster| {
+    let limited = Direct { extra: vec![format!("    keyLimit: {}Ki", LIMIT >> 10)], ..Direct::default() };
+    where_direct_works(limited, |cluster| {
         let (client, server) = (cluster.filtered("client-a")?, cluster.filtered("server-b")?);
         let _server = serve(&server)?;
         let (host, port) = (server.address(Family::V4).to_string(), PORT.to_string());
@@ -98,7 +86,7 @@ fn a_key_that_has_sealed_enough_ends_its_connection_in_good_order_and_later_ones
 
 #[test]
 fn a_pod_that_holds_a_sockets_lock_holds_up_nobody_else() -> Result<()> {
-    on_direct_mesh(&[], |cluster| {
+    where_direct_works(Direct::default(), |cluster| {
         let (hostile, its_server) = (cluster.filtered("client-a")?, cluster.filtered("server-b")?);
         let (client, server) = (cluster.filtered("client-b")?, cluster.filtered("server-a")?);
         let _servers = [serve(&its_server)?, serve(&server)?];

@@ -4,15 +4,17 @@
 use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result, ensure};
+use aya::maps::{HashMap, Map, MapData};
+use marline_common::{DirectFacts, MAX_DIRECT_FACTS};
 use marline_tests::{
     access_log::{Direction, Verdict},
     agent,
     amount::amount,
     capture::LinkCapture,
-    cluster::{Cluster, ClusterSpec, Direct, Family, Pod, Side},
-    config::{self, Mode, NAMESPACE},
+    cluster::{Cluster, Direct, Family, Pod, Side, network, remains},
+    config::{self, NAMESPACE},
+    direct::where_direct_works,
     process::{Process, output},
-    scenario::on_mesh,
     wait::{Look, seconds, wait_for},
 };
 
@@ -25,18 +27,7 @@ fn program() -> PathBuf {
 }
 
 fn on_direct_mesh(scenario: impl FnOnce(&mut Cluster, Pod, Pod) -> Result<()>) -> Result<()> {
-    if agent::kernel_keeps_records()? && !agent::kernel_splices()? {
-        let thread = std::thread::current();
-        println!(
-            "SKIPPED: {}: this kernel's records are not up to direct connections",
-            thread.name().unwrap_or("direct")
-        );
-        return Ok(());
-    }
-    let mut spec = ClusterSpec::pairs(Mode::Strict);
-    spec.program = Some(agent::binary_for_direct()?);
-    spec.direct = Some(Direct::default());
-    on_mesh(&spec, |cluster| {
+    where_direct_works(Direct::default(), |cluster| {
         let (client, server) = (cluster.filtered("client-a")?, cluster.filtered("server-b")?);
         scenario(cluster, client, server)
     })
@@ -146,6 +137,25 @@ fn a_rule_that_forbids_a_direct_connection_ends_it_also_one_that_a_predecessor_m
         .with_context(|| format!("restarted: {restarted}"))?;
     }
     Ok(())
+}
+
+#[test]
+fn a_direct_connection_of_which_nobody_knows_whether_it_is_allowed_is_ended() -> Result<()> {
+    on_direct_mesh(|cluster, client, server| {
+        let talk = Talk::start(&client, &server)?;
+        cluster.agent_mut(Side::B)?.kill()?;
+        talk.goes_on()?;
+        let pin = remains::pins(&network::node_name(cluster.name(), Side::B)).join("maps/DIRECT_FACTS");
+        let mut map: HashMap<_, u64, DirectFacts> = HashMap::try_from(Map::HashMap(MapData::from_pin(&pin)?))?;
+        let cookies: Vec<u64> = map.keys().collect::<Result<_, _>>()?;
+        ensure!(cookies.len() == 1, "{} connections are known, not one", cookies.len());
+        map.insert(cookies[0], DirectFacts { length: 4, bytes: [b'?'; MAX_DIRECT_FACTS] }, 0)?;
+        cluster.start_agent(Side::B)?;
+        wait_for("the connection to end", seconds(20), || {
+            let log = talk.client.log();
+            Ok(if log.contains("ended") { Look::Done(()) } else { Look::NotYet(log) })
+        })
+    })
 }
 
 #[test]

@@ -3,9 +3,9 @@
 use anyhow::{Result, ensure};
 use marline_tests::{
     access_log::{Direction, Entry, Verdict},
-    agent,
     cluster::{Cluster, ClusterSpec, Direct, Family, Pod, Side},
     config::{self, Mode, NAMESPACE},
+    direct::where_direct_works,
     process::Process,
     scenario::on_mesh,
     traffic::nginx::Nginx,
@@ -24,16 +24,7 @@ fn a_virtual_address_leads_to_endpoints_in_turn_and_past_those_that_refuse() -> 
 
 #[test]
 fn direct_connections_go_to_endpoints_and_show_the_virtual_address() -> Result<()> {
-    if agent::kernel_keeps_records()? && !agent::kernel_splices()? {
-        println!(
-            "SKIPPED: direct_connections_go_to_endpoints_and_show_the_virtual_address: this kernel's records are not up to direct connections"
-        );
-        return Ok(());
-    }
-    let mut spec = ClusterSpec::pairs(Mode::Strict);
-    spec.program = Some(agent::binary_for_direct()?);
-    spec.direct = Some(Direct::default());
-    on_mesh(&spec, |cluster| {
+    where_direct_works(Direct::default(), |cluster| {
         let client = cluster.filtered("client-a")?;
         services(cluster, &client, "direct")
     })

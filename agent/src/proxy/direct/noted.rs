@@ -9,11 +9,14 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::watch::{self, Ends, Live};
+use super::{
+    ask,
+    watch::{self, Ends, Live},
+};
 use crate::{
     bpf::BpfError,
     proxy::{Context, account::Account, authorize::Permit, connections::Facts, pod::Pod},
-    sys::{netns::NetnsCookie, tcp_info::Opening},
+    sys::{diag::Diag, netns::NetnsCookie, tcp_info::Opening},
     words::{Direction, Endpoint, Mode, Path, TlsFacts, with_causes},
 };
 
@@ -117,15 +120,27 @@ pub(super) fn forget(ctx: &Context, cookie: u64) {
 /// What a predecessor has kept of this pod: connections that live go on under this agent's eyes, the others are accounted.
 pub(super) async fn adopt(ctx: &Arc<Context>, pod: &Arc<Pod>) -> io::Result<()> {
     let Some(direct) = &ctx.direct else { return Ok(()) };
-    let there = watch::cookies(pod).await?;
-    for (cookie, kept) in kept(ctx)?.into_iter().filter(|(_, kept)| kept.netns == pod.netns.cookie().0) {
+    let there = ask::ask(pod, Diag::all).await?;
+    for (cookie, kept) in kept(ctx)? {
+        let socket = there.iter().find(|socket| socket.id.cookie == cookie);
+        let kept = match (kept, socket) {
+            (Some(kept), _) if kept.netns == pod.netns.cookie().0 => kept,
+            // Nobody could say whether it is still allowed.
+            (None, Some(socket)) => {
+                tracing::error!(cookie, "what is known of a direct connection cannot be read: it is ended");
+                forget(ctx, cookie);
+                ask::end(pod, socket.id).await;
+                continue;
+            }
+            _ => continue,
+        };
         let opening = if kept.direction == Direction::Outbound { Opening::Active } else { Opening::Passive };
         let ends =
             Ends { cookie, local: kept.local, remote: kept.remote, opening, sent: kept.sent, received: kept.received };
         let served = (kept.direction == Direction::Inbound).then(|| pod.workload.clone());
         let account = kept.account(ctx);
         account.live.learn(|facts| facts.served = served);
-        if !there.contains(&cookie) {
+        if socket.is_none() {
             forget(ctx, cookie);
             account.unobserved();
             continue;
@@ -143,6 +158,7 @@ pub(super) fn forget_strangers(ctx: &Context) {
     match kept(ctx) {
         Ok(all) => {
             for (cookie, kept) in all {
+                let Some(kept) = kept else { continue };
                 let netns = NetnsCookie(kept.netns);
                 if !direct.watch.adopted(netns) && direct.pod(netns).is_none() {
                     forget(ctx, cookie);
@@ -154,18 +170,10 @@ pub(super) fn forget_strangers(ctx: &Context) {
     }
 }
 
-/// All that is kept; what cannot be read is nobody's.
-fn kept(ctx: &Context) -> io::Result<Vec<(u64, Kept)>> {
+/// All that is kept, by the sockets' cookies, as far as it can be read.
+fn kept(ctx: &Context) -> io::Result<Vec<(u64, Option<Kept>)>> {
     let all = ctx.capture.direct_kept().map_err(|error| io::Error::other(with_causes(&error)))?;
-    let read = all.into_iter().filter_map(|(cookie, bytes)| match serde_json::from_slice(&bytes) {
-        Ok(kept) => Some((cookie, kept)),
-        Err(error) => {
-            tracing::error!(%error, cookie, "what an earlier agent has kept of a direct connection cannot be read");
-            forget(ctx, cookie);
-            None
-        }
-    });
-    Ok(read.collect())
+    Ok(all.into_iter().map(|(cookie, bytes)| (cookie, serde_json::from_slice(&bytes).ok())).collect())
 }
 
 impl Kept {

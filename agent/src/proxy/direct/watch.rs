@@ -331,6 +331,6 @@ async fn missed(ctx: &Context, pod: &Arc<Pod>) {
     }
 }
 
-pub(super) async fn cookies(pod: &Arc<Pod>) -> io::Result<HashSet<u64>> {
+async fn cookies(pod: &Arc<Pod>) -> io::Result<HashSet<u64>> {
     Ok(ask::ask(pod, Diag::all).await?.into_iter().map(|socket| socket.id.cookie).collect())
 }
