@@ -17,8 +17,9 @@ mod unsupported;
 
 use std::{
     collections::HashMap,
-    fs, io,
+    fs, io, mem,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 pub use agent::{
@@ -122,28 +123,37 @@ fn read(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Loaded, Config
 
 /// The snapshot is good for nothing if the report holds errors.
 fn read_all(dir: &Path, trust_domain: Option<&TrustDomain>, need: Need) -> (Option<AgentConfig>, Snapshot, Report) {
-    let mut report = Report::default();
     let mut documents = Documents::default();
     match configuration_files(dir) {
         Err(error) => {
             let hint = "give the directory that holds the agent's YAML files";
-            report.errors.push(about_file(dir, None, format!("cannot be read: {error}"), hint));
+            documents.report.errors.push(about_file(dir, None, format!("cannot be read: {error}"), hint));
         }
         Ok(files) if files.is_empty() => {
             let hint = "put at least an AgentConfig there";
-            report.errors.push(about_file(dir, None, "holds no *.yaml, *.yml or *.json file".to_owned(), hint));
+            documents.report.errors.push(about_file(
+                dir,
+                None,
+                "holds no *.yaml, *.yml or *.json file".to_owned(),
+                hint,
+            ));
         }
         Ok(files) => {
             for file in files {
-                documents.read_file(dir, &file, &mut report);
+                documents.read_file(dir, &file);
             }
-            documents.check_agents(dir, need, &mut report);
+            documents.check_agents(dir, need);
         }
     }
-    let agent = std::mem::take(&mut documents.agents).into_iter().next().and_then(|(_, agent)| agent);
+    let mut report = mem::take(&mut documents.report);
+    let mut names = HashMap::new();
+    for origin in mem::take(&mut documents.named) {
+        assemble::unique_name(&mut names, origin, &mut report);
+    }
+    let agent = mem::take(&mut documents.agents).into_iter().next().and_then(|(_, agent)| agent);
     // Without a sound AgentConfig nothing is loaded, but the contradictions among workloads shall be told as well.
     let trust_domain = trust_domain.or(agent.as_ref().map(|agent| &agent.trust_domain)).cloned().unwrap_or_default();
-    let policies = documents.policies(&trust_domain, &mut report);
+    let policies = documents.policies(&trust_domain, &names, &mut report);
     let snapshot = assemble::snapshot(&trust_domain, policies, &documents.workloads, &documents.services, &mut report);
     (agent, snapshot, report)
 }
@@ -154,10 +164,14 @@ fn is_configuration(path: &Path) -> bool {
     !hidden && path.extension().is_some_and(|extension| known.iter().any(|known| extension.eq_ignore_ascii_case(known)))
 }
 
-/// What the files hold, document by document.
+/// Resources by `KIND NAMESPACE/NAME`.
+type Names = HashMap<Arc<str>, Origin>;
+
+/// What files hold, document by document; as much as one thread has read, or all together.
 #[derive(Default)]
 struct Documents {
-    names: HashMap<String, Origin>,
+    /// Of resources whose names are to be unique.
+    named: Vec<Origin>,
     /// Without a configuration if one was there and could not be read.
     agents: Vec<(Origin, Option<AgentConfig>)>,
     peers: Vec<PeerAuthentication>,
@@ -165,47 +179,67 @@ struct Documents {
     workloads: Vec<WorkloadEntry>,
     services: Vec<ServiceResource>,
     destinations: Vec<DestinationRule>,
+    report: Report,
 }
 
 impl Documents {
-    fn read_file(&mut self, dir: &Path, file: &Path, report: &mut Report) {
+    fn read_file(&mut self, dir: &Path, file: &Path) {
         let text = match read_file(file).map(String::from_utf8) {
             Err(error) => {
                 let hint = "make it readable to the agent, or remove it";
-                report.errors.push(about_file(file, None, format!("cannot be read: {error}"), hint));
+                self.report.errors.push(about_file(file, None, format!("cannot be read: {error}"), hint));
                 return;
             }
             Ok(Err(error)) => {
                 let line =
                     1 + error.as_bytes().iter().take(error.utf8_error().valid_up_to()).filter(|b| **b == b'\n').count();
                 let message = "is not UTF-8 text".to_owned();
-                report.errors.push(about_file(file, Some(line as u64), message, "save it as UTF-8"));
+                self.report.errors.push(about_file(file, Some(line as u64), message, "save it as UTF-8"));
                 return;
             }
             Ok(Ok(text)) => text,
         };
-        if let Some(error) = document::parse(&text, |node| self.read_document(dir, file, &node, report)) {
+        let shared: Arc<Path> = file.into();
+        let (parts, error) = document::parse(&text, |part: &mut Self, node| part.read_document(dir, &shared, &node));
+        for part in parts {
+            self.append(part);
+        }
+        if let Some(error) = error {
             let hint = "correct it; what follows in this file was not read";
-            report.errors.push(about_file(file, error.line, format!("is not valid YAML: {}", error.message), hint));
+            let message = format!("is not valid YAML: {}", error.message);
+            self.report.errors.push(about_file(file, error.line, message, hint));
         }
     }
 
-    fn read_document(&mut self, dir: &Path, file: &Path, node: &Node, report: &mut Report) {
+    fn append(&mut self, mut part: Self) {
+        self.named.append(&mut part.named);
+        self.agents.append(&mut part.agents);
+        self.peers.append(&mut part.peers);
+        self.authorizations.append(&mut part.authorizations);
+        self.workloads.append(&mut part.workloads);
+        self.services.append(&mut part.services);
+        self.destinations.append(&mut part.destinations);
+        self.report.append(part.report);
+    }
+
+    fn read_document(&mut self, dir: &Path, file: &Arc<Path>, node: &Node) {
         let Value::Map(document) = &node.value else {
             let message = format!("expected a resource, found {}", node.value.kind());
             let hint = "write apiVersion, kind, metadata and spec";
-            report.errors.push(about_file(file, Some(node.line), message, hint));
+            self.report.errors.push(about_file(file, Some(node.line), message, hint));
             return;
         };
         let (kind, version) = (text_of(document, "kind"), text_of(document, "apiVersion"));
         if kind == "List" && version == "v1" {
-            self.read_list(dir, file, node.line, document, report);
+            self.read_list(dir, file, node.line, document);
             return;
         }
-        let mut origin = Origin { file: file.to_owned(), line: node.line, resource: resource_name(kind, document) };
+        let resource = resource_name(kind, document).into();
+        let mut origin = Origin { file: Arc::clone(file), line: node.line, resource };
+        let report = &mut self.report;
         if kind.is_empty() || version.is_empty() {
             let field = if kind.is_empty() { "kind" } else { "apiVersion" };
-            origin.resource = "document".to_owned();
+            origin.resource = "document".into();
             let hint = "write apiVersion and kind as texts at the top of each document".to_owned();
             report.errors.push(origin.finding(field, node.line, "is missing or no text".to_owned(), hint));
             return;
@@ -215,83 +249,80 @@ impl Documents {
             ("AgentConfig", "marline.io", "v1alpha1") => {
                 let agent = agent::read(dir, &origin, document, report);
                 self.agents.push((origin, agent));
+                return;
             }
             ("WorkloadEntry", "networking.istio.io", "v1" | "v1beta1" | "v1alpha3") => {
-                assemble::unique_name(&mut self.names, &origin, report);
                 let metadata = resources::metadata(&origin, document, report);
                 self.workloads.extend(resources::workload_entry(&origin, metadata, document, report));
             }
             ("ServiceEntry", "networking.istio.io", "v1" | "v1beta1" | "v1alpha3") => {
-                assemble::unique_name(&mut self.names, &origin, report);
                 let metadata = resources::metadata(&origin, document, report);
                 self.services.extend(services::service_entry(&origin, metadata, document, report));
             }
             ("DestinationRule", "networking.istio.io", "v1" | "v1beta1" | "v1alpha3") => {
-                assemble::unique_name(&mut self.names, &origin, report);
                 let metadata = resources::metadata(&origin, document, report);
                 self.destinations.extend(destinations::destination_rule(&origin, metadata, document, report));
             }
             ("Service", "", "v1") => {
-                assemble::unique_name(&mut self.names, &origin, report);
                 let metadata = resources::metadata(&origin, document, report);
                 self.services.extend(services::service(&origin, metadata, document, report));
             }
             ("PeerAuthentication", "security.istio.io", "v1" | "v1beta1") => {
-                assemble::unique_name(&mut self.names, &origin, report);
                 let metadata = resources::metadata(&origin, document, report);
                 self.peers.extend(policies::peer_authentication(&origin, metadata, document, report));
             }
             ("AuthorizationPolicy", "security.istio.io", "v1" | "v1beta1") => {
-                assemble::unique_name(&mut self.names, &origin, report);
                 let metadata = resources::metadata(&origin, document, report);
                 self.authorizations.extend(authorization::authorization_policy(&origin, metadata, document, report));
             }
             _ => {
                 let (message, hint) = unsupported(kind, group, version);
                 report.errors.push(origin.finding("", node.line, message, hint));
+                return;
             }
         }
+        self.named.push(origin);
     }
 
     /// What `kubectl get -o yaml` prints.
-    fn read_list(&mut self, dir: &Path, file: &Path, line: u64, document: &[Pair], report: &mut Report) {
+    fn read_list(&mut self, dir: &Path, file: &Arc<Path>, line: u64, document: &[Pair]) {
         match document.iter().find(|pair| pair.key == "items").map(|pair| &pair.value.value) {
             Some(Value::List(items)) => {
                 for item in items {
-                    self.read_document(dir, file, item, report);
+                    self.read_document(dir, file, item);
                 }
             }
             _ => {
                 let hint = "write the resources below items, or as documents of their own";
-                report.errors.push(about_file(file, Some(line), "a List without a list of items".to_owned(), hint));
+                self.report.errors.push(about_file(
+                    file,
+                    Some(line),
+                    "a List without a list of items".to_owned(),
+                    hint,
+                ));
             }
         }
     }
 
     /// Compiles the policies, and tells which of them an older one makes void.
-    fn policies(&mut self, trust_domain: &TrustDomain, report: &mut Report) -> Policies {
-        let authentication = Authentication::compile(std::mem::take(&mut self.peers));
+    fn policies(&mut self, trust_domain: &TrustDomain, names: &Names, report: &mut Report) -> Policies {
+        let authentication = Authentication::compile(mem::take(&mut self.peers));
         for (void, first) in authentication.superseded() {
             let message = format!("has no effect: {first} is older and says the mode already");
             let hint = "keep one of them for the whole namespace (or mesh); the oldest counts, then the first by name";
-            self.void(void, message, hint, report);
+            tell_void(names, void, message, hint, report);
         }
-        let destinations = DestinationRules::compile(std::mem::take(&mut self.destinations));
+        let destinations = DestinationRules::compile(mem::take(&mut self.destinations));
         for (void, first) in destinations.superseded() {
             let message = format!("has no effect: {first} is older, and for the same host and clients");
-            self.void(void, message, "keep one of them; the oldest counts, then the first by name", report);
+            tell_void(names, void, message, "keep one of them; the oldest counts, then the first by name", report);
         }
-        let authorization = Authorization::compile(trust_domain, std::mem::take(&mut self.authorizations));
+        let authorization = Authorization::compile(trust_domain, mem::take(&mut self.authorizations));
         Policies { authentication, authorization, destinations }
     }
 
-    fn void(&self, name: &PolicyName, message: String, hint: &str, report: &mut Report) {
-        if let Some(origin) = self.names.get(&name.to_string()) {
-            report.warnings.push(origin.finding("metadata.name", origin.line, message, hint.to_owned()));
-        }
-    }
-
-    fn check_agents(&self, dir: &Path, need: Need, report: &mut Report) {
+    fn check_agents(&mut self, dir: &Path, need: Need) {
+        let report = &mut self.report;
         let Some(((first, _), others)) = self.agents.split_first() else {
             if need == Need::Policies {
                 return;
@@ -304,6 +335,12 @@ impl Documents {
             let message = format!("there is another AgentConfig in {}", first.place());
             report.errors.push(origin.finding("kind", origin.line, message, "keep one of them".to_owned()));
         }
+    }
+}
+
+fn tell_void(names: &Names, name: &PolicyName, message: String, hint: &str, report: &mut Report) {
+    if let Some(origin) = names.get(name.to_string().as_str()) {
+        report.warnings.push(origin.finding("metadata.name", origin.line, message, hint.to_owned()));
     }
 }
 

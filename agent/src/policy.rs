@@ -21,7 +21,7 @@ pub use authentication::{Authentication, PeerAuthentication};
 pub use authorization::{Attempt, AuthorizationPolicy, Peer};
 pub use destination::{ClientTls, DestinationRule, DestinationRules, Keepalive, Traffic};
 pub use evaluate::{Authorization, Denial, Verdict};
-pub use model::{MtlsMode, Workload};
+pub use model::{Labels, MtlsMode, Workload};
 pub use select::{Header, PolicyName, ROOT_NAMESPACE};
 pub use service::{Service, ServiceEndpoint};
 

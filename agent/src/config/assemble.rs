@@ -55,14 +55,14 @@ pub(super) fn snapshot(
 }
 
 /// Reports the second and every further resource of one kind, namespace and name.
-pub(super) fn unique_name(seen: &mut HashMap<String, Origin>, origin: &Origin, report: &mut Report) {
+pub(super) fn unique_name(seen: &mut HashMap<Arc<str>, Origin>, origin: Origin, report: &mut Report) {
     // The lack of a name is reported by its own reader.
     if origin.resource.ends_with(UNNAMED) {
         return;
     }
-    match seen.entry(origin.resource.clone()) {
+    match seen.entry(Arc::clone(&origin.resource)) {
         hash_map::Entry::Vacant(vacant) => {
-            vacant.insert(origin.clone());
+            vacant.insert(origin);
         }
         hash_map::Entry::Occupied(first) => {
             let message = format!("there is another of this kind and name in {}", first.get().place());

@@ -68,7 +68,7 @@ fn candidates<'a>(
         Behind::Selector(labels) => {
             let selected = |entry: &&&WorkloadEntry| {
                 // A selector without labels selects nothing, as in Kubernetes.
-                !labels.is_empty() && labels.iter().all(|(key, value)| entry.labels.get(key) == Some(value))
+                !labels.is_empty() && entry.labels.satisfy(labels)
             };
             let all = namespaces.get(resource.namespace.as_str()).map_or(&[][..], Vec::as_slice);
             let candidate = |entry: &&'a WorkloadEntry| Candidate {

@@ -1,7 +1,12 @@
 //! YAML (and JSON, which is YAML too) as a tree that knows its lines. A typed deserializer stops at the first thing it
 //! dislikes; a tree can be read to the end, so that all errors are found at once.
 
-use std::{fmt, thread};
+use std::{
+    fmt,
+    panic::resume_unwind,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+};
 
 use serde::{
     Deserialize, Deserializer,
@@ -63,39 +68,65 @@ impl Value {
     }
 }
 
-/// Gives the documents of a file one by one, up to the first that cannot be read, and says why it cannot. Empty documents are
-/// left out. A few at a time, because the tree of a large file takes many times its size.
-pub(super) fn parse(text: &str, mut each: impl FnMut(Node)) -> Option<SyntaxError> {
-    let pieces = pieces(text);
-    let threads = thread::available_parallelism().map_or(1, usize::from);
-    let mut before = 0;
-    for pieces in pieces.chunks(threads) {
-        // The reader is slow where it can stop at any document, so that is left for where it has to.
-        let read = |piece: &str| serde_saphyr::from_multiple_with_options::<Node>(piece, options());
-        let parsed: Vec<_> = match pieces {
-            [only] => vec![read(only).ok()],
-            _ => thread::scope(|scope| {
-                let readers: Vec<_> = pieces.iter().map(|piece| scope.spawn(|| read(piece).ok())).collect();
-                readers.into_iter().map(|reader| reader.join().ok().flatten()).collect()
-            }),
-        };
-        for (piece, documents) in pieces.iter().zip(parsed) {
-            let mut each = |mut node: Node| {
-                node.shift(before);
-                each(node);
-            };
-            match documents {
-                Some(documents) => documents.into_iter().for_each(each),
-                None => {
-                    if let Some(error) = until_error(piece, &mut each) {
-                        return Some(SyntaxError { line: error.line.map(|line| line + before), ..error });
-                    }
-                }
-            }
-            before += piece.bytes().filter(|byte| *byte == b'\n').count() as u64;
+/// Gives the documents of a file to `each`, up to the first that cannot be read, and says why it cannot. Empty documents are left out.
+/// A large file is read in pieces, on all processors: what `each` made of the pieces comes back in their order.
+pub(super) fn parse<T: Default + Send>(
+    text: &str,
+    each: impl Fn(&mut T, Node) + Sync,
+) -> (Vec<T>, Option<SyntaxError>) {
+    let mut lines = 0;
+    let mut pieces = pieces(text).into_iter().map(|piece| {
+        let before = lines;
+        lines += piece.bytes().filter(|byte| *byte == b'\n').count() as u64;
+        (piece, before)
+    });
+    let pieces: Vec<_> = pieces.by_ref().collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut done = Vec::new();
+        while let at = next.fetch_add(1, Ordering::Relaxed)
+            && let Some((piece, before)) = pieces.get(at)
+        {
+            done.push((at, read_piece(piece, *before, &each)));
+        }
+        done
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(pieces.len());
+    let mut done = thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mut done = work();
+        for other in others {
+            done.extend(other.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        }
+        done
+    });
+    done.sort_unstable_by_key(|(at, _)| *at);
+    let mut made = Vec::new();
+    for (_, (piece, error)) in done {
+        made.push(piece);
+        if error.is_some() {
+            return (made, error);
         }
     }
-    None
+    (made, None)
+}
+
+fn read_piece<T: Default>(piece: &str, before: u64, each: impl Fn(&mut T, Node)) -> (T, Option<SyntaxError>) {
+    let mut made = T::default();
+    let mut each = |mut node: Node| {
+        node.shift(before);
+        each(&mut made, node);
+    };
+    // The reader is slow where it can stop at any document, so that is left for where it has to.
+    let error = match serde_saphyr::from_multiple_with_options::<Node>(piece, options()) {
+        Ok(documents) => {
+            documents.into_iter().for_each(each);
+            None
+        }
+        Err(_) => until_error(piece, &mut each)
+            .map(|error| SyntaxError { line: error.line.map(|line| line + before), ..error }),
+    };
+    (made, error)
 }
 
 /// The same, document by document.
@@ -264,9 +295,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn parse(text: &str) -> (Vec<Node>, Option<SyntaxError>) {
-        let mut documents = Vec::new();
-        let error = super::parse(text, |node| documents.push(node));
-        (documents, error)
+        let (pieces, error) = super::parse(text, |documents: &mut Vec<Node>, node| documents.push(node));
+        (pieces.into_iter().flatten().collect(), error)
     }
 
     fn only(text: &str) -> Node {

@@ -3,6 +3,7 @@
 use std::{
     fmt::{self, Write as _},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use serde::Serialize;
@@ -71,6 +72,11 @@ pub(super) struct Report {
 }
 
 impl Report {
+    pub(super) fn append(&mut self, mut other: Self) {
+        self.errors.append(&mut other.errors);
+        self.warnings.append(&mut other.warnings);
+    }
+
     pub(super) fn into_errors(mut self) -> ConfigErrors {
         sort(&mut self.errors);
         sort(&mut self.warnings);
@@ -83,20 +89,20 @@ impl Report {
     }
 }
 
-/// Where a resource stands: what every finding about it has in common.
+/// Where a resource stands: what every finding about it has in common. There are as many as resources, so clones share.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Origin {
-    pub(super) file: PathBuf,
+    pub(super) file: Arc<Path>,
     pub(super) line: u64,
-    pub(super) resource: String,
+    pub(super) resource: Arc<str>,
 }
 
 impl Origin {
     pub(super) fn finding(&self, field: &str, line: u64, message: String, hint: String) -> Finding {
         Finding {
-            file: self.file.clone(),
+            file: self.file.to_path_buf(),
             line: Some(line),
-            resource: Some(self.resource.clone()),
+            resource: Some(self.resource.to_string()),
             field: (!field.is_empty()).then(|| field.to_owned()),
             message,
             hint,

@@ -12,7 +12,7 @@ use super::{
     finding::{Origin, Report},
     resources::{Metadata, OUR_PREFIX},
 };
-use crate::policy::{Header, MtlsMode, PeerAuthentication, PolicyName};
+use crate::policy::{Header, Labels, MtlsMode, PeerAuthentication, PolicyName};
 
 pub(super) const DRY_RUN: &str = "istio.io/dry-run";
 
@@ -38,7 +38,7 @@ pub(super) fn peer_authentication(
         let hint = "remove it, or move the resource out of the directory until it shall act";
         top.warning(report, "metadata.annotations", format!("{DRY_RUN} has no effect on a PeerAuthentication"), hint);
     }
-    let (mut selector, mut mode, mut ports) = (BTreeMap::new(), None, BTreeMap::new());
+    let (mut selector, mut mode, mut ports) = (Labels::default(), None, BTreeMap::new());
     if let Some(mut spec) = top.fields(report, "spec") {
         selector = read_selector(&mut spec, report, "selector");
         mode = read_mode(&mut spec, report, "mtls");
@@ -61,12 +61,7 @@ pub(super) fn peer_authentication(
     sound.then_some(policy)
 }
 
-pub(super) fn header(
-    kind: &'static str,
-    metadata: Metadata,
-    created: Option<Duration>,
-    selector: BTreeMap<String, String>,
-) -> Header {
+pub(super) fn header(kind: &'static str, metadata: Metadata, created: Option<Duration>, selector: Labels) -> Header {
     Header { name: PolicyName { kind, namespace: metadata.namespace, name: metadata.name }, created, selector }
 }
 
@@ -86,8 +81,8 @@ pub(super) fn made(top: &Fields<'_>, metadata: &Metadata, report: &mut Report) -
 }
 
 /// As Istio has it, an empty selector is none (validateWorkloadSelector).
-pub(super) fn read_selector(spec: &mut Fields<'_>, report: &mut Report, key: &'static str) -> BTreeMap<String, String> {
-    let Some(mut selector) = spec.fields(report, key) else { return BTreeMap::new() };
+pub(super) fn read_selector(spec: &mut Fields<'_>, report: &mut Report, key: &'static str) -> Labels {
+    let Some(mut selector) = spec.fields(report, key) else { return Labels::default() };
     let labels = selector.texts(report, "matchLabels");
     for (key, value) in &labels {
         if key.is_empty() || key.contains('*') || value.contains('*') {
@@ -100,7 +95,7 @@ pub(super) fn read_selector(spec: &mut Fields<'_>, report: &mut Report, key: &'s
         let hint = format!("remove spec.{key}, or write matchLabels");
         spec.warning(report, key, "selects without labels, and so everything in its reach", hint);
     }
-    labels
+    labels.into_iter().collect()
 }
 
 fn read_mode(fields: &mut Fields<'_>, report: &mut Report, key: &'static str) -> Option<MtlsMode> {

@@ -11,6 +11,7 @@ use super::{
     finding::{Origin, Report},
     services::numbers,
 };
+use crate::policy::Labels;
 
 pub(super) const DEFAULT_NAMESPACE: &str = "default";
 
@@ -39,7 +40,7 @@ pub(super) struct WorkloadEntry {
     pub(super) service_account: String,
     pub(super) address: IpAddr,
     pub(super) address_line: u64,
-    pub(super) labels: BTreeMap<String, String>,
+    pub(super) labels: Labels,
     pub(super) in_mesh: bool,
     pub(super) netns: Option<PathBuf>,
     /// By the names that services give them.
@@ -133,7 +134,7 @@ pub(super) fn workload_entry(
         service_account,
         address: address?,
         address_line,
-        labels,
+        labels: labels.into_iter().collect(),
         in_mesh: in_mesh?,
         netns: netns.ok()?,
         ports,

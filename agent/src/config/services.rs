@@ -11,7 +11,10 @@ use super::{
     finding::{Origin, Report},
     resources::{Metadata, locality},
 };
-use crate::{identity::SpiffeId, policy::Workload};
+use crate::{
+    identity::SpiffeId,
+    policy::{Labels, Workload},
+};
 
 /// Either kind.
 pub(super) struct ServiceResource {
@@ -42,7 +45,7 @@ pub(super) enum Target {
 /// What is behind a service.
 pub(super) enum Behind {
     /// The workloads of its namespace with these labels.
-    Selector(BTreeMap<String, String>),
+    Selector(Labels),
     Endpoints(Vec<Inline>),
     /// Nothing is said.
     Nothing,
@@ -93,7 +96,7 @@ pub(super) fn service(
         namespace: metadata.namespace,
         addresses: addresses.into_iter().collect(),
         ports,
-        behind: if selector.is_empty() { Behind::Nothing } else { Behind::Selector(selector) },
+        behind: if selector.is_empty() { Behind::Nothing } else { Behind::Selector(selector.into_iter().collect()) },
         identities: Vec::new(),
         internal: true,
     })
@@ -141,7 +144,7 @@ pub(super) fn service_entry(
             spec.error(report, "workloadSelector", "cannot be together with endpoints", hint);
             Behind::Nothing
         }
-        (Some(labels), None) => Behind::Selector(labels),
+        (Some(labels), None) => Behind::Selector(labels.into_iter().collect()),
         (None, Some(endpoints)) => Behind::Endpoints(endpoints),
         (None, None) => Behind::Nothing,
     };

@@ -129,7 +129,7 @@ impl DestinationRule {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::TrustDomain;
+    use crate::{identity::TrustDomain, policy::Labels};
 
     const HOST: &str = "web.shop.svc.cluster.local";
 
@@ -138,7 +138,7 @@ mod tests {
         // The name is told by the limit.
         let traffic = Traffic { max_connections: Some(name.name.parse().unwrap()), ..Traffic::default() };
         DestinationRule {
-            header: Header { name, created: Some(Duration::from_secs(created)), selector: BTreeMap::new() },
+            header: Header { name, created: Some(Duration::from_secs(created)), selector: Labels::default() },
             host: host.into(),
             exported_to: None,
             traffic: Arc::new(traffic),
@@ -154,7 +154,7 @@ mod tests {
             id: SpiffeId::new(&TrustDomain::default(), namespace, "client").unwrap(),
             addresses: Vec::new(),
             in_mesh: true,
-            labels: BTreeMap::from([("app".into(), "client".into())]),
+            labels: Labels::from([("app", "client")]),
             host: Workload::host_of("client", namespace),
         }
     }
@@ -196,9 +196,9 @@ mod tests {
     #[test]
     fn a_rule_for_certain_clients_counts_before_one_for_all_and_only_in_its_namespace() {
         let mut chosen = rule("shop", "1", HOST, 9);
-        chosen.header.selector = BTreeMap::from([("app".into(), "client".into())]);
+        chosen.header.selector = Labels::from([("app", "client")]);
         let mut others = rule("shop", "2", HOST, 1);
-        others.header.selector = BTreeMap::from([("app".into(), "other".into())]);
+        others.header.selector = Labels::from([("app", "other")]);
         let rules = vec![chosen, others, rule("shop", "3", HOST, 1)];
         assert_eq!(found(rules.clone(), "shop"), Some(1));
         assert_eq!(found(rules, "front"), Some(3));

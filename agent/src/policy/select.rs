@@ -1,16 +1,11 @@
 //! Where a policy applies, and which policies apply to a workload without looking at all of them: by namespace, then by
 //! one label of the selector.
 
-use std::{
-    cmp::Ordering,
-    collections::{BTreeMap, HashMap},
-    fmt,
-    time::Duration,
-};
+use std::{cmp::Ordering, collections::HashMap, fmt, time::Duration};
 
 use serde::{Serialize, Serializer};
 
-use super::Workload;
+use super::{Labels, Workload};
 
 /// Istio's namespace for what holds in the whole mesh.
 pub const ROOT_NAMESPACE: &str = "istio-system";
@@ -42,12 +37,12 @@ pub struct Header {
     /// Since the Unix epoch. Istio takes a resource without a time for the oldest of all.
     pub created: Option<Duration>,
     /// The labels that a workload must have; none are for all workloads.
-    pub selector: BTreeMap<String, String>,
+    pub selector: Labels,
 }
 
 impl Header {
-    pub fn selects(&self, labels: &BTreeMap<String, String>) -> bool {
-        self.selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+    pub fn selects(&self, labels: &Labels) -> bool {
+        labels.satisfy(&self.selector)
     }
 
     pub fn is_of_mesh(&self) -> bool {
@@ -92,7 +87,7 @@ impl<T: Selective> Index<T> {
         items.sort_by(|a, b| a.header().by_age(b.header()));
         let mut uses: HashMap<(&str, &str, &str), usize> = HashMap::new();
         for header in items.iter().map(T::header) {
-            for (key, value) in &header.selector {
+            for (key, value) in header.selector.iter() {
                 *uses.entry((&header.name.namespace, key, value)).or_default() += 1;
             }
         }
@@ -103,7 +98,7 @@ impl<T: Selective> Index<T> {
             match header.selector.iter().min_by_key(|(key, value)| shared(key, value)) {
                 None => scope.everywhere.push(at),
                 Some((key, value)) => {
-                    scope.labelled.entry(key.clone()).or_default().entry(value.clone()).or_default().push(at);
+                    scope.labelled.entry(key.to_owned()).or_default().entry(value.to_owned()).or_default().push(at);
                 }
             }
         }
@@ -125,13 +120,13 @@ impl<T: Selective> Index<T> {
         self.items.len()
     }
 
-    fn collect(&self, namespace: &str, labels: &BTreeMap<String, String>, found: &mut Vec<usize>) {
+    fn collect(&self, namespace: &str, labels: &Labels, found: &mut Vec<usize>) {
         let Some(scope) = self.namespaces.get(namespace) else { return };
         found.extend(&scope.everywhere);
         if scope.labelled.is_empty() {
             return;
         }
-        for (key, value) in labels {
+        for (key, value) in labels.iter() {
             let candidates = scope.labelled.get(key).and_then(|values| values.get(value));
             // A selector of one label is the label that it was found by.
             let chosen = |at: &usize| {

@@ -202,8 +202,8 @@ mod tests {
     use crate::{
         identity::TrustDomain,
         policy::{
-            Authentication, Authorization, AuthorizationPolicy, Header, PeerAuthentication, Policies, PolicyName,
-            Service, Traffic,
+            Authentication, Authorization, AuthorizationPolicy, Header, Labels, PeerAuthentication, Policies,
+            PolicyName, Service, Traffic,
             authorization::{Action, Condition, Rule, Test},
         },
         proxy::connections::Connections,
@@ -218,7 +218,7 @@ mod tests {
             id: SpiffeId::new(&TrustDomain::default(), "shop", account).unwrap(),
             addresses: vec![address.ip()],
             in_mesh: true,
-            labels: BTreeMap::from([("app".into(), account.into())]),
+            labels: Labels::from([("app", account)]),
             host: Workload::host_of(account, "shop"),
         })
     }
@@ -228,7 +228,7 @@ mod tests {
         let header = Header {
             name: PolicyName { kind: "PeerAuthentication", namespace: "shop".into(), name: "x".into() },
             created: None,
-            selector: BTreeMap::from([("app".into(), account.into())]),
+            selector: Labels::from([("app", account)]),
         };
         let policy = PeerAuthentication { header, mode: None, ports: BTreeMap::from([(80, Some(mode))]) };
         let policies = Policies { authentication: Authentication::compile(vec![policy]), ..Policies::default() };
@@ -310,7 +310,7 @@ mod tests {
         let header = Header {
             name: PolicyName { kind: "AuthorizationPolicy", namespace: "shop".into(), name: "closed".into() },
             created: None,
-            selector: BTreeMap::from([("state".into(), "closed".into())]),
+            selector: Labels::from([("state", "closed")]),
         };
         let everybody =
             AuthorizationPolicy { header, action: Action::Deny, dry_run: false, rules: vec![Rule::default()] };
@@ -318,7 +318,7 @@ mod tests {
         let now = |name: &str, state: &str| {
             let authorization = Authorization::compile(&TrustDomain::default(), vec![everybody.clone()]);
             let mut workload = (*workload(name, "10.0.0.1:80".parse().unwrap())).clone();
-            workload.labels.insert("state".into(), state.into());
+            workload.labels = Labels::from([("state", state)]);
             let policies = Policies { authorization, ..Policies::default() };
             Snapshot::new(policies, TrustDomain::default(), vec![Arc::new(workload)], Vec::new())
         };
@@ -348,7 +348,7 @@ mod tests {
         let header = |name: &str| Header {
             name: PolicyName { kind: "AuthorizationPolicy", namespace: "shop".into(), name: name.into() },
             created: None,
-            selector: BTreeMap::new(),
+            selector: Labels::default(),
         };
         let from = |test| Rule { from: vec![vec![Condition { test, negated: false }]], ..Rule::default() };
         let policy = |name, action, test| AuthorizationPolicy {

@@ -121,7 +121,7 @@ fn policy() -> impl Strategy<Value = AuthorizationPolicy> {
             header: Header {
                 name: PolicyName { kind: "AuthorizationPolicy", namespace: namespace.to_owned(), name },
                 created: None,
-                selector,
+                selector: selector.into_iter().collect(),
             },
             action,
             dry_run,
@@ -168,7 +168,7 @@ fn call() -> impl Strategy<Value = Call> {
                 id: SpiffeId::new(&TrustDomain::default(), namespace, "w").unwrap(),
                 addresses: vec![destination.parse().unwrap()],
                 in_mesh: true,
-                labels: labels.into_iter().filter_map(|(key, value)| Some((key.into(), value?.into()))).collect(),
+                labels: labels.into_iter().filter_map(|(key, value)| Some((key, value?))).collect(),
                 host: "w".into(),
             };
             let destination = SocketAddr::new(destination.parse().unwrap(), port);
