@@ -19,7 +19,7 @@ use std::{
 use crate::identity::SpiffeId;
 pub use authentication::{Authentication, PeerAuthentication};
 pub use authorization::{Attempt, AuthorizationPolicy, Peer};
-pub use destination::{ClientTls, DestinationRule, DestinationRules, Keepalive, Traffic};
+pub use destination::{ClientTls, DestinationRule, DestinationRules, Keepalive, Subset, Traffic};
 pub use evaluate::{Authorization, Denial, Verdict};
 pub use model::{Labels, MtlsMode, Workload};
 pub use select::{Header, PolicyName, ROOT_NAMESPACE};
@@ -121,6 +121,41 @@ pub fn outbound(policies: &Policies, destination: Option<&Workload>, port: u16) 
             MtlsMode::Strict | MtlsMode::Permissive => Outbound::Mtls { expect: vec![workload.id.clone()] },
         },
     }
+}
+
+/// The same towards an endpoint of a service: with what the service and the DestinationRule for it say, which can ask for plaintext or for
+/// mTLS, and allow nothing that is denied.
+pub fn towards(
+    policies: &Policies,
+    endpoint: Option<&Workload>,
+    port: u16,
+    service: Option<&Service>,
+    traffic: &Traffic,
+) -> Outbound {
+    let expect = match (traffic.tls, outbound(policies, endpoint, port)) {
+        (_, Outbound::Deny(reason)) => return Outbound::Deny(reason),
+        (Some(ClientTls::Disable), _) => return Outbound::Plaintext,
+        (_, Outbound::Mtls { expect }) => expect,
+        (_, Outbound::Plaintext) if !demands_mtls(service, traffic) => return Outbound::Plaintext,
+        // Whose identity the endpoint has, is known of workloads alone.
+        (_, Outbound::Plaintext) => endpoint.iter().map(|workload| workload.id.clone()).collect(),
+    };
+    Outbound::Mtls { expect: expect.into_iter().filter(|id| may_answer(id, service, traffic)).collect() }
+}
+
+/// Whether a rule asks for mTLS, or somebody says who may answer, which plaintext cannot show.
+pub fn demands_mtls(service: Option<&Service>, traffic: &Traffic) -> bool {
+    let named = !traffic.identities.is_empty() || service.is_some_and(|service| !service.identities.is_empty());
+    match traffic.tls {
+        Some(tls) => tls == ClientTls::IstioMutual,
+        None => named,
+    }
+}
+
+/// Whether the service and the rule for it, where they name identities, name this one.
+fn may_answer(id: &SpiffeId, service: Option<&Service>, traffic: &Traffic) -> bool {
+    let named = [service.map_or(&[][..], |service| &service.identities), &traffic.identities];
+    named.iter().all(|identities| identities.is_empty() || identities.contains(id))
 }
 
 /// The server's side: what a connection to `local`, an address of `destination`, must be, if it comes from `client`, which

@@ -2,14 +2,19 @@
 //!
 //! Readers never see half of a change. `control` makes the snapshots; `bpf`, `proxy` and `identity` follow them.
 
-use std::{collections::HashMap, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use crate::{
     identity::{SpiffeId, TrustDomain},
-    policy::{Policies, Service, Workload},
+    policy::{Policies, Service, Traffic, Workload},
 };
 
 /// A pod on this node that is to be enrolled.
@@ -71,9 +76,20 @@ impl Snapshot {
         self.by_virtual_address.get(&address.to_canonical())
     }
 
+    /// The service that a client's connection to an address is for, and what DestinationRules say of it.
+    pub fn called(&self, client: &Workload, to: SocketAddr) -> Option<(&Arc<Service>, Arc<Traffic>)> {
+        let service = self.service(to.ip())?;
+        let rule = self.policies.destinations.asked(client, &service.namespace, &service.host).next();
+        Some((service, rule.map(|rule| Arc::clone(rule.traffic_at(to.port()))).unwrap_or_default()))
+    }
+
     /// The workload at an address. IPv4-mapped IPv6 addresses find the IPv4 workload.
     pub fn workload(&self, address: IpAddr) -> Option<&Arc<Workload>> {
         self.by_address.get(&address.to_canonical())
+    }
+
+    pub fn services(&self) -> &[Arc<Service>] {
+        &self.services
     }
 
     pub fn workloads(&self) -> &[Arc<Workload>] {

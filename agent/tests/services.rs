@@ -144,7 +144,8 @@ fn rules(text: &str) -> Result<LoadedPolicies, Vec<Finding>> {
 
 fn traffic(loaded: &LoadedPolicies, host: &str, port: u16) -> Option<Traffic> {
     let client = loaded.snapshot.workload("10.0.0.1".parse().unwrap()).unwrap();
-    loaded.snapshot.policies.destinations.traffic(client, "shop", host, port).map(|traffic| (**traffic).clone())
+    let rule = loaded.snapshot.policies.destinations.asked(client, "shop", host).next()?;
+    Some((**rule.traffic_at(port)).clone())
 }
 
 #[test]

@@ -13,8 +13,8 @@ use super::WRONG_CONFIGURATION;
 use crate::{
     config::{self, LoadedPolicies},
     policy::{
-        Workload,
-        explain::{Caller, explain},
+        Service, Workload,
+        explain::{Callee, Caller, explain, explain_service},
     },
     state::Snapshot,
 };
@@ -42,7 +42,8 @@ pub(super) struct ExplainArgs {
     /// Who calls: NAMESPACE/NAME, NAME, or an IP address
     #[arg(long)]
     source: String,
-    /// Who is called: NAMESPACE/NAME:PORT, NAME:PORT, or IP:PORT
+    /// Who is called: a workload, as NAMESPACE/NAME:PORT or NAME:PORT, a service, as NAME.NAMESPACE:PORT or its whole host, or
+    /// either as IP:PORT
     #[arg(long)]
     destination: String,
     /// Ask for a source that speaks plaintext although it is in the mesh
@@ -100,18 +101,41 @@ fn answer(args: &ExplainArgs) -> Result<ExitCode, String> {
         .rsplit_once(':')
         .and_then(|(name, port)| Some((name.trim_matches(['[', ']']), port.parse::<u16>().ok()?)))
         .ok_or_else(|| format!("--destination {:?}: write WORKLOAD:PORT", args.destination))?;
-    let (local, destination) = find(&snapshot, name, "--destination")?;
-    let destination = destination.ok_or_else(|| format!("--destination {name}: no workload has this address"))?;
     let caller = Caller { address, workload, plaintext: args.plaintext };
-    let local = SocketAddr::new(local, port);
-    let explanation = explain(&snapshot.policies, caller, destination, local);
-    if args.json {
-        println!("{}", serde_json::json!(explanation));
-    } else {
-        let source = workload.map_or_else(|| "nobody known".to_owned(), describe);
-        println!("from {source} at {address}\nto   {} at {local}\n{explanation}", describe(destination));
+    let source = workload.map_or_else(|| "nobody known".to_owned(), describe);
+    let (allowed, json, text) = match service(&snapshot, name) {
+        Some(service) => {
+            let explanation = explain_service(&snapshot.policies, caller, service, port)
+                .ok_or_else(|| format!("--destination {name}: {} has no port {port}", service.host))?;
+            let text = format!("to   {} port {port}\n{explanation}", service.host);
+            (explanation.allowed, serde_json::json!(explanation), text)
+        }
+        None => {
+            let (local, destination) = find(&snapshot, name, "--destination")?;
+            let destination = destination
+                .ok_or_else(|| format!("--destination {name}: no workload and no service has this address"))?;
+            let local = SocketAddr::new(local, port);
+            let callee = Callee { workload: Some(destination), address: local, service: None };
+            let explanation = explain(&snapshot.policies, caller, callee);
+            let text = format!("to   {} at {local}\n{explanation}", describe(destination));
+            (explanation.allowed, serde_json::json!(explanation), text)
+        }
+    };
+    match args.json {
+        true => println!("{json}"),
+        false => println!("from {source} at {address}\n{text}"),
     }
-    Ok(if explanation.allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A service by one of its addresses, its host, or the beginning of that: NAME.NAMESPACE, NAME.NAMESPACE.svc.
+fn service<'a>(snapshot: &'a Snapshot, text: &str) -> Option<&'a Service> {
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return snapshot.service(address).map(|service| &**service);
+    }
+    let in_full = [text.to_owned(), format!("{text}.svc.cluster.local"), format!("{text}.cluster.local")];
+    let called = |service: &&Service| text.contains('.') && in_full.contains(&service.host);
+    snapshot.services().iter().map(|service| &**service).find(called)
 }
 
 /// A workload by its name or one of its addresses; an address may be nobody's.

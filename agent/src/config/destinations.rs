@@ -10,7 +10,7 @@ use super::{
     resources::Metadata,
     services::{identities, port},
 };
-use crate::policy::{ClientTls, DestinationRule, Keepalive, Traffic, Workload};
+use crate::policy::{ClientTls, DestinationRule, Keepalive, Subset, Traffic, Workload};
 
 pub(super) fn destination_rule(
     origin: &Origin,
@@ -40,37 +40,58 @@ pub(super) fn destination_rule(
     let selector = read_selector(&mut spec, report, "workloadSelector");
     let (mut traffic, mut ports) = (Traffic::default(), BTreeMap::new());
     if let Some(mut fields) = spec.fields(report, "trafficPolicy") {
-        for mut fields in fields.items(report, "portLevelSettings").unwrap_or_default() {
-            let number = fields.fields(report, "port").and_then(|mut inner| port(&mut inner, report, "number"));
-            let read = Arc::new(traffic_of(&mut fields, report));
-            match number {
-                None => fields.error(report, "port.number", "is missing", "say which port of the service it is"),
-                Some(number) => {
-                    if ports.insert(number, read).is_some() {
-                        fields.error_here(report, format!("port {number} is there twice"), "remove one of the two");
-                    }
-                }
-            }
-            fields.finish(report, Unknown::Error);
-        }
-        traffic = traffic_of(&mut fields, report);
+        (traffic, ports) = traffic_policy(&mut fields, report);
         fields.finish(report, Unknown::Error);
     }
-    if spec.take("subsets").is_some() {
-        let hint = "leave it: without routes nothing goes to a subset, in Istio neither";
-        spec.warning(
-            report,
-            "subsets",
-            "has no effect: what chooses a subset is a VirtualService, which is not acted on",
-            hint,
-        );
-    }
+    let subsets = subsets(&mut spec, report);
     spec.finish(report, Unknown::Error);
     top.finish(report, Unknown::Error);
     let host = if host.contains(['.', '*']) { host.to_owned() } else { Workload::host_of(host, &metadata.namespace) };
     let sound = metadata.sound && report.errors.len() == before;
     let header = header("DestinationRule", metadata, created, selector);
-    sound.then(|| DestinationRule { header, host, exported_to, traffic: Arc::new(traffic), ports })
+    sound.then(|| DestinationRule { header, host, exported_to, traffic: Arc::new(traffic), ports, subsets })
+}
+
+/// Read to the end, so that what is wrong is said; `policy explain` shows which endpoints each has.
+fn subsets(spec: &mut Fields<'_>, report: &mut Report) -> Vec<Subset> {
+    let mut subsets: Vec<Subset> = Vec::new();
+    for mut fields in spec.items(report, "subsets").unwrap_or_default() {
+        let name = fields.required(report, "name", "give the subset a name").unwrap_or_default().to_owned();
+        let labels = fields.texts(report, "labels").into_iter().collect();
+        if let Some(mut policy) = fields.fields(report, "trafficPolicy") {
+            traffic_policy(&mut policy, report);
+            policy.finish(report, Unknown::Error);
+        }
+        if subsets.iter().any(|known| known.name == name) {
+            fields.error(report, "name", format!("subset {name:?} is there twice"), "rename or remove one of the two");
+        }
+        fields.finish(report, Unknown::Error);
+        subsets.push(Subset { name, labels });
+    }
+    if !subsets.is_empty() {
+        let message = "has no effect: what chooses a subset is a VirtualService, which is not acted on";
+        spec.warning(report, "subsets", message, "leave it: without routes nothing goes to a subset, in Istio neither");
+    }
+    subsets
+}
+
+/// For the service, and for single ports of it.
+fn traffic_policy(fields: &mut Fields<'_>, report: &mut Report) -> (Traffic, BTreeMap<u16, Arc<Traffic>>) {
+    let mut ports = BTreeMap::new();
+    for mut fields in fields.items(report, "portLevelSettings").unwrap_or_default() {
+        let number = fields.fields(report, "port").and_then(|mut inner| port(&mut inner, report, "number"));
+        let read = Arc::new(traffic_of(&mut fields, report));
+        match number {
+            None => fields.error(report, "port.number", "is missing", "say which port of the service it is"),
+            Some(number) => {
+                if ports.insert(number, read).is_some() {
+                    fields.error_here(report, format!("port {number} is there twice"), "remove one of the two");
+                }
+            }
+        }
+        fields.finish(report, Unknown::Error);
+    }
+    (traffic_of(fields, report), ports)
 }
 
 fn traffic_of(fields: &mut Fields<'_>, report: &mut Report) -> Traffic {

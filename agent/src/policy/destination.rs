@@ -5,12 +5,13 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, HashMap},
+    fmt,
     sync::Arc,
     time::Duration,
 };
 
 use super::{
-    Workload,
+    Labels, Workload,
     select::{Header, PolicyName, ROOT_NAMESPACE},
 };
 use crate::identity::SpiffeId;
@@ -27,6 +28,14 @@ pub struct DestinationRule {
     pub traffic: Arc<Traffic>,
     /// For single ports of the service. What is left out here is not taken from `traffic`.
     pub ports: BTreeMap<u16, Arc<Traffic>>,
+    /// Endpoints with certain labels. What would send a connection to one is a route, and there are none.
+    pub subsets: Vec<Subset>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Subset {
+    pub name: String,
+    pub labels: Labels,
 }
 
 /// What is to be done on connections to a service.
@@ -39,6 +48,25 @@ pub struct Traffic {
     /// How many connections one pod may have to the host.
     pub max_connections: Option<usize>,
     pub keepalive: Option<Keepalive>,
+}
+
+impl fmt::Display for Traffic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = Vec::new();
+        parts.extend(self.tls.map(|tls| match tls {
+            ClientTls::Disable => "tls.mode DISABLE".to_owned(),
+            ClientTls::IstioMutual => "tls.mode ISTIO_MUTUAL".to_owned(),
+        }));
+        if !self.identities.is_empty() {
+            let names: Vec<_> = self.identities.iter().map(ToString::to_string).collect();
+            parts.push(format!("answered by {}", names.join(" or ")));
+        }
+        parts.extend(self.max_connections.map(|limit| format!("at most {limit} connections of each pod")));
+        parts.extend(self.connect_timeout.map(|limit| format!("connect timeout {limit:?}")));
+        parts.extend(self.keepalive.map(|_| "keepalive".to_owned()));
+        f.write_str(if parts.is_empty() { "nothing that Marline acts on" } else { "" })?;
+        f.write_str(&parts.join(", "))
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -78,15 +106,21 @@ impl DestinationRules {
         Self(namespaces)
     }
 
-    /// What the rules say of a client's connections to a port of a service.
-    pub fn traffic(&self, client: &Workload, service_namespace: &str, host: &str, port: u16) -> Option<&Arc<Traffic>> {
-        let mut namespaces = vec![client.namespace.as_str(), service_namespace, ROOT_NAMESPACE];
-        namespaces.dedup();
-        let rule = namespaces.into_iter().find_map(|namespace| {
-            let rules = self.0.get(namespace)?;
-            rules.iter().find(|rule| rule.is_known_to(client) && rule.is_for(host))
-        })?;
-        Some(rule.ports.get(&port).unwrap_or(&rule.traffic))
+    /// The rules with a say on a client's connections to a service, in order of precedence: the first counts, and it alone.
+    pub fn asked<'a>(
+        &'a self,
+        client: &'a Workload,
+        service_namespace: &'a str,
+        host: &'a str,
+    ) -> impl Iterator<Item = &'a DestinationRule> {
+        let mut namespaces = vec![client.namespace.as_str()];
+        for namespace in [service_namespace, ROOT_NAMESPACE] {
+            if !namespaces.contains(&namespace) {
+                namespaces.push(namespace);
+            }
+        }
+        let rules = namespaces.into_iter().filter_map(|namespace| self.0.get(namespace)).flatten();
+        rules.filter(move |rule| rule.is_known_to(client) && rule.is_for(host))
     }
 
     /// Rules that never count, each with the older one of the same host and clients.
@@ -110,6 +144,11 @@ impl DestinationRules {
 }
 
 impl DestinationRule {
+    /// What it says of a port of the service.
+    pub fn traffic_at(&self, port: u16) -> &Arc<Traffic> {
+        self.ports.get(&port).unwrap_or(&self.traffic)
+    }
+
     fn is_known_to(&self, client: &Workload) -> bool {
         let namespace = &self.header.name.namespace;
         let exported = self.exported_to.as_ref().is_none_or(|to| to.contains(&client.namespace));
@@ -129,7 +168,7 @@ impl DestinationRule {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{identity::TrustDomain, policy::Labels};
+    use crate::identity::TrustDomain;
 
     const HOST: &str = "web.shop.svc.cluster.local";
 
@@ -143,6 +182,7 @@ mod tests {
             exported_to: None,
             traffic: Arc::new(traffic),
             ports: BTreeMap::new(),
+            subsets: Vec::new(),
         }
     }
 
@@ -160,9 +200,8 @@ mod tests {
     }
 
     fn found(rules: Vec<DestinationRule>, from: &str) -> Option<usize> {
-        DestinationRules::compile(rules)
-            .traffic(&client(from), "shop", HOST, 80)
-            .and_then(|found| found.max_connections)
+        let rules = DestinationRules::compile(rules);
+        rules.asked(&client(from), "shop", HOST).next().and_then(|rule| rule.traffic_at(80).max_connections)
     }
 
     #[test]
@@ -218,7 +257,8 @@ mod tests {
         let mut rule = rule("shop", "1", HOST, 1);
         rule.ports.insert(80, Arc::new(Traffic { tls: Some(ClientTls::Disable), ..Traffic::default() }));
         let rules = DestinationRules::compile(vec![rule]);
-        let traffic = |port| rules.traffic(&client("shop"), "shop", HOST, port).unwrap().clone();
+        let client = client("shop");
+        let traffic = |port| rules.asked(&client, "shop", HOST).next().unwrap().traffic_at(port).clone();
         assert_eq!((traffic(80).tls, traffic(80).max_connections), (Some(ClientTls::Disable), None));
         assert_eq!((traffic(81).tls, traffic(81).max_connections), (None, Some(1)));
     }

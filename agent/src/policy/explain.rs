@@ -1,17 +1,29 @@
 //! Why a connection is what it is, for people: both ends' decisions by the functions that the agent itself asks, and every
 //! policy with a say, in order of precedence. Printing it is `cli`'s.
 
+mod service;
+
 use std::{
     fmt,
     net::{IpAddr, SocketAddr},
 };
 
+pub use service::{EndpointExplained, ServiceExplanation, explain_service};
+
 use serde::Serialize;
 
 use super::{
-    Attempt, Denial, DenyReason, Inbound, MtlsMode, Outbound, Peer, Policies, Verdict, Workload, authentication::Step,
-    evaluate::Asked,
+    Attempt, Denial, DenyReason, Inbound, MtlsMode, Outbound, Peer, Policies, Service, Traffic, Verdict, Workload,
+    authentication::Step, evaluate::Asked,
 };
+
+impl Explanation<'_> {
+    /// In one line.
+    pub fn verdict(&self) -> String {
+        let verdict = if self.allowed { "allowed" } else { "refused" };
+        format!("{verdict}, in {}: {}", self.encryption, self.reason)
+    }
+}
 
 /// Who calls.
 #[derive(Clone, Copy, Debug)]
@@ -56,33 +68,54 @@ impl fmt::Display for Encryption {
     }
 }
 
-/// What becomes of a call to `local`, an address of `destination`.
-pub fn explain<'a>(
-    policies: &'a Policies,
-    caller: Caller<'_>,
-    destination: &Workload,
-    local: SocketAddr,
-) -> Explanation<'a> {
+/// Who is called.
+#[derive(Clone, Copy, Debug)]
+pub struct Callee<'a> {
+    /// None where no workload is known.
+    pub workload: Option<&'a Workload>,
+    pub address: SocketAddr,
+    /// The service that it is called as an endpoint of, and what the DestinationRule for it says.
+    pub service: Option<(&'a Service, &'a Traffic)>,
+}
+
+/// What becomes of a call.
+pub fn explain<'a>(policies: &'a Policies, caller: Caller<'_>, callee: Callee<'_>) -> Explanation<'a> {
+    let local = callee.address;
     let member = caller.workload.filter(|workload| workload.in_mesh && !caller.plaintext);
-    let identity = match super::outbound(policies, Some(destination), local.port()) {
-        Outbound::Mtls { .. } => member.map(|workload| &workload.id),
-        Outbound::Plaintext | Outbound::Deny(_) => None,
+    let way = match callee.service {
+        Some((service, traffic)) => super::towards(policies, callee.workload, local.port(), Some(service), traffic),
+        None => super::outbound(policies, callee.workload, local.port()),
+    };
+    // Who is not in the mesh asks nobody's DestinationRule.
+    let (identity, expected) = match (member, way) {
+        (Some(workload), Outbound::Mtls { expect }) => (Some(&workload.id), Some(expect)),
+        _ => (None, None),
     };
     let encryption = if identity.is_some() { Encryption::Mtls } else { Encryption::Plaintext };
-    let sni = format!("outbound_.{}_._.{}", local.port(), destination.host);
+    let Some(destination) = callee.workload.filter(|workload| workload.in_mesh) else {
+        let allowed = identity.is_none();
+        let reason = match allowed {
+            true => "the destination is not in the mesh: nobody enforces anything there",
+            false => "the client must speak mTLS, and the destination is not in the mesh: nobody answers it there",
+        };
+        let (reason, mode, modes, rules) = (reason.to_owned(), MtlsMode::Disable, Vec::new(), Vec::new());
+        return Explanation { allowed, encryption, reason, mode, modes, rules, dry_run: None };
+    };
+    let host = callee.service.map_or(&destination.host, |(service, _)| &service.host);
+    let sni = format!("outbound_.{}_._.{host}", local.port());
     let peer = identity.map_or(Peer::Nobody, |id| Peer::Proved { id, sni: Some(&sni) });
     let attempt = Attempt { source: caller.address, destination: local, peer };
-    if !destination.in_mesh {
-        let reason = "the destination is not in the mesh: nobody enforces anything there".to_owned();
-        let mode = MtlsMode::Disable;
-        let (modes, rules) = (Vec::new(), Vec::new());
-        return Explanation { allowed: true, encryption, reason, mode, modes, rules, dry_run: None };
-    }
     let decision = policies.authorization.decide(destination, &attempt);
     let refused = match super::inbound(policies, destination, local, caller.address, caller.workload) {
+        _ if expected.is_some_and(|expected| !expected.contains(&destination.id)) => {
+            Some(format!("the client lets others answer for the service, and not {}", destination.id))
+        }
         Inbound::Deny(reason) => Some(reason.to_string()),
         Inbound::Mtls if encryption == Encryption::Plaintext => {
             Some("mTLS is required, and the client speaks plaintext".into())
+        }
+        Inbound::Plaintext if encryption == Encryption::Mtls => {
+            Some("the client must speak mTLS, and the destination's port takes plaintext alone".into())
         }
         Inbound::Mtls | Inbound::Plaintext | Inbound::Sniff => None,
     };
@@ -110,8 +143,7 @@ fn denied(denial: Denial<'_>) -> String {
 
 impl fmt::Display for Explanation<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let verdict = if self.allowed { "allowed" } else { "refused" };
-        writeln!(f, "{verdict}, in {}: {}", self.encryption, self.reason)?;
+        writeln!(f, "{}", self.verdict())?;
         writeln!(f, "mode {}, of PeerAuthentication:", self.mode)?;
         let mut decided = false;
         for step in &self.modes {

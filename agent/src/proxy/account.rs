@@ -90,6 +90,7 @@ impl Account {
         self.live.learn(|facts| {
             facts.destination = identify::of(target.workload.as_deref(), target.address);
             facts.service = target.service.as_ref().map(|service| service.host.clone());
+            facts.called = target.service.is_some().then_some(target.called);
         });
     }
 

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     identity::SpiffeId,
-    policy::{self, Attempt, ClientTls, DenyReason, Inbound, MtlsMode, Outbound, Peer, Verdict, Workload},
+    policy::{self, Attempt, DenyReason, Inbound, MtlsMode, Outbound, Peer, Verdict, Workload},
     state::Snapshot,
     words::{Direction, Mode},
 };
@@ -42,27 +42,14 @@ pub enum Way {
     Plaintext { permit: Permit },
 }
 
-pub fn outbound(snapshot: &Snapshot, destination: Option<&Workload>, port: u16, live: &Live) -> Result<Way, Denied> {
-    match policy::outbound(&snapshot.policies, destination, port) {
+/// The client's side.
+pub fn towards(snapshot: &Snapshot, target: &Target, live: &Live) -> Result<Way, Denied> {
+    let (endpoint, port) = (target.workload.as_deref(), target.address.port());
+    match policy::towards(&snapshot.policies, endpoint, port, target.service.as_deref(), &target.traffic) {
         Outbound::Mtls { expect } => Ok(Way::Mtls { permit: permit(live, Mode::Mtls), expect }),
         Outbound::Plaintext => Ok(Way::Plaintext { permit: permit(live, Mode::Plaintext) }),
         Outbound::Deny(reason) => Err(Denied::Policy(reason)),
     }
-}
-
-/// The same with what DestinationRules say, which can ask for plaintext or for mTLS and allows nothing that is denied.
-pub fn towards(snapshot: &Snapshot, target: &Target, live: &Live) -> Result<Way, Denied> {
-    let way = outbound(snapshot, target.workload.as_deref(), target.address.port(), live)?;
-    Ok(match (target.traffic.tls, way) {
-        (None, way @ Way::Plaintext { .. }) if !target.names_who_answers() => way,
-        (Some(ClientTls::Disable), _) => Way::Plaintext { permit: permit(live, Mode::Plaintext) },
-        (_, Way::Mtls { permit, expect }) => Way::Mtls { permit, expect: target.narrow(expect) },
-        // mTLS is asked for, or who may answer is said, which plaintext cannot show. Whose identity that is, is known of workloads alone.
-        (Some(ClientTls::IstioMutual) | None, Way::Plaintext { .. }) => {
-            let expect = target.workload.iter().map(|workload| workload.id.clone()).collect();
-            Way::Mtls { permit: permit(live, Mode::Mtls), expect: target.narrow(expect) }
-        }
-    })
 }
 
 /// A connection to a local workload.
@@ -164,14 +151,22 @@ pub fn revoked_by(snapshot: &Snapshot, direction: Direction, facts: &Facts) -> O
         }
         Direction::Outbound => {
             let destination = facts.destination.address?;
-            let workload = snapshot.workload(destination.ip())?;
-            let proved = facts.proved.as_ref()?;
-            match policy::outbound(&snapshot.policies, Some(workload), destination.port()) {
-                Outbound::Mtls { expect } if !expect.contains(proved) => {
-                    by("another identity is expected at the destination now")
-                }
-                Outbound::Mtls { .. } | Outbound::Plaintext => None,
+            let workload = snapshot.workload(destination.ip());
+            // What is said now of the service that was called. One that is gone says nothing, and ends nothing.
+            let caller = facts.source.address.and_then(|source| snapshot.workload(source.ip()));
+            let called = caller.zip(facts.called).and_then(|(caller, to)| snapshot.called(caller, to));
+            let (service, traffic) = called.map(|(service, traffic)| (Some(&**service), traffic)).unwrap_or_default();
+            match policy::towards(&snapshot.policies, workload.map(|now| &**now), destination.port(), service, &traffic)
+            {
                 Outbound::Deny(_) => by("forbidden by policy"),
+                Outbound::Plaintext => None,
+                Outbound::Mtls { expect } => match &facts.proved {
+                    Some(proved) if !expect.contains(proved) => {
+                        by("another identity is expected at the destination now")
+                    }
+                    None if policy::demands_mtls(service, &traffic) => by("mTLS is asked for towards the service now"),
+                    _ => None,
+                },
             }
         }
     }
@@ -202,8 +197,8 @@ mod tests {
     use crate::{
         identity::TrustDomain,
         policy::{
-            Authentication, Authorization, AuthorizationPolicy, Header, Labels, PeerAuthentication, Policies,
-            PolicyName, Service, Traffic,
+            Authentication, Authorization, AuthorizationPolicy, ClientTls, DestinationRule, DestinationRules, Header,
+            Labels, PeerAuthentication, Policies, PolicyName, Service, ServiceEndpoint, Traffic,
             authorization::{Action, Condition, Rule, Test},
         },
         proxy::connections::Connections,
@@ -276,7 +271,64 @@ mod tests {
         };
         let traffic = Arc::new(Traffic { tls, ..Traffic::default() });
         let address = "10.0.0.1:80".parse().unwrap();
-        Target { address, workload, service: Some(Arc::new(service)), traffic, slot: None }
+        Target { called: address, address, workload, service: Some(Arc::new(service)), traffic, slot: None }
+    }
+
+    /// The mesh of `snapshot` with a service for the workload, and a rule for it.
+    fn snapshot_with_rule(account: &str, named: &[&str], traffic: Traffic) -> Snapshot {
+        let id = |account: &&str| SpiffeId::new(&TrustDomain::default(), "shop", account).unwrap();
+        let traffic = Arc::new(Traffic { identities: named.iter().map(id).collect(), ..traffic });
+        let name = PolicyName { kind: "DestinationRule", namespace: "shop".into(), name: "x".into() };
+        let header = Header { name, created: None, selector: Labels::default() };
+        let rule = DestinationRule {
+            header,
+            host: "web.example".into(),
+            exported_to: None,
+            traffic,
+            ports: BTreeMap::new(),
+            subsets: Vec::new(),
+        };
+        let policies = Policies { destinations: DestinationRules::compile(vec![rule]), ..Policies::default() };
+        let server = workload(account, "10.0.0.1:80".parse().unwrap());
+        let client = workload("client", "10.0.0.9:80".parse().unwrap());
+        let endpoint =
+            ServiceEndpoint { address: "10.0.0.1:80".parse().unwrap(), workload: Some(server.clone()), zone: None };
+        let service = Service {
+            host: "web.example".into(),
+            namespace: "shop".into(),
+            addresses: vec!["10.96.0.1".parse().unwrap()],
+            ports: BTreeMap::from([(80, vec![endpoint])]),
+            identities: Vec::new(),
+        };
+        Snapshot::new(policies, TrustDomain::default(), vec![server, client], Vec::new())
+            .with_services(vec![Arc::new(service)])
+    }
+
+    #[test]
+    fn a_live_connection_to_a_service_is_judged_by_what_its_destination_rule_says_now() {
+        let rule = |tls| Traffic { tls, ..Traffic::default() };
+        let mutual = Some(ClientTls::IstioMutual);
+        let cases = [
+            (&[][..], None, Some("web"), false),
+            (&["web"], mutual, Some("web"), false),
+            (&["db"], mutual, Some("web"), true),
+            (&["db"], None, Some("web"), true),
+            (&[], mutual, None, true),
+            (&[], Some(ClientTls::Disable), None, false),
+            // What was encrypted is no less allowed where plaintext would do.
+            (&[], Some(ClientTls::Disable), Some("web"), false),
+            (&[], None, None, false),
+        ];
+        for (named, tls, proved, revoked) in cases {
+            let mode = if proved.is_some() { Mode::Mtls } else { Mode::Plaintext };
+            let called = |to: &str| Facts { called: to.parse().ok(), ..facts(Some(mode), proved, "10.0.0.1:80") };
+            let now = snapshot_with_rule("web", named, rule(tls));
+            let found = revoked_by(&now, Direction::Outbound, &called("10.96.0.1:80"));
+            assert_eq!(found.is_some(), revoked, "{named:?} {tls:?} {proved:?}");
+            // The rule is for the service, not for the workload's own address.
+            assert_eq!(revoked_by(&now, Direction::Outbound, &called("")), None);
+            assert_eq!(revoked_by(&now, Direction::Outbound, &called("10.96.0.2:80")), None, "a service that is gone");
+        }
     }
 
     #[test]

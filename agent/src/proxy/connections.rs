@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -47,6 +48,9 @@ pub struct Facts {
     /// The server name that an mTLS client asked for.
     #[serde(skip)]
     pub sni: Option<String>,
+    /// The address of that service that it connected to.
+    #[serde(skip)]
+    pub called: Option<SocketAddr>,
     /// Whom the peer's certificate proved.
     #[serde(skip)]
     pub proved: Option<SpiffeId>,

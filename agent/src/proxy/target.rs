@@ -14,7 +14,6 @@ use std::{
 
 use super::{connections::lock, pod::Pod, refusal::Refusal};
 use crate::{
-    identity::SpiffeId,
     policy::{Service, ServiceEndpoint, Traffic, Workload},
     state::Snapshot,
     sys::netns::NetnsCookie,
@@ -24,6 +23,8 @@ use crate::{
 #[derive(Clone)]
 pub struct Target {
     pub address: SocketAddr,
+    /// What the application asked for.
+    pub called: SocketAddr,
     pub workload: Option<Arc<Workload>>,
     /// The service that it is an endpoint of.
     pub service: Option<Arc<Service>>,
@@ -43,21 +44,6 @@ impl Target {
     pub fn host(&self) -> &str {
         let service = self.service.as_ref().map(|service| service.host.as_str());
         service.or(self.workload.as_ref().map(|workload| workload.host.as_str())).unwrap_or("unknown")
-    }
-
-    /// Whether the service, or a rule for it, says who may answer.
-    pub fn names_who_answers(&self) -> bool {
-        !self.traffic.identities.is_empty()
-            || self.service.as_ref().is_some_and(|service| !service.identities.is_empty())
-    }
-
-    /// Of those who may answer for this address, those who may answer for the service as well.
-    pub fn narrow(&self, mut expect: Vec<SpiffeId>) -> Vec<SpiffeId> {
-        let named = self.service.iter().map(|service| &service.identities).chain([&self.traffic.identities]);
-        for identities in named.filter(|identities| !identities.is_empty()) {
-            expect.retain(|id| identities.contains(id));
-        }
-        expect
     }
 }
 
@@ -82,9 +68,9 @@ pub struct InUse(Loads, SocketAddr);
 impl Loads {
     /// Where to connect to, the best first.
     pub fn targets(&self, snapshot: &Snapshot, pod: &Pod, to: SocketAddr) -> Result<Vec<Target>, Refusal> {
-        let Some(service) = snapshot.service(to.ip()) else {
-            let workload = snapshot.workload(to.ip()).cloned();
-            return Ok(vec![Target { address: to, workload, service: None, traffic: Arc::default(), slot: None }]);
+        let Some((service, traffic)) = snapshot.called(&pod.workload, to) else {
+            let (workload, traffic) = (snapshot.workload(to.ip()).cloned(), Arc::default());
+            return Ok(vec![Target { address: to, called: to, workload, service: None, traffic, slot: None }]);
         };
         let zone = snapshot.local.iter().find(|local| local.netns == pod.netns.path());
         let zone = zone.and_then(|local| local.zone.as_deref());
@@ -100,15 +86,13 @@ impl Loads {
         if endpoints.is_empty() {
             return Err(Refusal::NoEndpoint { host: service.host.clone(), port: to.port() });
         }
-        let rules = &snapshot.policies.destinations;
-        let traffic = rules.traffic(&pod.workload, &service.namespace, &service.host, to.port()).cloned();
-        let traffic = traffic.unwrap_or_default();
         let slot = match traffic.max_connections {
             Some(limit) => Some(self.slot((pod.netns.cookie(), service.host.clone(), to.port()), limit)?),
             None => None,
         };
         let target = |endpoint: &ServiceEndpoint| Target {
             address: endpoint.address,
+            called: to,
             workload: endpoint.workload.clone(),
             service: Some(Arc::clone(service)),
             traffic: Arc::clone(&traffic),

@@ -9,7 +9,7 @@ use marline::{
     config,
     policy::{
         MtlsMode,
-        explain::{Caller, Encryption, explain},
+        explain::{Callee, Caller, Encryption, explain, explain_service},
     },
 };
 
@@ -105,7 +105,7 @@ fn explain_says_the_verdict_the_mode_and_the_rule_that_decided() {
         ("sleep", "foo/httpbin:80", 2, vec!["there are several"]),
         ("foo/nobody", "foo/httpbin:80", 2, vec!["no WorkloadEntry has this name"]),
         ("foo/sleep", "foo/httpbin", 2, vec!["write WORKLOAD:PORT"]),
-        ("foo/sleep", "10.9.9.9:80", 2, vec!["no workload has this address"]),
+        ("foo/sleep", "10.9.9.9:80", 2, vec!["no workload and no service has this address"]),
     ] {
         let (found, said) = explained(dir.path(), source, destination, &[]);
         assert_eq!(found, Some(code), "{source} to {destination}:\n{said}");
@@ -138,7 +138,8 @@ fn explain_agrees_on_the_nine_pairs() {
                 let from = bed.workload(&format!("{client}/sleep"));
                 let (to, local) = bed.destination(&format!("{server}/httpbin:8000"));
                 let caller = Caller { address: from.addresses[0], workload: Some(from), plaintext: false };
-                let explanation = explain(&bed.loaded.snapshot.policies, caller, to, local);
+                let callee = Callee { workload: Some(to), address: local, service: None };
+                let explanation = explain(&bed.loaded.snapshot.policies, caller, callee);
                 denied += usize::from(!explanation.allowed);
                 mtls +=
                     usize::from(explanation.encryption == Encryption::Mtls && explanation.mode != MtlsMode::Disable);
@@ -179,4 +180,136 @@ fn documents_that_are_not_acted_on_are_refused_with_what_to_do_instead() {
     }
     let twice = peer("foo/x", None, "{}").repeat(2);
     assert!(bed::load(&twice).unwrap_err().to_string().contains("another of this kind and name"));
+}
+
+fn service(place: &str, address: &str) -> String {
+    let (namespace, name) = place.split_once('/').unwrap();
+    format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
+         spec: {{clusterIP: {address}, selector: {{app: {name}}}, ports: [{{name: tcp, port: 8000, targetPort: 80}}]}}\n---\n"
+    )
+}
+
+fn destination_rule(place: &str, spec: &str) -> String {
+    let (namespace, name) = place.split_once('/').unwrap();
+    format!(
+        "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
+         spec: {spec}\n---\n"
+    )
+}
+
+#[test]
+fn explain_says_what_a_service_and_its_destination_rules_come_to() {
+    let host = "httpbin.bar.svc.cluster.local";
+    let policies = [
+        peer("bar/default", None, "{mtls: {mode: STRICT}}"),
+        service("bar/httpbin", "10.96.0.1"),
+        service("bar/nobody", "10.96.0.2"),
+        service("legacy/httpbin", "10.96.0.3"),
+        destination_rule(
+            "foo/own",
+            &format!(
+                "{{host: {host}, trafficPolicy: {{tls: {{mode: DISABLE}}}}, \
+                 subsets: [{{name: v1, labels: {{version: v1}}}}, {{name: v2, labels: {{version: v2}}}}]}}"
+            ),
+        ),
+        destination_rule(
+            "bar/httpbin",
+            "{host: httpbin, trafficPolicy: {connectionPool: {tcp: {maxConnections: 3, connectTimeout: 2s}}}}",
+        ),
+        destination_rule("istio-system/all", "{host: \"*.local\", trafficPolicy: {tls: {mode: ISTIO_MUTUAL}}}"),
+        destination_rule(
+            "default/who",
+            &format!(
+                "{{host: {host}, exportTo: [\".\"], trafficPolicy: {{tls: {{mode: ISTIO_MUTUAL, \
+                 subjectAltNames: [spiffe://cluster.local/ns/bar/sa/other]}}}}}}"
+            ),
+        ),
+    ];
+    let dir = bed::directory("cluster.local", &[&policies.concat()]);
+    for (source, destination, code, parts) in [
+        (
+            "foo/sleep",
+            "httpbin.bar:8000",
+            1,
+            vec![
+                "to   httpbin.bar.svc.cluster.local port 8000",
+                "* DestinationRule foo/own for httpbin.bar.svc.cluster.local: tls.mode DISABLE",
+                "  DestinationRule bar/httpbin for httpbin.bar.svc.cluster.local: at most 3 connections of each pod, connect timeout 2s",
+                "  DestinationRule istio-system/all for *.local: tls.mode ISTIO_MUTUAL",
+                "10.0.2.1:80 bar/httpbin (subset v1): refused, in plaintext: mTLS is required, and the client speaks plaintext",
+            ],
+        ),
+        ("bar/sleep", "httpbin.bar:8000", 0, vec!["* DestinationRule bar/httpbin", "allowed, in mTLS"]),
+        ("legacy/sleep", "10.96.0.1:8000", 1, vec!["none applies", "refused, in plaintext: mTLS is required"]),
+        ("foo/sleep", "httpbin.legacy:8000", 1, vec!["must speak mTLS, and the destination is not in the mesh"]),
+        (
+            "default/sleep",
+            "httpbin.bar.svc.cluster.local:8000",
+            1,
+            vec!["lets others answer for the service, and not spiffe://cluster.local/ns/bar/sa/httpbin"],
+        ),
+        ("foo/sleep", "nobody.bar:8000", 1, vec!["there are none"]),
+        ("foo/sleep", "httpbin.bar:81", 2, vec!["httpbin.bar.svc.cluster.local has no port 81"]),
+    ] {
+        let (found, said) = explained(dir.path(), source, destination, &[]);
+        assert_eq!(found, Some(code), "{source} to {destination}:\n{said}");
+        for part in parts {
+            assert!(said.contains(part), "{source} to {destination}: no {part:?} in\n{said}");
+        }
+    }
+    let (_, json) = explained(dir.path(), "bar/sleep", "httpbin.bar:8000", &["--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["destination_rules"][0]["rule"], "DestinationRule bar/httpbin");
+    assert_eq!(json["endpoints"][0]["explanation"]["encryption"], "mtls");
+}
+
+/// The older guide's way to mesh-wide mTLS, before clients found out by themselves
+/// (https://istio.io/v1.4/docs/tasks/security/authentication/authn-policy/): the rule makes clients speak mTLS to everybody, so that who has
+/// no sidecar cannot be called, until a rule for its host takes that back.
+#[test]
+fn the_guides_destination_rule_for_all_hosts_asks_for_mtls_where_nobody_answers_it() {
+    let services = [
+        service("foo/httpbin", "10.96.0.1"),
+        service("bar/httpbin", "10.96.0.2"),
+        service("legacy/httpbin", "10.96.0.3"),
+    ];
+    let all =
+        destination_rule("istio-system/default", "{host: \"*.local\", trafficPolicy: {tls: {mode: ISTIO_MUTUAL}}}");
+    let legacy = destination_rule(
+        "legacy/httpbin-legacy",
+        "{host: httpbin.legacy.svc.cluster.local, trafficPolicy: {tls: {mode: DISABLE}}}",
+    );
+    let strict = peer("istio-system/default", None, "{mtls: {mode: STRICT}}");
+    for (policies, expected) in [
+        (vec![], ["M M P", "M M P", "P P P"]),
+        (vec![&all], ["M M R", "M M R", "P P P"]),
+        (vec![&all, &legacy], ["M M P", "M M P", "P P P"]),
+        (vec![&all, &legacy, &strict], ["M M P", "M M P", "R R P"]),
+    ] {
+        let text: String = services.iter().chain(policies.clone()).map(String::as_str).collect();
+        let bed = Bed::new(&text);
+        let snapshot = &bed.loaded.snapshot;
+        for (client, expected) in ["foo", "bar", "legacy"].iter().zip(expected) {
+            let from = bed.workload(&format!("{client}/sleep"));
+            let caller = Caller { address: from.addresses[0], workload: Some(from), plaintext: false };
+            let found: Vec<&str> = (1..4)
+                .map(|n| {
+                    let service = snapshot.service(format!("10.96.0.{n}").parse().unwrap()).unwrap();
+                    let said = explain_service(&snapshot.policies, caller, service, 8000).unwrap();
+                    match (said.allowed, said.endpoints[0].explanation.encryption) {
+                        (false, _) => "R",
+                        (true, Encryption::Mtls) => "M",
+                        (true, Encryption::Plaintext) => "P",
+                    }
+                })
+                .collect();
+            assert_eq!(
+                found.join(" "),
+                expected,
+                "{client} under\n{}",
+                policies.iter().map(|p| p.as_str()).collect::<String>()
+            );
+        }
+    }
 }

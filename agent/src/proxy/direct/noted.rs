@@ -34,6 +34,8 @@ struct Kept {
     destination: Endpoint,
     #[serde(default)]
     service: Option<String>,
+    #[serde(default)]
+    called: Option<SocketAddr>,
     proved: Option<String>,
     sni: Option<String>,
     tls: Option<TlsFacts>,
@@ -74,6 +76,7 @@ impl Noted {
             source: facts.source,
             destination: facts.destination,
             service: facts.service,
+            called: facts.called,
             proved: facts.proved.map(|id| id.to_string()),
             sni: facts.sni,
             tls: facts.tls,
@@ -190,6 +193,7 @@ impl Kept {
         facts.source = self.source;
         facts.destination = self.destination;
         facts.service = self.service;
+        facts.called = self.called;
         facts.mode = Some(Mode::Mtls);
         facts.records = Some("ktls");
         facts.path = Some(Path::Direct);
