@@ -87,7 +87,7 @@ fn outbound(snapshot: &Snapshot, _: &Workload, to: &Workload) {
 /// What is asked of a pod of this node before the handshake.
 fn arriving(snapshot: &Snapshot, from: &Workload, to: &Workload) {
     let local = SocketAddr::new(to.addresses[0], 8080);
-    black_box(policy::inbound(&snapshot.policies, to, local, from.addresses[0], Some(from)));
+    black_box(policy::inbound(&snapshot.policies, to, local, from.addresses[0], Some(from), false));
 }
 
 /// What is asked of a pod of this node when the certificate is known.

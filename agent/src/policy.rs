@@ -162,13 +162,15 @@ fn may_answer(id: &SpiffeId, service: Option<&Service>, traffic: &Traffic) -> bo
 /// is the address of `source`. Under STRICT the handshake decides, so that a plaintext client is refused with a reason.
 ///
 /// Rules that go by addresses alone deny here already; for all others `Authorization::decide` is asked again when it is
-/// known who calls.
+/// known who calls. `told_plaintext` is whether a DestinationRule makes the source speak plaintext to some service that this is an endpoint
+/// of: then it may do either, as it may have called the endpoint as such.
 pub fn inbound(
     policies: &Policies,
     destination: &Workload,
     local: SocketAddr,
     client: IpAddr,
     source: Option<&Workload>,
+    told_plaintext: bool,
 ) -> Inbound {
     let attempt = Attempt { source: client, destination: local, peer: Peer::NotYetKnown };
     if let Verdict::Denied(denial) = policies.authorization.decide(destination, &attempt).verdict {
@@ -176,6 +178,7 @@ pub fn inbound(
     }
     match (policies.authentication.mode(destination, local.port()), source) {
         (MtlsMode::Strict, _) => Inbound::Mtls,
+        (MtlsMode::Permissive, Some(workload)) if workload.in_mesh && told_plaintext => Inbound::Sniff,
         (MtlsMode::Permissive, Some(workload)) if workload.in_mesh => Inbound::Mtls,
         (MtlsMode::Permissive, Some(_)) => Inbound::Plaintext,
         (MtlsMode::Permissive, None) => Inbound::Sniff,
@@ -248,8 +251,10 @@ mod tests {
         for (mode, in_mesh, expected) in table {
             let source = in_mesh.map(workload);
             let (local, client) = ("10.0.0.1:80".parse().unwrap(), "10.0.0.2".parse().unwrap());
-            let decided = inbound(&mesh_wide(mode), &workload(true), local, client, source.as_ref());
-            assert_eq!(decided, expected, "{mode} from {in_mesh:?}");
+            let decided = |told| inbound(&mesh_wide(mode), &workload(true), local, client, source.as_ref(), told);
+            assert_eq!(decided(false), expected, "{mode} from {in_mesh:?}");
+            let told = if (mode, in_mesh) == (Permissive, Some(true)) { Inbound::Sniff } else { expected };
+            assert_eq!(decided(true), told, "{mode} from {in_mesh:?}, told to speak plaintext");
         }
     }
 

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use crate::{
     identity::{SpiffeId, TrustDomain},
-    policy::{Policies, Service, Traffic, Workload},
+    policy::{ClientTls, Policies, Service, Traffic, Workload},
 };
 
 /// A pod on this node that is to be enrolled.
@@ -39,6 +39,10 @@ pub struct Snapshot {
     by_address: HashMap<IpAddr, Arc<Workload>>,
     services: Vec<Arc<Service>>,
     by_virtual_address: HashMap<IpAddr, Arc<Service>>,
+    /// Services without virtual addresses, by their endpoints.
+    headless: HashMap<SocketAddr, Arc<Service>>,
+    /// Endpoints of services which DestinationRules ask plaintext for, and the services' ports.
+    disabled: HashMap<SocketAddr, Vec<(Arc<Service>, u16)>>,
 }
 
 impl Snapshot {
@@ -56,15 +60,37 @@ impl Snapshot {
                 by_address.entry(address.to_canonical()).or_insert_with(|| Arc::clone(workload));
             }
         }
-        let (services, by_virtual_address) = Default::default();
-        Self { policies, trust_domain, local, generation: 0, workloads, by_address, services, by_virtual_address }
+        let (services, by_virtual_address, headless, disabled) = Default::default();
+        Self {
+            policies,
+            trust_domain,
+            local,
+            generation: 0,
+            workloads,
+            by_address,
+            services,
+            by_virtual_address,
+            headless,
+            disabled,
+        }
     }
 
     /// Two services with one address are refused by the configuration.
     pub fn with_services(mut self, services: Vec<Arc<Service>>) -> Self {
+        let disabling = self.policies.destinations.disabling();
         for service in &services {
             for address in &service.addresses {
                 self.by_virtual_address.insert(address.to_canonical(), Arc::clone(service));
+            }
+            let disabled = disabling.iter().any(|rule| rule.is_for(&service.host));
+            let ports = service.ports.iter().filter(|_| disabled || service.is_headless());
+            for (port, endpoint) in ports.flat_map(|(port, all)| all.iter().map(move |endpoint| (*port, endpoint))) {
+                if service.is_headless() {
+                    self.headless.entry(endpoint.address).or_insert_with(|| Arc::clone(service));
+                }
+                if disabled {
+                    self.disabled.entry(endpoint.address).or_default().push((Arc::clone(service), port));
+                }
             }
         }
         self.services = services;
@@ -78,9 +104,19 @@ impl Snapshot {
 
     /// The service that a client's connection to an address is for, and what DestinationRules say of it.
     pub fn called(&self, client: &Workload, to: SocketAddr) -> Option<(&Arc<Service>, Arc<Traffic>)> {
-        let service = self.service(to.ip())?;
+        let canonical = SocketAddr::new(to.ip().to_canonical(), to.port());
+        let service = self.service(to.ip()).or_else(|| self.headless.get(&canonical))?;
         let rule = self.policies.destinations.asked(client, &service.namespace, &service.host).next();
         Some((service, rule.map(|rule| Arc::clone(rule.traffic_at(to.port()))).unwrap_or_default()))
+    }
+
+    /// Whether a DestinationRule makes a client call the endpoint at `local` in plaintext, through some service.
+    pub fn told_plaintext(&self, client: &Workload, local: SocketAddr) -> bool {
+        let local = SocketAddr::new(local.ip().to_canonical(), local.port());
+        self.disabled.get(&local).into_iter().flatten().any(|(service, port)| {
+            let rule = self.policies.destinations.asked(client, &service.namespace, &service.host).next();
+            rule.is_some_and(|rule| rule.traffic_at(*port).tls == Some(ClientTls::Disable))
+        })
     }
 
     /// The workload at an address. IPv4-mapped IPv6 addresses find the IPv4 workload.

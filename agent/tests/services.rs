@@ -82,10 +82,50 @@ spec:
 }
 
 #[test]
-fn a_service_without_an_address_changes_nothing() {
-    for spec in ["{clusterIP: None, selector: {app: web}, ports: [{port: 80}]}", "{ports: [{port: 80}]}"] {
+fn a_service_without_an_address_is_called_at_its_endpoints() {
+    for spec in ["{clusterIP: None, selector: {app: web}, ports: [PORT]}", "{selector: {app: web}, ports: [PORT]}"] {
+        let spec = spec.replace("PORT", "{port: 80, targetPort: 9090}");
         let text = format!("apiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: shop}}\nspec: {spec}\n");
-        assert!(load(&text).unwrap().snapshot.service("10.0.0.1".parse().unwrap()).is_none());
+        let snapshot = load(&text).unwrap().snapshot;
+        let client = snapshot.workload("10.0.0.1".parse().unwrap()).unwrap();
+        assert!(snapshot.service("10.0.0.1".parse().unwrap()).is_none());
+        let called = |to: &str| snapshot.called(client, to.parse().unwrap()).map(|(service, _)| service.host.clone());
+        assert_eq!(called("10.0.0.2:80").as_deref(), Some("web.shop.svc.cluster.local"));
+        assert_eq!(called("[::ffff:10.0.0.2]:80").as_deref(), Some("web.shop.svc.cluster.local"));
+        assert_eq!((called("10.0.0.2:9090"), called("10.0.0.9:80")), (None, None));
+    }
+    // Nothing is behind it.
+    let text = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop}\nspec: {ports: [{port: 80}]}\n";
+    let snapshot = load(text).unwrap().snapshot;
+    let client = snapshot.workload("10.0.0.1".parse().unwrap()).unwrap();
+    assert!(snapshot.called(client, "10.0.0.2:80".parse().unwrap()).is_none());
+}
+
+/// A server must know of whom it gets plaintext, where it is PERMISSIVE.
+#[test]
+fn who_is_told_to_call_an_endpoint_in_plaintext_is_known_at_the_endpoint() {
+    let services = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop}\n\
+         spec: {clusterIP: 10.96.0.1, selector: {app: web}, ports: [{port: 80, targetPort: 8080}, {port: 81, targetPort: 8081}]}\n---\n\
+         apiVersion: v1\nkind: Service\nmetadata: {name: headless, namespace: shop}\n\
+         spec: {clusterIP: None, selector: {app: web}, ports: [{port: 70}]}\n---\n";
+    let of_port = "{host: web, trafficPolicy: {portLevelSettings: [{port: {number: 80}, tls: {mode: DISABLE}}]}}";
+    let of_some = "{host: web, workloadSelector: {matchLabels: {app: other}}, trafficPolicy: {tls: {mode: DISABLE}}}";
+    let of_all = "{host: \"*.shop.svc.cluster.local\", trafficPolicy: {tls: {mode: DISABLE}}}";
+    let mutual = "{host: web, trafficPolicy: {tls: {mode: ISTIO_MUTUAL}}}";
+    for (rules, expected) in [
+        (vec![], [false, false, false]),
+        (vec![of_port], [true, false, false]),
+        (vec![of_some], [false, false, false]),
+        (vec![of_all], [true, true, true]),
+        (vec![of_all, mutual], [false, false, true]),
+    ] {
+        let rule = |(n, spec)| format!("RULE: {{name: r{n}, namespace: shop}}\nspec: {spec}\n---\n");
+        let text = rules.iter().enumerate().map(rule).collect::<String>();
+        let snapshot = self::rules(&(services.to_owned() + &text)).unwrap().snapshot;
+        let client = snapshot.workload("10.0.0.1".parse().unwrap()).unwrap();
+        let told = ["10.0.0.1:8080", "10.0.0.1:8081", "10.0.0.1:70"]
+            .map(|local| snapshot.told_plaintext(client, local.parse().unwrap()));
+        assert_eq!(told, expected, "{rules:?}");
     }
 }
 

@@ -40,6 +40,8 @@ fn destination_rules_are_heeded_by_the_clients_agent() -> Result<()> {
             service(10, &at(80), "").replace(HOST, "limited.example"),
             service(11, &at(80), "").replace(HOST, "plain.example"),
             service(12, &at(80), "").replace(HOST, "named.example"),
+            headless(&server.v6.to_string()),
+            rule("headless", "tls: {mode: DISABLE}"),
             rule("limited", "connectionPool: {tcp: {maxConnections: 1, tcpKeepalive: {time: 7200s}}}"),
             rule("plain", "portLevelSettings: [{port: {number: 80}, tls: {mode: DISABLE}}]"),
             rule("named", "tls: {mode: ISTIO_MUTUAL, subjectAltNames: [\"spiffe://cluster.local/ns/demo/sa/nobody\"]}"),
@@ -75,12 +77,25 @@ fn destination_rules_are_heeded_by_the_clients_agent() -> Result<()> {
             other => Ok(Look::NotYet(format!("{other:?}"))),
         })?;
 
-        // The server's agent takes plaintext of nobody that it knows to be in the mesh: it is the client's that has sent it.
-        let before = cluster.agent(Side::A)?.entries()?.len();
-        let _ = fetch(&client, Family::V4, 11, 80);
-        let plain = |entry: &Entry| entry.service.as_deref() == Some("plain.example");
-        let entries = cluster.agent(Side::A)?.wait_entries("plaintext as asked for", before, 1, plain)?;
-        ensure!(entries.iter().all(|entry| entry.mode.as_deref() == Some("plaintext")), "{entries:#?}");
+        // PERMISSIVE takes plaintext of a pod of the mesh where a rule has told it to speak that, and from the same one mTLS.
+        let of_pod = |family| if family == Family::V6 { format!("[{}]", server.v6) } else { server.v4.to_string() };
+        for (address, host, mode) in [
+            (virtual_address(Family::V4, 11), "plain.example", "plaintext"),
+            (of_pod(Family::V6), "headless.example", "plaintext"),
+            (of_pod(Family::V4), "", "mtls"),
+        ] {
+            let before =
+                [Side::A, Side::B].map(|side| cluster.agent(side).and_then(|agent| Ok(agent.entries()?.len())));
+            let [outbound, inbound] = before;
+            let page =
+                client.output("curl", &["-sS", "--fail", "-m", "20", &format!("http://{address}/")], seconds(30))?;
+            ensure!(String::from_utf8_lossy(&page.stdout).contains("from server-b"), "{host}: {page:?}");
+            let of_host = |entry: &Entry| entry.service.as_deref().unwrap_or_default() == host;
+            let entries = cluster.agent(Side::A)?.wait_entries(host, outbound?, 1, of_host)?;
+            ensure!(entries.iter().all(|entry| entry.mode.as_deref() == Some(mode)), "{entries:#?}");
+            let entries = cluster.agent(Side::B)?.wait_entries(host, inbound?, 1, |_| true)?;
+            ensure!(entries.iter().all(|entry| entry.mode.as_deref() == Some(mode)), "{entries:#?}");
+        }
         refused(12, "tls_config")
     })
 }
@@ -89,6 +104,15 @@ fn rule(name: &str, policy: &str) -> String {
     format!(
         "---\napiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: {name}, namespace: {NAMESPACE}}}\n\
          spec: {{host: {name}.example, trafficPolicy: {{{policy}}}}}\n"
+    )
+}
+
+/// A service at whose endpoint's own address clients call.
+fn headless(endpoint: &str) -> String {
+    format!(
+        "---\napiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: headless, namespace: {NAMESPACE}}}\n\
+         spec: {{hosts: [headless.example], location: MESH_INTERNAL, resolution: STATIC,\n\
+         ports: [{{number: 80, name: http}}], endpoints: [{{address: \"{endpoint}\"}}]}}\n"
     )
 }
 

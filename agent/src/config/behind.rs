@@ -13,7 +13,8 @@ use super::{
 };
 use crate::policy::{Service, ServiceEndpoint, Workload};
 
-/// Services that have addresses of their own; the others change nothing for a connection.
+/// All services with ports and endpoints. An endpoint of a headless one is called at the service's port, as Istio's listeners for them are
+/// (istio/istio pilot/pkg/networking/core/listener.go, `buildSidecarOutboundListeners`).
 pub(super) fn services(
     resources: &[ServiceResource],
     entries: &[WorkloadEntry],
@@ -27,9 +28,10 @@ pub(super) fn services(
     unique_addresses(resources, &by_address, report);
     let namespaces = by_namespace(entries);
     let mut services = Vec::new();
-    for resource in resources.iter().filter(|resource| !resource.addresses.is_empty()) {
+    for resource in resources {
         let found = candidates(resource, &namespaces, &by_address, report);
-        let ports = resource.ports.iter().map(|port| (port.number, endpoints(port, &found))).collect();
+        let headless = resource.addresses.is_empty();
+        let ports = resource.ports.iter().map(|port| (port.number, endpoints(port, &found, headless))).collect();
         services.push(Arc::new(Service {
             host: resource.hosts.first().cloned().unwrap_or_default(),
             namespace: resource.namespace.clone(),
@@ -95,8 +97,9 @@ fn candidates<'a>(
     }
 }
 
-fn endpoints(port: &Port, candidates: &[Candidate<'_>]) -> Vec<ServiceEndpoint> {
+fn endpoints(port: &Port, candidates: &[Candidate<'_>], headless: bool) -> Vec<ServiceEndpoint> {
     let listens_at = |candidate: &Candidate<'_>| match &port.target {
+        _ if headless => Some(port.number),
         _ if candidate.ports.contains_key(&port.name) => candidate.ports.get(&port.name).copied(),
         Target::Number(number) => Some(*number),
         Target::Name(name) => candidate.ports.get(name).copied(),

@@ -123,6 +123,13 @@ impl DestinationRules {
         rules.filter(move |rule| rule.is_known_to(client) && rule.is_for(host))
     }
 
+    /// Those that ask for plaintext, at least on some port.
+    pub fn disabling(&self) -> Vec<&DestinationRule> {
+        let disables = |traffic: &Arc<Traffic>| traffic.tls == Some(ClientTls::Disable);
+        let all = self.0.values().flatten();
+        all.filter(|rule| disables(&rule.traffic) || rule.ports.values().any(disables)).collect()
+    }
+
     /// Rules that never count, each with the older one of the same host and clients.
     pub fn superseded(&self) -> impl Iterator<Item = (&PolicyName, &PolicyName)> {
         self.0.values().flat_map(|rules| {
@@ -157,7 +164,7 @@ impl DestinationRule {
         (exported || *namespace == client.namespace) && chosen && self.header.selects(&client.labels)
     }
 
-    fn is_for(&self, host: &str) -> bool {
+    pub fn is_for(&self, host: &str) -> bool {
         match self.host.strip_prefix('*') {
             Some(suffix) => host.ends_with(suffix),
             None => host == self.host,

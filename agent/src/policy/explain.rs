@@ -13,8 +13,8 @@ pub use service::{EndpointExplained, ServiceExplanation, explain_service};
 use serde::Serialize;
 
 use super::{
-    Attempt, Denial, DenyReason, Inbound, MtlsMode, Outbound, Peer, Policies, Service, Traffic, Verdict, Workload,
-    authentication::Step, evaluate::Asked,
+    Attempt, ClientTls, Denial, DenyReason, Inbound, MtlsMode, Outbound, Peer, Policies, Service, Traffic, Verdict,
+    Workload, authentication::Step, evaluate::Asked,
 };
 
 impl Explanation<'_> {
@@ -106,7 +106,8 @@ pub fn explain<'a>(policies: &'a Policies, caller: Caller<'_>, callee: Callee<'_
     let peer = identity.map_or(Peer::Nobody, |id| Peer::Proved { id, sni: Some(&sni) });
     let attempt = Attempt { source: caller.address, destination: local, peer };
     let decision = policies.authorization.decide(destination, &attempt);
-    let refused = match super::inbound(policies, destination, local, caller.address, caller.workload) {
+    let told = callee.service.is_some_and(|(_, traffic)| traffic.tls == Some(ClientTls::Disable));
+    let refused = match super::inbound(policies, destination, local, caller.address, caller.workload, told) {
         _ if expected.is_some_and(|expected| !expected.contains(&destination.id)) => {
             Some(format!("the client lets others answer for the service, and not {}", destination.id))
         }

@@ -9,14 +9,14 @@ use std::{
 use super::Workload;
 use crate::identity::SpiffeId;
 
-/// One host with virtual addresses of its own.
+/// One host, with virtual addresses of its own or, if it is headless, that of each endpoint.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Service {
     /// As clients write it: `shop.default.svc.cluster.local`.
     pub host: String,
     pub namespace: String,
     pub addresses: Vec<IpAddr>,
-    /// By the port that clients connect to.
+    /// By the port that clients connect to. Clients of a headless service choose the endpoint themselves.
     pub ports: BTreeMap<u16, Vec<ServiceEndpoint>>,
     /// Who may answer, beside being the endpoint's own workload; nobody is named where that is enough.
     pub identities: Vec<SpiffeId>,
@@ -32,6 +32,10 @@ pub struct ServiceEndpoint {
 }
 
 impl Service {
+    pub fn is_headless(&self) -> bool {
+        self.addresses.is_empty()
+    }
+
     /// The endpoints for a connection to one of the service's addresses, the best first: those of the client's zone, then those
     /// with the fewest connections; `turn` shares out what is equal. Addresses of the other family are a resort, and the last are
     /// endpoints without a count of connections: those that have refused lately. `None` if the service has no such port.

@@ -62,7 +62,8 @@ pub struct Arrival<'a> {
 
 /// What an arrival must be, by the addresses at its ends.
 pub fn arriving(snapshot: &Snapshot, arrival: Arrival<'_>, source: Option<&Workload>) -> Inbound {
-    policy::inbound(&snapshot.policies, arrival.workload, arrival.local, arrival.client.ip(), source)
+    let told_plaintext = source.is_some_and(|source| snapshot.told_plaintext(source, arrival.local));
+    policy::inbound(&snapshot.policies, arrival.workload, arrival.local, arrival.client.ip(), source, told_plaintext)
 }
 
 /// The final word on an inbound connection, once it is known whether a certificate proved its source.

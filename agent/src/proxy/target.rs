@@ -56,6 +56,9 @@ pub struct Loads {
     turn: Arc<AtomicUsize>,
 }
 
+/// An endpoint, and who is there.
+type Place = (SocketAddr, Option<Arc<Workload>>);
+
 /// A service's port as one pod sees it.
 type Host = (NetnsCookie, String, u16);
 
@@ -72,6 +75,34 @@ impl Loads {
             let (workload, traffic) = (snapshot.workload(to.ip()).cloned(), Arc::default());
             return Ok(vec![Target { address: to, called: to, workload, service: None, traffic, slot: None }]);
         };
+        // The client of a headless service has chosen.
+        let endpoints = match service.is_headless() {
+            true => vec![(to, snapshot.workload(to.ip()).cloned())],
+            false => self.endpoints(snapshot, pod, service, to)?,
+        };
+        let slot = match traffic.max_connections {
+            Some(limit) => Some(self.slot((pod.netns.cookie(), service.host.clone(), to.port()), limit)?),
+            None => None,
+        };
+        let target = |(address, workload)| Target {
+            address,
+            called: to,
+            workload,
+            service: Some(Arc::clone(service)),
+            traffic: Arc::clone(&traffic),
+            slot: slot.clone(),
+        };
+        Ok(endpoints.into_iter().map(target).collect())
+    }
+
+    /// Those of a service that are worth a try, the best first.
+    fn endpoints(
+        &self,
+        snapshot: &Snapshot,
+        pod: &Pod,
+        service: &Service,
+        to: SocketAddr,
+    ) -> Result<Vec<Place>, Refusal> {
         let zone = snapshot.local.iter().find(|local| local.netns == pod.netns.path());
         let zone = zone.and_then(|local| local.zone.as_deref());
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
@@ -86,19 +117,8 @@ impl Loads {
         if endpoints.is_empty() {
             return Err(Refusal::NoEndpoint { host: service.host.clone(), port: to.port() });
         }
-        let slot = match traffic.max_connections {
-            Some(limit) => Some(self.slot((pod.netns.cookie(), service.host.clone(), to.port()), limit)?),
-            None => None,
-        };
-        let target = |endpoint: &ServiceEndpoint| Target {
-            address: endpoint.address,
-            called: to,
-            workload: endpoint.workload.clone(),
-            service: Some(Arc::clone(service)),
-            traffic: Arc::clone(&traffic),
-            slot: slot.clone(),
-        };
-        Ok(endpoints.into_iter().take(TRIES).map(target).collect())
+        let found = |endpoint: &ServiceEndpoint| (endpoint.address, endpoint.workload.clone());
+        Ok(endpoints.into_iter().take(TRIES).map(found).collect())
     }
 
     fn slot(&self, host: Host, limit: usize) -> Result<Arc<Slot>, Refusal> {

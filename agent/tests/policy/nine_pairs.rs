@@ -27,7 +27,7 @@ fn call(bed: &Bed, client: &Workload, server: &Workload, port: u16) -> Call {
         return Call::Plaintext;
     }
     let (local, from) = (SocketAddr::new(server.addresses[0], port), client.addresses[0]);
-    match (policy::inbound(policies, server, local, from, Some(client)), speaks_mtls) {
+    match (policy::inbound(policies, server, local, from, Some(client), false), speaks_mtls) {
         (Inbound::Mtls | Inbound::Sniff, true) => Call::Mtls,
         (Inbound::Plaintext | Inbound::Sniff, false) => Call::Plaintext,
         (Inbound::Plaintext, true) => panic!("TLS bytes would go to the application"),
