@@ -3,6 +3,7 @@
 //! Every client compares what it received with what was sent, byte by byte or by checksum: `Seen::exact`.
 
 pub mod banner;
+pub mod envoy;
 pub mod haproxy;
 pub mod iperf;
 pub mod nginx;

