@@ -40,6 +40,8 @@ pub struct Metrics {
     handshakes: Family<Labels<3>, Counter>,
     handshake_seconds: Histogram,
     reloads: Family<Labels<1>, Counter>,
+    trust_reloads: Family<Labels<1>, Counter>,
+    trust_withdrawn: Family<Labels<2>, Counter>,
     pub live: Gauge,
     pub pods: Family<Labels<1>, Gauge<i64>>,
     pub kernel: Family<Labels<3>, Gauge<u64, AtomicU64>>,
@@ -51,6 +53,7 @@ impl Metrics {
         let (opened, closed, sent, received) = <(Family<_, _>, Family<_, _>, Family<_, _>, Family<_, _>)>::default();
         let (carried, handshakes, reloads, pods, kernel) =
             <(Family<_, _>, Family<_, _>, Family<_, _>, Family<_, _>, Family<_, _>)>::default();
+        let (trust_reloads, trust_withdrawn) = <(Family<_, _>, Family<_, _>)>::default();
         let handshake_seconds = Histogram::new(exponential_buckets(0.000_5, 2.0, 14));
         let live = Gauge::default();
         let build: Family<Build, Gauge> = Family::default();
@@ -73,6 +76,16 @@ impl Metrics {
             handshake_seconds.clone(),
         );
         registry.register("marline_config_reloads", "Configuration reloads by result", reloads.clone());
+        registry.register(
+            "marline_trust_reloads",
+            "Changes of the CA's directory and of the files of trust, by result",
+            trust_reloads.clone(),
+        );
+        registry.register(
+            "marline_trust_revoked_connections",
+            "Live connections that were reset because nobody vouches for their peer any more",
+            trust_withdrawn.clone(),
+        );
         registry.register("marline_connections_live", "Connections that are open now", live.clone());
         registry.register("marline_pods", "Local pods by state", pods.clone());
         registry.register("marline_kernel", "What this kernel was seen to do, as labels", kernel.clone());
@@ -87,6 +100,8 @@ impl Metrics {
             handshakes,
             handshake_seconds,
             reloads,
+            trust_reloads,
+            trust_withdrawn,
             live,
             pods,
             kernel,
@@ -148,6 +163,14 @@ impl Metrics {
 
     pub fn reloaded(&self, accepted: bool) {
         self.reloads.get_or_create(&[("result", if accepted { "accepted" } else { "rejected" })]).inc();
+    }
+
+    pub fn trust_reloaded(&self, accepted: bool) {
+        self.trust_reloads.get_or_create(&[("result", if accepted { "accepted" } else { "rejected" })]).inc();
+    }
+
+    pub fn trust_withdrawn(&self, direction: Direction, reason: &'static str) {
+        self.trust_withdrawn.get_or_create(&[reporter(direction), ("reason", reason)]).inc();
     }
 
     /// The whole exposition, with what others count.

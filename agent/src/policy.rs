@@ -1,6 +1,7 @@
 //! What a connection must be: mTLS, plaintext, or nothing. Pure functions of compiled policies and of what is known about
 //! both ends; finding the ends is `state`'s business, reading the policies `config`'s, carrying the decision out `proxy`'s.
 
+mod aliases;
 pub mod authentication;
 pub mod authorization;
 pub mod destination;

@@ -476,7 +476,7 @@ fn a_reload_keeps_the_trust_domain_that_the_agent_runs_with() {
         .unwrap();
     let loaded = config::reload(dir.path(), &running).unwrap();
     assert_eq!(running.changed_fields(&loaded.agent), ["spec.trustDomain", "spec.pump"]);
-    assert_eq!(loaded.snapshot.trust_domain, running.trust_domain);
+    assert_eq!(*loaded.snapshot.trust_domains.own(), running.trust_domain);
     assert_eq!(loaded.snapshot.workloads()[0].id.trust_domain(), &running.trust_domain);
 }
 

@@ -10,7 +10,7 @@ use super::{
     target::Target,
 };
 use crate::{
-    identity::SpiffeId,
+    identity::{SpiffeId, Trust, trust::Withdrawn},
     policy::{self, Attempt, ClientTls, DenyReason, Inbound, MtlsMode, Outbound, Peer, Verdict, Workload},
     state::Snapshot,
     words::{Direction, Mode},
@@ -167,13 +167,22 @@ pub fn revoked_by(snapshot: &Snapshot, direction: Direction, facts: &Facts) -> O
             let workload = snapshot.workload(destination.ip())?;
             let proved = facts.proved.as_ref()?;
             match policy::outbound(&snapshot.policies, Some(workload), destination.port()) {
-                Outbound::Mtls { expect } if !expect.contains(proved) => {
+                Outbound::Mtls { expect } if !expect.iter().any(|id| snapshot.trust_domains.same(id, proved)) => {
                     by("another identity is expected at the destination now")
                 }
                 Outbound::Mtls { .. } | Outbound::Plaintext => None,
                 Outbound::Deny(_) => by("forbidden by policy"),
             }
         }
+    }
+}
+
+/// Why nobody would vouch any more for a live connection's peer.
+pub fn withdrawn(trust: &Trust, facts: &Facts) -> Option<Withdrawn> {
+    let domain = facts.proved.as_ref()?.trust_domain();
+    match &facts.voucher {
+        Some(voucher) => trust.stands(domain, voucher).err(),
+        None => trust.bundle(domain).is_none().then_some(Withdrawn::TrustDomain),
     }
 }
 
@@ -316,7 +325,7 @@ mod tests {
             AuthorizationPolicy { header, action: Action::Deny, dry_run: false, rules: vec![Rule::default()] };
         let facts = facts(Some(Mode::Mtls), Some("good"), "10.0.0.1:80");
         let now = |name: &str, state: &str| {
-            let authorization = Authorization::compile(&TrustDomain::default(), vec![everybody.clone()]);
+            let authorization = Authorization::compile(TrustDomain::default(), vec![everybody.clone()]);
             let mut workload = (*workload(name, "10.0.0.1:80".parse().unwrap())).clone();
             workload.labels = Labels::from([("state", state)]);
             let policies = Policies { authorization, ..Policies::default() };
@@ -363,7 +372,7 @@ mod tests {
             policy("account", Action::Deny, bad),
             policy("shop", Action::Allow, Test::Namespace(vec!["shop".parse().unwrap()])),
         ];
-        let authorization = Authorization::compile(&TrustDomain::default(), policies);
+        let authorization = Authorization::compile(TrustDomain::default(), policies);
         let policies = Policies { authorization, ..Policies::default() };
         Snapshot::new(policies, TrustDomain::default(), Vec::new(), Vec::new())
     }

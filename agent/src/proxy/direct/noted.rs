@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     bpf::BpfError,
+    identity::trust::KeptVoucher,
     proxy::{Context, account::Account, authorize::Permit, connections::Facts, pod::Pod},
     sys::{diag::Diag, netns::NetnsCookie, tcp_info::Opening},
     words::{Direction, Endpoint, Mode, Path, TlsFacts, with_causes},
@@ -35,6 +36,9 @@ struct Kept {
     #[serde(default)]
     service: Option<String>,
     proved: Option<String>,
+    /// An agent that knew nothing of it has left none.
+    #[serde(default)]
+    voucher: Option<KeptVoucher>,
     sni: Option<String>,
     tls: Option<TlsFacts>,
     policy: Option<String>,
@@ -75,6 +79,7 @@ impl Noted {
             destination: facts.destination,
             service: facts.service,
             proved: facts.proved.map(|id| id.to_string()),
+            voucher: facts.voucher.map(|voucher| voucher.kept()),
             sni: facts.sni,
             tls: facts.tls,
             policy: facts.policy,
@@ -197,5 +202,6 @@ impl Kept {
         facts.policy = self.policy;
         facts.sni = self.sni;
         facts.proved = self.proved.and_then(|id| id.parse().ok());
+        facts.voucher = self.voucher.and_then(|kept| kept.restore());
     }
 }
