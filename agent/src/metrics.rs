@@ -28,6 +28,10 @@ pub struct Others<'a> {
     pub capture_events: &'a [(&'static str, u64)],
     pub map_entries: &'a [(&'static str, u64)],
     pub log_lines_dropped: u64,
+    /// By identity, seconds to their end: less than nothing when that has passed.
+    pub certificates: &'a [(String, i64)],
+    /// Revocation lists whose next update is overdue.
+    pub stale_lists: usize,
 }
 
 pub struct Metrics {
@@ -196,6 +200,21 @@ impl Metrics {
         for (map, entries) in others.map_entries {
             events.push_str(&format!("marline_capture_map_entries{{map=\"{map}\"}} {entries}\n"));
         }
+        events.push_str(
+            "# HELP marline_certificate_expiry_seconds Time to the end of each certificate of a local workload.\n",
+        );
+        events.push_str(
+            "# TYPE marline_certificate_expiry_seconds gauge\n# UNIT marline_certificate_expiry_seconds seconds\n",
+        );
+        for (identity, seconds) in others.certificates {
+            // What a SPIFFE ID is made of needs no escape.
+            events.push_str(&format!("marline_certificate_expiry_seconds{{identity=\"{identity}\"}} {seconds}\n"));
+        }
+        events.push_str("# HELP marline_trust_overdue_lists Revocation lists whose next update has passed.\n");
+        events.push_str(&format!(
+            "# TYPE marline_trust_overdue_lists gauge\nmarline_trust_overdue_lists {}\n",
+            others.stale_lists
+        ));
         match text.rfind("# EOF") {
             Some(end) => text.insert_str(end, &events),
             None => text.push_str(&events),

@@ -530,3 +530,36 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn trust_is_read_and_what_is_wrong_with_it_is_named() {
+    let with = |lines: &str| {
+        let agent = AGENT.replace("spec:", &format!("spec:\n{lines}"));
+        let dir = directory(&[("a.yaml", &agent)]);
+        config::load(dir.path()).map(|loaded| loaded.agent).map_err(|errors| errors.to_string())
+    };
+    let agent = with(
+        "  trust:\n    aliases: [old.example, older.example]\n    federated:\n    - {trustDomain: other.example, bundle: other.pem}\n    crl: /etc/crl.pem\n  tls: {pqcOnly: true}",
+    )
+    .unwrap();
+    assert_eq!(agent.trust.domains.to_string(), "cluster.local, old.example, older.example");
+    assert!(agent.trust.federated[0].1.ends_with("other.pem") && agent.trust.federated[0].1.is_absolute());
+    assert_eq!(agent.trust.crl.as_deref(), Some(std::path::Path::new("/etc/crl.pem")));
+    assert!(agent.tls.pqc_only);
+    for (lines, says) in [
+        ("  trust: {aliases: [cluster.local]}", "spec.trust.aliases"),
+        ("  trust: {aliases: [a.org, a.org]}", "a.org is there twice"),
+        ("  trust: {aliases: [A]}", "spec.trust.aliases"),
+        ("  trust: {federated: [{trustDomain: cluster.local, bundle: a}]}", "its roots are those in spec.ca.path"),
+        ("  trust: {federated: [{trustDomain: a.org}]}", "bundle"),
+        (
+            "  trust: {federated: [{trustDomain: a.org, bundle: a}, {trustDomain: a.org, bundle: b}]}",
+            "a.org has a bundle already",
+        ),
+        ("  trust: {roots: a}", "spec.trust.roots"),
+        ("  tls: {pqcOnly: perhaps}", "spec.tls.pqcOnly"),
+    ] {
+        let refusal = with(lines).unwrap_err();
+        assert!(refusal.contains(says), "{lines}: {refusal}");
+    }
+}

@@ -357,7 +357,7 @@ fn tls12_is_refused_from_clients_and_servers() {
 #[test]
 fn certificates_that_are_no_svids_are_refused_by_both_sides() {
     type Change = fn(&mut CertificateParams);
-    let cases: [(&str, Change); 10] = [
+    let cases: [(&str, Change); 12] = [
         ("names no URI", |p| p.subject_alt_names.clear()),
         ("names no URI", |p| p.subject_alt_names = vec![SanType::DnsName("web.shop.svc".try_into().unwrap())]),
         ("names 2 URIs", |p| p.subject_alt_names.push(uri("spiffe://cluster.local/ns/shop/sa/admin"))),
@@ -370,6 +370,10 @@ fn certificates_that_are_no_svids_are_refused_by_both_sides() {
         ("certificate of a CA", |p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained)),
         ("may sign", |p| p.key_usages.push(KeyUsagePurpose::KeyCertSign)),
         ("may sign", |p| p.key_usages.push(KeyUsagePurpose::CrlSign)),
+        // 4.3
+        ("may not be used for signatures", |p| p.key_usages = vec![KeyUsagePurpose::KeyAgreement]),
+        // 5.2, 3.1
+        ("not the identity of a workload", |p| p.subject_alt_names = vec![uri("spiffe://cluster.local/")]),
     ];
     let mesh = Mesh::new();
     for (says, change) in cases {

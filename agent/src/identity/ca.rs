@@ -2,6 +2,8 @@
 //! issues X.509-SVIDs for workloads. Leaf keys are made here and exist in memory only. Deciding which identities are
 //! needed, and when to renew them, is `identity::manager`'s.
 
+mod intermediate;
+
 use std::{
     fs::{self, DirBuilder, OpenOptions},
     io::{self, Write as _},

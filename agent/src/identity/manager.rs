@@ -370,7 +370,7 @@ fn issuer(svid: &Svid) -> Option<String> {
     Some(leaf.issuer().to_string())
 }
 
-fn pem(der: &[u8]) -> String {
+pub(super) fn pem(der: &[u8]) -> String {
     let config = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
     pem::encode_config(&pem::Pem::new("CERTIFICATE", der), config)
 }
@@ -521,6 +521,51 @@ mod tests {
         let first = manager.svid(&id("web")).unwrap().serial.clone();
         manager.renew_due(SystemTime::now() - Duration::from_secs(3_600));
         assert_ne!(manager.svid(&id("web")).unwrap().serial, first);
+    }
+
+    #[test]
+    fn a_clock_that_is_set_forward_gets_a_certificate_at_once_and_the_expired_one_is_not_used() {
+        let (manager, down) = manager(Duration::from_secs(1_800));
+        manager.retain(&ids(&["web"]));
+        let first = manager.svid(&id("web")).unwrap();
+        let later = SystemTime::now() + Duration::from_secs(3_600);
+        assert!(!first.is_valid_at(later));
+        assert_eq!(manager.entries()[&id("web")].state(later), CertState::Expired);
+        down.store(true, Ordering::SeqCst);
+        manager.renew_due(later);
+        assert_eq!(manager.entries()[&id("web")].state(later), CertState::Expired, "and said so while the CA is away");
+        down.store(false, Ordering::SeqCst);
+        manager.entries().get_mut(&id("web")).unwrap().due = Some(later);
+        manager.renew_due(later);
+        assert_ne!(manager.svid(&id("web")).unwrap().serial, first.serial);
+    }
+
+    #[test]
+    fn a_certificate_goes_from_valid_to_due_to_expiring_to_expired() {
+        let (manager, down) = manager(LIFE);
+        down.store(true, Ordering::SeqCst);
+        manager.retain(&ids(&["db"]));
+        assert_eq!(manager.list().remove(0).state, CertState::Missing);
+        down.store(false, Ordering::SeqCst);
+        manager.retain(&ids(&["web"]));
+        let now = SystemTime::now();
+        let state = |part: f64| manager.entries()[&id("web")].state(now + LIFE.mul_f64(part));
+        let states = [0.1, 0.6, 0.8, 1.1].map(state);
+        assert_eq!(states, [CertState::Valid, CertState::Due, CertState::Expiring, CertState::Expired]);
+    }
+
+    #[test]
+    fn what_another_signer_has_signed_is_replaced_soon_and_not_all_at_once() {
+        let (manager, _) = manager(LIFE);
+        manager.retain(&(0..20).map(|n| id(&format!("a{n}"))).collect());
+        let now = SystemTime::now();
+        manager.resign();
+        assert!(manager.list().iter().all(|info| info.signer_replaced));
+        let due: BTreeSet<_> = manager.entries().values().map(|entry| entry.due.unwrap()).collect();
+        assert!(due.len() > 10 && due.last().unwrap() < &(now + LONGEST_RESIGN + Duration::from_secs(1)));
+        manager.renew_due(now + LONGEST_RESIGN + Duration::from_secs(1));
+        assert!(manager.list().iter().all(|info| !info.signer_replaced));
+        assert_eq!(manager.counters().issued, 40);
     }
 
     #[test]
