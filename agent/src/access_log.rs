@@ -102,7 +102,7 @@ fn text(record: &Record<'_>) -> String {
         format!("{address} {}", end.identity.as_deref().unwrap_or("-"))
     };
     format!(
-        "{} {} {} -> {} {} {} {} {} sent={} received={} {}ms {}",
+        "{} {} {} -> {} {} {} {} {} sent={} received={} {}ms {} {}",
         timestamp(record.time),
         record.direction.as_str(),
         end(record.source),
@@ -114,6 +114,9 @@ fn text(record: &Record<'_>) -> String {
         record.bytes_sent,
         record.bytes_received,
         record.duration_ms,
+        record
+            .tls
+            .map_or_else(|| "-".to_owned(), |tls| format!("{}/{}", tls.cipher, tls.group.as_deref().unwrap_or("-"))),
         record.close,
     )
 }

@@ -2,7 +2,13 @@
 
 use std::{io, net::SocketAddr, sync::Arc};
 
-use axum::{Json, Router, extract::State, http::StatusCode, response::IntoResponse, routing::get};
+use axum::{
+    Json, Router,
+    extract::{RawQuery, State},
+    http::StatusCode,
+    response::IntoResponse,
+    routing::get,
+};
 use serde_json::Value;
 use tokio::{net::TcpListener, task::JoinSet};
 
@@ -25,6 +31,8 @@ pub trait View: Send + Sync + 'static {
     fn connections(&self) -> Value;
     fn workloads(&self) -> Value;
     fn certs(&self) -> Value;
+    /// The chain that peers are shown for an identity, in PEM.
+    fn chain(&self, id: &str) -> Option<String>;
 }
 
 type Shown = Arc<dyn View>;
@@ -35,7 +43,8 @@ pub async fn serve(agent: &AgentConfig, shown: &Shown) -> Result<JoinSet<Result<
         .route("/pods", get(async |State(shown): State<Shown>| Json(shown.pods())))
         .route("/connections", get(async |State(shown): State<Shown>| Json(shown.connections())))
         .route("/workloads", get(async |State(shown): State<Shown>| Json(shown.workloads())))
-        .route("/certs", get(async |State(shown): State<Shown>| Json(shown.certs())));
+        .route("/certs", get(async |State(shown): State<Shown>| Json(shown.certs())))
+        .route("/certs/chain", get(chain));
     let metrics = Router::new().route("/metrics", get(render));
     let readiness = Router::new().route("/readyz", get(readyz)).route("/livez", get(|| async { "alive\n" }));
     let mut servers = JoinSet::new();
@@ -59,6 +68,15 @@ async fn readyz(State(shown): State<Shown>) -> impl IntoResponse {
     match shown.ready() {
         Ok(()) => (StatusCode::OK, "ready\n".to_owned()),
         Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+    }
+}
+
+/// `?id=SPIFFE_ID`: nothing in one has to be escaped.
+async fn chain(State(shown): State<Shown>, RawQuery(query): RawQuery) -> impl IntoResponse {
+    let id = query.as_deref().and_then(|query| query.strip_prefix("id=")).unwrap_or_default();
+    match shown.chain(id) {
+        Some(pem) => (StatusCode::OK, pem),
+        None => (StatusCode::NOT_FOUND, format!("no certificate is held for {id:?}; /certs lists them\n")),
     }
 }
 

@@ -15,9 +15,12 @@ use crate::{
     admin,
     bpf::{BpfError, Capture, CaptureSettings},
     config::{self, AccessLogFormat, AgentConfig, ConfigErrors, DirectConfig, DirectMode, PumpMode, RecordsMode},
-    control::files::{self, ReloadObserver, WatchSettings},
+    control::{
+        files::{self, ReloadObserver, WatchSettings},
+        trust::{self, Followed},
+    },
     identity::{
-        IdentityError, SpiffeId, TrustDomain,
+        IdentityError, LiveCa, SpiffeId, TrustDomain, TrustStore,
         ca::Ca,
         manager::{Manager, ManagerSettings},
     },
@@ -100,8 +103,7 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
         AccessLogFormat::Text => access_log::Format::Text,
     };
     let log = AccessLog::open(&path, format).map_err(|source| AppError::AccessLog { path, source })?;
-    let ca = Ca::open(&agent.ca.path)?;
-    ca.require_trust_domain(&agent.trust_domain)?;
+    let (ca, trust) = trust::load(&agent.ca.path, &agent.trust)?;
     let kernel = kernel(&ca, &agent).await?;
     metrics
         .kernel
@@ -111,7 +113,9 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
             ("records", records_name(&agent)),
         ])
         .set(1);
-    let identities = Manager::new(ca, ManagerSettings { leaf_lifetime: agent.ca.leaf_lifetime });
+    let (ca, trust) = (LiveCa::new(ca), TrustStore::new(trust));
+    let settings_of_manager = ManagerSettings { leaf_lifetime: agent.ca.leaf_lifetime };
+    let identities = Manager::new(ca.clone(), trust, settings_of_manager);
     let capture = Capture::load(&CaptureSettings {
         cgroup: agent.capture.cgroup.clone(),
         pin_path: agent.capture.pin_path.clone(),
@@ -143,6 +147,15 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
     let (stop, stopped) = watch::channel(false);
     let shown: Arc<dyn admin::View> = Arc::new(view::Gathered { proxy: proxy.clone(), metrics: metrics.clone() });
     let mut servers = admin::serve(&agent, &shown).await?;
+    servers.spawn({
+        let (dir, files, identities) = (agent.ca.path.clone(), agent.trust.clone(), identities.clone());
+        let followed = Followed { dir, files, ca, identities, metrics: metrics.clone() };
+        let stopped = stopped.clone();
+        async move {
+            trust::watch(followed, WatchSettings::default(), stopped).await;
+            Ok(())
+        }
+    });
     servers.spawn({
         let stopped = stopped.clone();
         async move {
@@ -207,7 +220,7 @@ async fn kernel(ca: &Ca, agent: &AgentConfig) -> Result<Capabilities, AppError> 
 async fn probed(ca: &Ca, trust_domain: &TrustDomain) -> Result<Capabilities, AppError> {
     let id = SpiffeId::new(trust_domain, "marline-system", "probe")?;
     let svid = ca.issue(&id, std::time::Duration::from_secs(600))?;
-    Ok(probe::probe(&svid, ca.roots()).await)
+    Ok(probe::probe(&svid, ca.trust(trust_domain)).await)
 }
 
 fn with_pump(found: Capabilities, agent: &AgentConfig) -> Capabilities {
@@ -230,6 +243,7 @@ fn settings(agent: &AgentConfig) -> Settings {
         connect: agent.timeouts.connect,
         handshake: agent.timeouts.handshake,
         dead_peer: agent.timeouts.dead_peer,
+        pqc_only: agent.tls.pqc_only,
     }
 }
 

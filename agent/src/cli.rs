@@ -1,6 +1,7 @@
-//! What people type: `marline agent`, `marline keeper`, `marline run`, `marline check-config`, `marline policy`, `marline ca`.
+//! What people type: `marline agent`, `marline keeper`, `marline run`, `marline check-config`, `marline policy`, `marline ca`, `marline certs`.
 //! Exit codes: 0 done, 1 failed, 2 the command line or the configuration is wrong; `marline run` has its command's.
 
+mod certs;
 mod keeper;
 mod policy;
 mod run;
@@ -70,6 +71,8 @@ enum Command {
         #[command(subcommand)]
         command: CaCommand,
     },
+    /// List the certificates that a running agent holds, and how they stand
+    Certs(certs::CertsArgs),
     /// Try what this kernel can do for Marline, by a real handshake and transfer over loopback
     Kernel {
         /// Print the answer as JSON
@@ -94,6 +97,9 @@ enum CaCommand {
         #[arg(long, default_value = "cluster.local")]
         trust_domain: String,
     },
+    /// Make a new intermediate in DIR, signed by the CA in ABOVE and with its roots: copy its files over those in spec.ca.path, and the
+    /// agents sign with it from then on
+    Intermediate { above: PathBuf, dir: PathBuf },
 }
 
 pub fn run() -> ExitCode {
@@ -115,6 +121,22 @@ pub fn run() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::CheckConfig { dir, json } => check_config(&dir, json),
         Command::Policy { command } => policy::run(&command),
+        Command::Certs(args) => certs::run(&args),
+        Command::Ca { command: CaCommand::Intermediate { above, dir } } => {
+            let made = Ca::open(&above)
+                .and_then(|ca| {
+                    let domain = ca.trust_domain().cloned().unwrap_or_default();
+                    ca.init_intermediate(&above, &dir, &domain)
+                })
+                .map_err(|error| with_causes(&error));
+            match made {
+                Ok(()) => {
+                    println!("an intermediate CA under {} is in {}", above.display(), dir.display());
+                    ExitCode::SUCCESS
+                }
+                Err(error) => failed(&error),
+            }
+        }
         Command::Ca { command: CaCommand::Init { dir, trust_domain } } => {
             let made = TrustDomain::parse(&trust_domain)
                 .map_err(|error| with_causes(&error))

@@ -24,12 +24,12 @@ use std::{
 
 pub use agent::{
     AccessLogConfig, AccessLogFormat, AgentConfig, CaConfig, CaptureConfig, DirectConfig, DirectMode, PumpMode,
-    RecordsConfig, RecordsMode, Timeouts,
+    RecordsConfig, RecordsMode, Timeouts, TlsConfig,
 };
 pub use finding::{ConfigErrors, Finding};
 
 use crate::{
-    identity::TrustDomain,
+    identity::TrustDomains,
     policy::{
         Authentication, Authorization, AuthorizationPolicy, DestinationRule, DestinationRules, PeerAuthentication,
         Policies, PolicyName,
@@ -84,7 +84,8 @@ pub fn load_policies(dir: &Path) -> Result<LoadedPolicies, ConfigErrors> {
 /// Reads the directory again, for an agent that runs: identities stay in the trust domain that it runs with, as a new
 /// one takes a restart.
 pub fn reload(dir: &Path, running: &AgentConfig) -> Result<Loaded, ConfigErrors> {
-    read(dir, Some(&running.trust_domain))
+    let aliases = running.trust.domains.aliases().iter().cloned();
+    read(dir, Some(&TrustDomains::new(running.trust_domain.clone(), aliases)))
 }
 
 /// The files that make up the configuration, in the order of their names.
@@ -112,8 +113,8 @@ pub(crate) fn read_file(file: &Path) -> io::Result<Vec<u8>> {
     fs::read(file)
 }
 
-fn read(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Loaded, ConfigErrors> {
-    match read_all(dir, trust_domain, Need::Agent) {
+fn read(dir: &Path, domains: Option<&TrustDomains>) -> Result<Loaded, ConfigErrors> {
+    match read_all(dir, domains, Need::Agent) {
         (Some(agent), snapshot, report) if report.errors.is_empty() => {
             Ok(Loaded { agent, snapshot, warnings: report.into_warnings() })
         }
@@ -122,7 +123,7 @@ fn read(dir: &Path, trust_domain: Option<&TrustDomain>) -> Result<Loaded, Config
 }
 
 /// The snapshot is good for nothing if the report holds errors.
-fn read_all(dir: &Path, trust_domain: Option<&TrustDomain>, need: Need) -> (Option<AgentConfig>, Snapshot, Report) {
+fn read_all(dir: &Path, domains: Option<&TrustDomains>, need: Need) -> (Option<AgentConfig>, Snapshot, Report) {
     let mut documents = Documents::default();
     match configuration_files(dir) {
         Err(error) => {
@@ -152,9 +153,9 @@ fn read_all(dir: &Path, trust_domain: Option<&TrustDomain>, need: Need) -> (Opti
     }
     let agent = mem::take(&mut documents.agents).into_iter().next().and_then(|(_, agent)| agent);
     // Without a sound AgentConfig nothing is loaded, but the contradictions among workloads shall be told as well.
-    let trust_domain = trust_domain.or(agent.as_ref().map(|agent| &agent.trust_domain)).cloned().unwrap_or_default();
-    let policies = documents.policies(&trust_domain, &names, &mut report);
-    let snapshot = assemble::snapshot(&trust_domain, policies, &documents.workloads, &documents.services, &mut report);
+    let domains = domains.or(agent.as_ref().map(|agent| &agent.trust.domains)).cloned().unwrap_or_default();
+    let policies = documents.policies(&domains, &names, &mut report);
+    let snapshot = assemble::snapshot(&domains, policies, &documents.workloads, &documents.services, &mut report);
     (agent, snapshot, report)
 }
 
@@ -305,7 +306,7 @@ impl Documents {
     }
 
     /// Compiles the policies, and tells which of them an older one makes void.
-    fn policies(&mut self, trust_domain: &TrustDomain, names: &Names, report: &mut Report) -> Policies {
+    fn policies(&mut self, domains: &TrustDomains, names: &Names, report: &mut Report) -> Policies {
         let authentication = Authentication::compile(mem::take(&mut self.peers));
         for (void, first) in authentication.superseded() {
             let message = format!("has no effect: {first} is older and says the mode already");
@@ -317,7 +318,7 @@ impl Documents {
             let message = format!("has no effect: {first} is older, and for the same host and clients");
             tell_void(names, void, message, "keep one of them; the oldest counts, then the first by name", report);
         }
-        let authorization = Authorization::compile(trust_domain, mem::take(&mut self.authorizations));
+        let authorization = Authorization::compile(domains, mem::take(&mut self.authorizations));
         Policies { authentication, authorization, destinations }
     }
 

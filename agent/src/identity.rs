@@ -1,10 +1,12 @@
 //! Who a workload is: trust domains and SPIFFE IDs, parsed strictly, and the errors of this room.
 //!
-//! Certificates are made by `identity::ca` and kept fresh by `identity::manager`; whether a peer may hold an
-//! identity is decided by `tls::verifier`, what it may then do by `policy`.
+//! Certificates are made by `identity::ca` and kept fresh by `identity::manager`; whose word counts is `identity::trust`'s; whether a
+//! peer may hold an identity is decided by `tls::verifier`, what it may then do by `policy`.
 
 pub mod ca;
+pub mod live;
 pub mod manager;
+pub mod trust;
 
 use std::{
     fmt, io,
@@ -18,7 +20,9 @@ use rustls::sign::CertifiedKey;
 use serde::{Serialize, Serializer};
 
 pub use ca::Ca;
-pub use manager::{Manager, ManagerSettings, SvidInfo};
+pub use live::LiveCa;
+pub use manager::{CertState, Manager, ManagerSettings, SvidInfo};
+pub use trust::{Trust, TrustDomains, TrustFiles, TrustStore};
 
 /// The longest SPIFFE ID that every implementation must accept (SPIFFE-ID, section 2.3), and the longest we do.
 const MAX_ID: usize = 2048;

@@ -28,6 +28,10 @@ pub struct Others<'a> {
     pub capture_events: &'a [(&'static str, u64)],
     pub map_entries: &'a [(&'static str, u64)],
     pub log_lines_dropped: u64,
+    /// By identity, seconds to their end: less than nothing when that has passed.
+    pub certificates: &'a [(String, i64)],
+    /// Revocation lists whose next update is overdue.
+    pub stale_lists: usize,
 }
 
 pub struct Metrics {
@@ -40,6 +44,8 @@ pub struct Metrics {
     handshakes: Family<Labels<3>, Counter>,
     handshake_seconds: Histogram,
     reloads: Family<Labels<1>, Counter>,
+    trust_reloads: Family<Labels<1>, Counter>,
+    trust_withdrawn: Family<Labels<2>, Counter>,
     pub live: Gauge,
     pub pods: Family<Labels<1>, Gauge<i64>>,
     pub kernel: Family<Labels<3>, Gauge<u64, AtomicU64>>,
@@ -51,6 +57,7 @@ impl Metrics {
         let (opened, closed, sent, received) = <(Family<_, _>, Family<_, _>, Family<_, _>, Family<_, _>)>::default();
         let (carried, handshakes, reloads, pods, kernel) =
             <(Family<_, _>, Family<_, _>, Family<_, _>, Family<_, _>, Family<_, _>)>::default();
+        let (trust_reloads, trust_withdrawn) = <(Family<_, _>, Family<_, _>)>::default();
         let handshake_seconds = Histogram::new(exponential_buckets(0.000_5, 2.0, 14));
         let live = Gauge::default();
         let build: Family<Build, Gauge> = Family::default();
@@ -73,6 +80,16 @@ impl Metrics {
             handshake_seconds.clone(),
         );
         registry.register("marline_config_reloads", "Configuration reloads by result", reloads.clone());
+        registry.register(
+            "marline_trust_reloads",
+            "Changes of the CA's directory and of the files of trust, by result",
+            trust_reloads.clone(),
+        );
+        registry.register(
+            "marline_trust_revoked_connections",
+            "Live connections that were reset because nobody vouches for their peer any more",
+            trust_withdrawn.clone(),
+        );
         registry.register("marline_connections_live", "Connections that are open now", live.clone());
         registry.register("marline_pods", "Local pods by state", pods.clone());
         registry.register("marline_kernel", "What this kernel was seen to do, as labels", kernel.clone());
@@ -87,6 +104,8 @@ impl Metrics {
             handshakes,
             handshake_seconds,
             reloads,
+            trust_reloads,
+            trust_withdrawn,
             live,
             pods,
             kernel,
@@ -150,6 +169,14 @@ impl Metrics {
         self.reloads.get_or_create(&[("result", if accepted { "accepted" } else { "rejected" })]).inc();
     }
 
+    pub fn trust_reloaded(&self, accepted: bool) {
+        self.trust_reloads.get_or_create(&[("result", if accepted { "accepted" } else { "rejected" })]).inc();
+    }
+
+    pub fn trust_withdrawn(&self, direction: Direction, reason: &'static str) {
+        self.trust_withdrawn.get_or_create(&[reporter(direction), ("reason", reason)]).inc();
+    }
+
     /// The whole exposition, with what others count.
     pub fn render(&self, others: &Others<'_>) -> String {
         let mut text = String::new();
@@ -173,6 +200,21 @@ impl Metrics {
         for (map, entries) in others.map_entries {
             events.push_str(&format!("marline_capture_map_entries{{map=\"{map}\"}} {entries}\n"));
         }
+        events.push_str(
+            "# HELP marline_certificate_expiry_seconds Time to the end of each certificate of a local workload.\n",
+        );
+        events.push_str(
+            "# TYPE marline_certificate_expiry_seconds gauge\n# UNIT marline_certificate_expiry_seconds seconds\n",
+        );
+        for (identity, seconds) in others.certificates {
+            // What a SPIFFE ID is made of needs no escape.
+            events.push_str(&format!("marline_certificate_expiry_seconds{{identity=\"{identity}\"}} {seconds}\n"));
+        }
+        events.push_str("# HELP marline_trust_overdue_lists Revocation lists whose next update has passed.\n");
+        events.push_str(&format!(
+            "# TYPE marline_trust_overdue_lists gauge\nmarline_trust_overdue_lists {}\n",
+            others.stale_lists
+        ));
         match text.rfind("# EOF") {
             Some(end) => text.insert_str(end, &events),
             None => text.push_str(&events),

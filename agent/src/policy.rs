@@ -1,6 +1,7 @@
 //! What a connection must be: mTLS, plaintext, or nothing. Pure functions of compiled policies and of what is known about
 //! both ends; finding the ends is `state`'s business, reading the policies `config`'s, carrying the decision out `proxy`'s.
 
+mod aliases;
 pub mod authentication;
 pub mod authorization;
 pub mod destination;
@@ -137,8 +138,15 @@ pub fn towards(
         (Some(ClientTls::Disable), _) => return Outbound::Plaintext,
         (_, Outbound::Mtls { expect }) => expect,
         (_, Outbound::Plaintext) if !demands_mtls(service, traffic) => return Outbound::Plaintext,
-        // Whose identity the endpoint has, is known of workloads alone.
-        (_, Outbound::Plaintext) => endpoint.iter().map(|workload| workload.id.clone()).collect(),
+        (_, Outbound::Plaintext) => match endpoint {
+            Some(workload) => vec![workload.id.clone()],
+            // No workload of this mesh; perhaps one of a mesh that is federated with it. Then who may answer is whom the user names.
+            None => {
+                let service = service.map_or(&[][..], |service| &service.identities);
+                let named = if traffic.identities.is_empty() { service } else { &traffic.identities };
+                named.to_vec()
+            }
+        },
     };
     Outbound::Mtls { expect: expect.into_iter().filter(|id| may_answer(id, service, traffic)).collect() }
 }

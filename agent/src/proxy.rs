@@ -15,11 +15,11 @@ use tokio::{net::TcpStream, sync::watch};
 use crate::{
     access_log::AccessLog,
     bpf::{Capture, selftest::SelfTest},
-    identity::{SpiffeId, Svid, manager::Manager},
+    identity::{SpiffeId, Svid, Trust, manager::Manager},
     metrics::Metrics,
-    state::{LocalPod, State},
+    state::{LocalPod, Snapshot, State},
     sys::netns::{Netns, NetnsCookie},
-    tls::config::{self, Ciphers},
+    tls::config::{self, Ciphers, Learned, Parameters},
     words::{Direction, Mode, TlsFacts, with_causes},
 };
 
@@ -44,7 +44,7 @@ pub use pod::{PodState, PodStatus};
 
 use account::Account;
 use authorize::Permit;
-use connections::{Connections, lock};
+use connections::{Connections, Live, lock};
 use direct::Direct;
 use handshake::{HandshakeError, Secured};
 use offload::{Capabilities, Records, RecordsChoice};
@@ -58,6 +58,8 @@ pub struct Settings {
     pub connect: Duration,
     pub handshake: Duration,
     pub dead_peer: Duration,
+    /// Nothing but post-quantum key exchange.
+    pub pqc_only: bool,
 }
 
 /// All that the stages share.
@@ -135,13 +137,18 @@ impl Proxy {
         tokio::spawn(watchdog::run(self.ctx.clone()));
         tokio::spawn(direct::run(self.ctx.clone()));
         let mut changes = self.ctx.state.subscribe();
+        let mut trust = self.ctx.identities.trust_store().subscribe();
         let mut strangers = true;
         loop {
             self.reevaluate();
             strangers = strangers && !self.forget_strangers();
             self.reconcile().await;
             self.ctx.pods_changed.send_modify(|count| *count += 1);
-            if changes.changed().await.is_err() {
+            let changed = tokio::select! {
+                changed = changes.changed() => changed,
+                changed = trust.changed() => changed,
+            };
+            if changed.is_err() {
                 return;
             }
         }
@@ -243,11 +250,9 @@ impl Proxy {
 
     /// Takes back what the present state would not let in.
     fn reevaluate(&self) {
-        let snapshot = self.ctx.state.load();
+        let (snapshot, trust) = (self.ctx.state.load(), self.ctx.identities.trust());
         for live in self.ctx.connections.all() {
-            if let Some(revoked) = authorize::revoked_by(&snapshot, live.direction, &live.facts()) {
-                revoked.enforce(&live);
-            }
+            self.ctx.judge(&snapshot, &trust, &live);
         }
     }
 }
@@ -261,8 +266,30 @@ impl Context {
     }
 
     /// What a connection should be sealed with: see `direct::Direct::ciphers`.
-    fn ciphers(&self, direction: Direction, end: SocketAddr) -> Ciphers {
-        self.direct.as_ref().map_or(Ciphers::Fastest, |direct| direct.ciphers(direction, end))
+    fn parameters(&self, direction: Direction, end: SocketAddr) -> Parameters {
+        let ciphers = self.direct.as_ref().map_or(Ciphers::Fastest, |direct| direct.ciphers(direction, end));
+        Parameters { ciphers, pqc_only: self.settings.pqc_only }
+    }
+
+    /// Takes a live connection back if the rules would not let it in any more, or if nobody vouches for its peer any more.
+    fn judge(&self, snapshot: &Snapshot, trust: &Trust, live: &Live) {
+        if live.revoked().is_some() {
+            return;
+        }
+        let facts = live.facts();
+        // What has no permit yet is judged when it has.
+        if facts.mode.is_some()
+            && let Some(withdrawn) = authorize::withdrawn(trust, &facts)
+        {
+            self.metrics.trust_withdrawn(live.direction, withdrawn.label());
+            live.revoke(withdrawn.reason());
+        } else if let Some(revoked) = authorize::revoked_by(snapshot, live.direction, &facts) {
+            revoked.enforce(live);
+        }
+    }
+
+    fn judge_now(&self, live: &Live) {
+        self.judge(&self.state.load(), &self.identities.trust(), live);
     }
 
     fn svid(&self, id: &SpiffeId) -> Result<Arc<Svid>, Refusal> {
@@ -278,6 +305,7 @@ impl Context {
         account: &Account,
         direction: Direction,
         since: Instant,
+        learned: &Learned,
         result: Result<Secured, HandshakeError>,
     ) -> Result<Secured, Refusal> {
         match result {
@@ -290,6 +318,7 @@ impl Context {
                     };
                     peer.identity = Some(secured.peer.to_string());
                     facts.proved = Some(secured.peer.clone());
+                    facts.voucher = learned.voucher().cloned();
                     facts.tls = Some(TlsFacts {
                         cipher: format!("{:?}", secured.suite.suite()),
                         group: secured.group.map(|group| format!("{group:?}")),
@@ -331,9 +360,7 @@ async fn carry(
     account.offloaded(mode, &records);
     account.live.watch_wire(&wire);
     // Between the decision and here the rules may have changed.
-    if let Some(revoked) = authorize::revoked_by(&ctx.state.load(), account.live.direction, &account.live.facts()) {
-        revoked.enforce(&account.live);
-    }
+    ctx.judge_now(&account.live);
     let Permit { mut revoked, .. } = permit;
     let result = pump::run(&app, &wire, records, &account.live.moved, &mut revoked).await;
     if result.is_ok() {

@@ -13,7 +13,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use crate::{
-    identity::{SpiffeId, TrustDomain},
+    identity::{SpiffeId, TrustDomains},
     policy::{ClientTls, Policies, Service, Traffic, Workload},
 };
 
@@ -31,7 +31,8 @@ pub struct LocalPod {
 #[derive(Debug)]
 pub struct Snapshot {
     pub policies: Policies,
-    pub trust_domain: TrustDomain,
+    /// Ours, and those that mean the same.
+    pub trust_domains: TrustDomains,
     pub local: Vec<Arc<LocalPod>>,
     /// Set by `State`; grows by one with each replacement.
     pub generation: u64,
@@ -50,7 +51,7 @@ impl Snapshot {
     /// configuration refuses that case before it gets here.
     pub fn new(
         policies: Policies,
-        trust_domain: TrustDomain,
+        trust_domains: impl Into<TrustDomains>,
         workloads: Vec<Arc<Workload>>,
         local: Vec<Arc<LocalPod>>,
     ) -> Self {
@@ -63,7 +64,7 @@ impl Snapshot {
         let (services, by_virtual_address, headless, disabled) = Default::default();
         Self {
             policies,
-            trust_domain,
+            trust_domains: trust_domains.into(),
             local,
             generation: 0,
             workloads,
@@ -135,7 +136,7 @@ impl Snapshot {
     /// Whether both say the same, whatever their generations.
     pub fn describes_the_same_as(&self, other: &Self) -> bool {
         self.policies == other.policies
-            && self.trust_domain == other.trust_domain
+            && self.trust_domains == other.trust_domains
             && self.local == other.local
             && self.workloads == other.workloads
             && self.services == other.services
@@ -191,6 +192,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::TrustDomain;
 
     fn snapshot(account: &str, addresses: &[&str]) -> Snapshot {
         let trust_domain = TrustDomain::parse("cluster.local").unwrap();

@@ -10,7 +10,10 @@ use std::{
 
 use marline::{
     identity::{Ca, IdentityError, SpiffeId, Svid, TrustDomain},
-    tls::{config::peer_id, verifier::MeshClient},
+    tls::{
+        config::{Learned, peer_id},
+        verifier::MeshClient,
+    },
 };
 use rcgen::{
     BasicConstraints, Certificate, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
@@ -39,7 +42,9 @@ fn embedded() -> (tempfile::TempDir, Ca) {
 /// Whether a server of the mesh would take it.
 fn verifies(ca: &Ca, svid: &Svid) -> bool {
     let (leaf, intermediates) = svid.key.cert.split_first().unwrap();
-    MeshClient::new(ca.roots(), trust_domain()).verify_client_cert(leaf, intermediates, UnixTime::now()).is_ok()
+    MeshClient::new(ca.trust(&trust_domain()), Learned::default())
+        .verify_client_cert(leaf, intermediates, UnixTime::now())
+        .is_ok()
 }
 
 #[test]

@@ -476,7 +476,7 @@ fn a_reload_keeps_the_trust_domain_that_the_agent_runs_with() {
         .unwrap();
     let loaded = config::reload(dir.path(), &running).unwrap();
     assert_eq!(running.changed_fields(&loaded.agent), ["spec.trustDomain", "spec.pump"]);
-    assert_eq!(loaded.snapshot.trust_domain, running.trust_domain);
+    assert_eq!(*loaded.snapshot.trust_domains.own(), running.trust_domain);
     assert_eq!(loaded.snapshot.workloads()[0].id.trust_domain(), &running.trust_domain);
 }
 
@@ -528,5 +528,38 @@ proptest! {
         for (last, name) in [(1, "a"), (2, "b"), (3, "c")] {
             prop_assert_eq!(&snapshot.workload(IpAddr::from([10, 0, 0, last])).unwrap().name, name);
         }
+    }
+}
+
+#[test]
+fn trust_is_read_and_what_is_wrong_with_it_is_named() {
+    let with = |lines: &str| {
+        let agent = AGENT.replace("spec:", &format!("spec:\n{lines}"));
+        let dir = directory(&[("a.yaml", &agent)]);
+        config::load(dir.path()).map(|loaded| loaded.agent).map_err(|errors| errors.to_string())
+    };
+    let agent = with(
+        "  trust:\n    aliases: [old.example, older.example]\n    federated:\n    - {trustDomain: other.example, bundle: other.pem}\n    crl: /etc/crl.pem\n  tls: {pqcOnly: true}",
+    )
+    .unwrap();
+    assert_eq!(agent.trust.domains.to_string(), "cluster.local, old.example, older.example");
+    assert!(agent.trust.federated[0].1.ends_with("other.pem") && agent.trust.federated[0].1.is_absolute());
+    assert_eq!(agent.trust.crl.as_deref(), Some(std::path::Path::new("/etc/crl.pem")));
+    assert!(agent.tls.pqc_only);
+    for (lines, says) in [
+        ("  trust: {aliases: [cluster.local]}", "spec.trust.aliases"),
+        ("  trust: {aliases: [a.org, a.org]}", "a.org is there twice"),
+        ("  trust: {aliases: [A]}", "spec.trust.aliases"),
+        ("  trust: {federated: [{trustDomain: cluster.local, bundle: a}]}", "its roots are those in spec.ca.path"),
+        ("  trust: {federated: [{trustDomain: a.org}]}", "bundle"),
+        (
+            "  trust: {federated: [{trustDomain: a.org, bundle: a}, {trustDomain: a.org, bundle: b}]}",
+            "a.org has a bundle already",
+        ),
+        ("  trust: {roots: a}", "spec.trust.roots"),
+        ("  tls: {pqcOnly: perhaps}", "spec.tls.pqcOnly"),
+    ] {
+        let refusal = with(lines).unwrap_err();
+        assert!(refusal.contains(says), "{lines}: {refusal}");
     }
 }

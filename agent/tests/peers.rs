@@ -8,10 +8,10 @@ use std::{
 };
 
 use marline::{
-    identity::{Ca, SpiffeId, Svid, TrustDomain},
+    identity::{Ca, SpiffeId, Svid, Trust, TrustDomain},
     tls::{
         config::{
-            Accept, Ciphers, Offer, Sni, client_config, peer_id, provider, server_config, server_config_with,
+            Accept, Learned, Offer, Parameters, client_config, peer_id, provider, server_config, server_config_with,
             server_name,
         },
         verifier::{PeerFailure, Reason, explain},
@@ -51,6 +51,10 @@ impl Mesh {
         Self { ca: Ca::open(dir.path()).unwrap(), _dir: dir, signer, trust_domain }
     }
 
+    fn trust(&self) -> Arc<Trust> {
+        self.ca.trust(&self.trust_domain)
+    }
+
     fn id(&self, account: &str) -> SpiffeId {
         SpiffeId::new(&self.trust_domain, "shop", account).unwrap()
     }
@@ -88,11 +92,11 @@ impl Mesh {
     }
 
     fn client(&self, svid: &Svid, expect: &str) -> Arc<ClientConfig> {
-        client_config(svid, self.ca.roots(), &[self.id(expect)], Offer::Proxied).unwrap()
+        client_config(svid, self.trust(), &[self.id(expect)], Offer::Proxied).unwrap()
     }
 
     fn server(&self, svid: &Svid) -> Arc<ServerConfig> {
-        server_config(svid, self.ca.roots(), &self.trust_domain, Accept::Plain).unwrap()
+        server_config(svid, self.trust(), Accept::Plain).unwrap()
     }
 }
 
@@ -184,15 +188,14 @@ fn two_workloads_of_the_mesh_agree_on_tls13_post_quantum_and_know_each_other() {
 #[test]
 fn the_server_notes_the_name_that_its_client_asks_for() {
     let mesh = Mesh::new();
-    let sni = Sni::default();
+    let learned = Learned::default();
     let server = mesh.svid("web");
     let config =
-        server_config_with(Ciphers::Fastest, &server, mesh.ca.roots(), &mesh.trust_domain, Accept::Plain, sni.clone())
-            .unwrap();
-    assert_eq!(sni.get(), None);
+        server_config_with(Parameters::default(), &server, mesh.trust(), Accept::Plain, learned.clone()).unwrap();
+    assert_eq!(learned.sni(), None);
     let outcome = handshake(&mesh.client(&mesh.svid("client"), "web"), &config);
     assert!(outcome.server.is_ok() && outcome.client.is_ok());
-    assert_eq!(sni.get(), Some("outbound_.80_._.web.shop.svc.cluster.local"));
+    assert_eq!(learned.sni(), Some("outbound_.80_._.web.shop.svc.cluster.local"));
 }
 
 #[test]
@@ -208,14 +211,14 @@ fn the_server_sends_nothing_after_the_handshake() {
 fn any_of_several_expected_identities_may_answer() {
     let mesh = Mesh::new();
     let svid = mesh.svid("client");
-    let config = client_config(&svid, mesh.ca.roots(), &[mesh.id("other"), mesh.id("web")], Offer::Proxied).unwrap();
+    let config = client_config(&svid, mesh.trust(), &[mesh.id("other"), mesh.id("web")], Offer::Proxied).unwrap();
     handshake(&config, &mesh.server(&mesh.svid("web"))).client.unwrap();
 }
 
 #[test]
 fn a_client_that_expects_nobody_gets_no_configuration() {
     let mesh = Mesh::new();
-    assert!(client_config(&mesh.svid("client"), mesh.ca.roots(), &[], Offer::Proxied).is_err());
+    assert!(client_config(&mesh.svid("client"), mesh.trust(), &[], Offer::Proxied).is_err());
 }
 
 #[test]
@@ -242,7 +245,7 @@ fn another_trust_domain_is_refused_by_both_sides() {
         assert_eq!(refuser.reason, Reason::ForeignTrustDomain);
         assert_eq!(
             refuser.text,
-            "the peer is spiffe://other.org/ns/shop/sa/web, which is not in the trust domain cluster.local"
+            "the peer calls itself spiffe://other.org/ns/shop/sa/web, and nobody is trusted to vouch for that trust domain: those of this mesh are cluster.local"
         );
     }
 }
@@ -309,8 +312,9 @@ fn a_client_without_a_certificate_is_refused_and_told_so() {
         .with_no_client_auth();
     let mut config = config;
     config.dangerous().set_certificate_verifier(Arc::new(marline::tls::verifier::ExpectServer::new(
-        mesh.ca.roots(),
+        mesh.trust(),
         vec![mesh.id("web")],
+        Learned::default(),
     )));
     let outcome = handshake(&Arc::new(config), &mesh.server(&mesh.svid("web")));
     let failure = explain(&outcome.server.unwrap_err());
@@ -353,7 +357,7 @@ fn tls12_is_refused_from_clients_and_servers() {
 #[test]
 fn certificates_that_are_no_svids_are_refused_by_both_sides() {
     type Change = fn(&mut CertificateParams);
-    let cases: [(&str, Change); 10] = [
+    let cases: [(&str, Change); 12] = [
         ("names no URI", |p| p.subject_alt_names.clear()),
         ("names no URI", |p| p.subject_alt_names = vec![SanType::DnsName("web.shop.svc".try_into().unwrap())]),
         ("names 2 URIs", |p| p.subject_alt_names.push(uri("spiffe://cluster.local/ns/shop/sa/admin"))),
@@ -366,6 +370,10 @@ fn certificates_that_are_no_svids_are_refused_by_both_sides() {
         ("certificate of a CA", |p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained)),
         ("may sign", |p| p.key_usages.push(KeyUsagePurpose::KeyCertSign)),
         ("may sign", |p| p.key_usages.push(KeyUsagePurpose::CrlSign)),
+        // 4.3
+        ("may not be used for signatures", |p| p.key_usages = vec![KeyUsagePurpose::KeyAgreement]),
+        // 5.2, 3.1
+        ("not the identity of a workload", |p| p.subject_alt_names = vec![uri("spiffe://cluster.local/")]),
     ];
     let mesh = Mesh::new();
     for (says, change) in cases {

@@ -47,6 +47,16 @@ struct Kernel {
     pump: String,
 }
 
+/// A workload's certificate as the agent lists it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Certificate {
+    pub id: String,
+    pub serial: Option<String>,
+    pub issuer: Option<String>,
+    /// Whether another one signs by now.
+    pub signer_replaced: bool,
+}
+
 /// A pod as the agent lists it.
 #[derive(Clone, Debug, Deserialize)]
 pub struct PodState {
@@ -157,6 +167,19 @@ impl Agent {
     pub fn pods(&self) -> Result<Vec<PodState>> {
         let response = self.get(ADMIN, "/pods")?;
         serde_json::from_str(&response.body).with_context(|| format!("/pods was answered with {response:?}"))
+    }
+
+    /// The certificates that it holds.
+    pub fn certificates(&self) -> Result<Vec<Certificate>> {
+        let response = self.get(ADMIN, "/certs")?;
+        serde_json::from_str(&response.body).with_context(|| format!("/certs was answered with {response:?}"))
+    }
+
+    /// How often it has taken other files of its CA, and refused them.
+    pub fn trust_reloads(&self) -> Result<(u64, u64)> {
+        let metrics = self.metrics()?;
+        let count = |result: &str| sum(&metrics, "marline_trust_reloads_total", &format!("result=\"{result}\"")) as u64;
+        Ok((count("accepted"), count("rejected")))
     }
 
     /// Waits until the agent lists a local pod of this service account as ready, or no longer lists it.

@@ -39,6 +39,7 @@ pub struct Cluster {
     stays: bool,
     mode: Mode,
     extra: Extra,
+    leaf_lifetime: Option<String>,
     program: Option<PathBuf>,
     pods: BTreeMap<String, Pod>,
     made: u8,
@@ -107,6 +108,7 @@ impl Cluster {
             stays: false,
             mode: spec.mode,
             extra: spec.extra.clone(),
+            leaf_lifetime: spec.leaf_lifetime.clone(),
             program: spec.program.clone(),
             pods: BTreeMap::new(),
             made: 0,
@@ -130,6 +132,12 @@ impl Cluster {
     #[must_use]
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// The CA of both nodes.
+    #[must_use]
+    pub fn ca_directory(&self) -> PathBuf {
+        self.directory.join("ca")
     }
 
     /// The directory that a node's agent reads its configuration from.
@@ -326,7 +334,8 @@ impl Cluster {
 
     fn settings(&self, side: Side) -> Settings {
         Settings {
-            ca: self.directory.join("ca"),
+            ca: self.ca_directory(),
+            leaf_lifetime: self.leaf_lifetime.clone(),
             cgroup: self.tree.node(side.letter()),
             pins: remains::pins(&network::node_name(&self.name, side)),
             access_log: self.directory.join(side.letter()).join("access.log"),

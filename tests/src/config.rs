@@ -42,6 +42,7 @@ pub type Extra = Vec<String>;
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub ca: PathBuf,
+    pub leaf_lifetime: Option<String>,
     pub cgroup: PathBuf,
     pub pins: PathBuf,
     pub access_log: PathBuf,
@@ -62,9 +63,10 @@ impl Settings {
 pub fn write_agent(directory: &Path, settings: &Settings) -> Result<()> {
     let mut text = format!(
         "apiVersion: marline.io/v1alpha1\nkind: AgentConfig\nmetadata:\n  name: agent\nspec:\n  trustDomain: {TRUST_DOMAIN}\n  \
-         ca:\n    path: {}\n  capture:\n    cgroup: {}\n    pinPath: {}\n  admin:\n    address: 127.0.0.1:15000\n  metrics:\n    \
+         ca:\n    path: {}\n    leafLifetime: {}\n  capture:\n    cgroup: {}\n    pinPath: {}\n  admin:\n    address: 127.0.0.1:15000\n  metrics:\n    \
          address: 0.0.0.0:15020\n  readiness:\n    address: 0.0.0.0:15021\n  accessLog:\n    path: {}\n    format: json\n",
         settings.ca.display(),
+        settings.leaf_lifetime.as_deref().unwrap_or("24h"),
         settings.cgroup.display(),
         settings.pins.display(),
         settings.access_log.display(),

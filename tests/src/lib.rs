@@ -18,6 +18,7 @@ pub mod http;
 pub mod keeper;
 pub mod netns;
 pub mod process;
+pub mod rotation;
 pub mod scenario;
 pub mod traffic;
 pub mod wait;

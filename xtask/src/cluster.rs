@@ -243,6 +243,7 @@ fn spec_of(saved: &Saved) -> ClusterSpec {
         pods: saved.pods.clone(),
         extra: Vec::new(),
         direct: Some(direct()),
+        leaf_lifetime: None,
         program: Some(saved.program.clone()),
     }
 }

@@ -5,6 +5,7 @@
 mod flows;
 pub(crate) mod kernel;
 mod report;
+mod rotate;
 
 use std::{
     env, fs,
@@ -46,6 +47,7 @@ It runs on this machine's kernel if that has kernel TLS, else inside a VM with D
 
   cargo xtask demo
   cargo xtask demo --kernel 6.1 --json demo.json
+  cargo xtask demo --rotate                  certificates are replaced under traffic, and no connection fails
   cargo xtask demo --kernel host --keep      then look around; cargo xtask down")]
 pub(crate) struct Args {
     /// Write the results as JSON, too
@@ -54,6 +56,9 @@ pub(crate) struct Args {
     /// Where to run [default: here if this kernel has kernel TLS, else 6.12]
     #[arg(long, value_enum)]
     kernel: Option<Where>,
+    /// Instead of the flows: replace leaves, an intermediate and the root of the mesh's certificates under traffic (on this kernel)
+    #[arg(long, conflicts_with_all = ["keep", "kernel"])]
+    rotate: bool,
     /// Leave the mesh up, as `cargo xtask up` would (on this kernel only)
     #[arg(long)]
     keep: bool,
@@ -75,6 +80,11 @@ enum Where {
 /// Returns the exit code.
 pub(crate) fn run(args: &Args) -> Result<i32> {
     cluster::require_root()?;
+    if args.rotate {
+        deps::ensure("rotate certificates", &rotate::NEEDS)?;
+        build::agent(false)?;
+        return rotate::run(args.json.as_deref());
+    }
     let here = kernel::Kernel::this();
     let (place, why) = match (args.kernel, here.has_ktls()) {
         (Some(place), _) => (place, "as asked for"),

@@ -32,7 +32,14 @@ impl View for Gathered {
             let count = pods.iter().filter(|pod| pod.state == state).count();
             self.metrics.pods.get_or_create(&[("state", label)]).set(i64::try_from(count).unwrap_or(i64::MAX));
         }
+        let certificates = ctx.identities.list().into_iter();
+        let certificates: Vec<_> =
+            certificates.filter_map(|info| Some((info.id.to_string(), info.seconds_to_expiry?))).collect();
+        let trust = ctx.identities.trust();
+        let now = std::time::SystemTime::now();
         self.metrics.render(&Others {
+            certificates: &certificates,
+            stale_lists: trust.revoked().iter().filter(|list| list.is_stale(now)).count(),
             capture_events: &capture_events,
             map_entries: &ctx.capture.occupancy(),
             log_lines_dropped: ctx.log.dropped(),
@@ -76,5 +83,9 @@ impl View for Gathered {
 
     fn certs(&self) -> Value {
         json!(self.proxy.context().identities.list())
+    }
+
+    fn chain(&self, id: &str) -> Option<String> {
+        self.proxy.context().identities.chain_pem(&id.parse().ok()?)
     }
 }

@@ -11,12 +11,15 @@ use super::{
     fields::{Fields, Unknown},
     finding::{Origin, Report},
 };
-use crate::identity::TrustDomain;
+use crate::identity::{TrustDomain, TrustDomains, TrustFiles};
 
 /// What the agent is told about itself. Changes take a restart; `changed_fields` names them.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct AgentConfig {
     pub trust_domain: TrustDomain,
+    /// Whom to believe beside the CA's own roots, by which names.
+    pub trust: TrustFiles,
+    pub tls: TlsConfig,
     pub ca: CaConfig,
     pub capture: CaptureConfig,
     pub records: RecordsConfig,
@@ -34,6 +37,13 @@ pub struct CaConfig {
     /// A directory in Istio's `cacerts` layout.
     pub path: PathBuf,
     pub leaf_lifetime: Duration,
+}
+
+/// How keys are agreed on.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct TlsConfig {
+    /// Offer and accept nothing but post-quantum key exchange.
+    pub pqc_only: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -126,6 +136,8 @@ impl AgentConfig {
     pub fn changed_fields(&self, other: &Self) -> Vec<&'static str> {
         let pairs = [
             ("spec.trustDomain", self.trust_domain == other.trust_domain),
+            ("spec.trust", self.trust.is_like(&other.trust)),
+            ("spec.tls", self.tls == other.tls),
             ("spec.ca.path", self.ca.path == other.ca.path),
             ("spec.ca.leafLifetime", self.ca.leaf_lifetime == other.ca.leaf_lifetime),
             ("spec.capture.cgroup", self.capture.cgroup == other.capture.cgroup),
@@ -162,6 +174,8 @@ pub(super) fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut 
             None
         }
     };
+    let trust = read_trust(dir, trust_domain.as_ref(), &mut spec, report);
+    let tls = read_tls(&mut spec, report);
     let ca = read_ca(dir, &mut spec, report);
     let capture = read_capture(&mut spec, report);
     let records = read_records(&mut spec, report);
@@ -185,6 +199,8 @@ pub(super) fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut 
 
     Some(AgentConfig {
         trust_domain: trust_domain?,
+        trust,
+        tls,
         ca: ca?,
         capture: capture?,
         records,
@@ -196,6 +212,58 @@ pub(super) fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut 
         access_log,
         timeouts,
     })
+}
+
+fn read_trust(dir: &Path, own: Option<&TrustDomain>, spec: &mut Fields<'_>, report: &mut Report) -> TrustFiles {
+    let own = own.cloned().unwrap_or_default();
+    let Some(mut fields) = spec.fields(report, "trust") else {
+        return TrustFiles { domains: own.into(), ..TrustFiles::default() };
+    };
+    let mut aliases: Vec<TrustDomain> = Vec::new();
+    for text in fields.strings(report, "aliases") {
+        match TrustDomain::parse(text) {
+            Err(error) => fields.error(report, "aliases", error.to_string(), "write names such as old.example"),
+            Ok(alias) if alias == own => {
+                let message = format!("{alias} is the mesh's own trust domain (spec.trustDomain), and no alias of it");
+                fields.error(report, "aliases", message, "remove it; an alias is another name");
+            }
+            Ok(alias) if aliases.contains(&alias) => {
+                fields.error(report, "aliases", format!("{alias} is there twice"), "write it once");
+            }
+            Ok(alias) => aliases.push(alias),
+        }
+    }
+    let mut federated: Vec<(TrustDomain, PathBuf)> = Vec::new();
+    for mut item in fields.items(report, "federated").unwrap_or_default() {
+        let domain = item.required(report, "trustDomain", "write the name of the other trust domain");
+        let bundle = item.required(report, "bundle", "write a PEM file with the roots of that trust domain");
+        match domain.map(TrustDomain::parse) {
+            None => {}
+            Some(Err(error)) => {
+                item.error(report, "trustDomain", error.to_string(), "write a name such as other.example")
+            }
+            Some(Ok(domain)) if domain == own => {
+                let message = format!("{domain} is the mesh's own trust domain: its roots are those in spec.ca.path");
+                item.error(report, "trustDomain", message, "put more roots into root-cert.pem there");
+            }
+            Some(Ok(domain)) if federated.iter().any(|(known, _)| *known == domain) => {
+                let hint = "put all its roots into one file";
+                item.error(report, "trustDomain", format!("{domain} has a bundle already"), hint);
+            }
+            Some(Ok(domain)) => federated.extend(bundle.map(|bundle| (domain, dir.join(bundle)))),
+        }
+        item.finish(report, Unknown::Error);
+    }
+    let crl = fields.text(report, "crl").map(|path| dir.join(path));
+    fields.finish(report, Unknown::Error);
+    TrustFiles { domains: TrustDomains::new(own, aliases), federated, crl }
+}
+
+fn read_tls(spec: &mut Fields<'_>, report: &mut Report) -> TlsConfig {
+    let Some(mut fields) = spec.fields(report, "tls") else { return TlsConfig::default() };
+    let pqc_only = fields.boolean(report, "pqcOnly").unwrap_or_default();
+    fields.finish(report, Unknown::Error);
+    TlsConfig { pqc_only }
 }
 
 fn read_ca(dir: &Path, spec: &mut Fields<'_>, report: &mut Report) -> Option<CaConfig> {

@@ -14,7 +14,7 @@ use super::{
     services::ServiceResource,
 };
 use crate::{
-    identity::{SpiffeId, TrustDomain},
+    identity::{SpiffeId, TrustDomain, TrustDomains},
     policy::{Policies, Workload},
     state::{LocalPod, Snapshot},
 };
@@ -24,13 +24,14 @@ pub(super) const UNNAMED: &str = "(unnamed)";
 
 /// Makes the snapshot. Whatever is contradictory is reported, and then the snapshot must not be used.
 pub(super) fn snapshot(
-    trust_domain: &TrustDomain,
+    domains: &TrustDomains,
     policies: Policies,
     entries: &[WorkloadEntry],
     services: &[ServiceResource],
     report: &mut Report,
 ) -> Snapshot {
     unique_addresses(entries, report);
+    let trust_domain = domains.own();
     let mut workloads = Vec::new();
     let mut pods: BTreeMap<&PathBuf, Vec<&WorkloadEntry>> = BTreeMap::new();
     for entry in entries {
@@ -51,7 +52,7 @@ pub(super) fn snapshot(
         workloads.push(workload);
     }
     let services = behind::services(services, entries, &workloads, report);
-    Snapshot::new(policies, trust_domain.clone(), workloads, local).with_services(services)
+    Snapshot::new(policies, domains, workloads, local).with_services(services)
 }
 
 /// Reports the second and every further resource of one kind, namespace and name.

@@ -2,24 +2,15 @@
 //! is sound. If it is not, the last good one stays. What a sound configuration is, `config` knows.
 
 use std::{
-    fs,
     hash::{DefaultHasher, Hash as _, Hasher as _},
-    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use notify::{
-    EventKind, RecommendedWatcher, RecursiveMode, Watcher as _,
-    event::{AccessKind, AccessMode},
-};
-use tokio::{
-    sync::{Notify, watch},
-    task::spawn_blocking,
-    time::sleep,
-};
+use tokio::{sync::watch, task::spawn_blocking, time::sleep};
 
+use super::watched::WatchedDirectory;
 use crate::{
     config::{self, AgentConfig, ConfigErrors, Finding, Loaded},
     state::State,
@@ -173,57 +164,4 @@ fn fingerprint(dir: &Path) -> std::io::Result<u64> {
         }
     }
     Ok(hasher.finish())
-}
-
-/// The kernel's notifications about one directory, as long as it is the one behind the path.
-struct WatchedDirectory {
-    path: PathBuf,
-    events: Arc<Notify>,
-    watcher: Option<(RecommendedWatcher, (u64, u64))>,
-    complained: bool,
-}
-
-impl WatchedDirectory {
-    fn new(path: PathBuf) -> Self {
-        Self { path, events: Arc::new(Notify::new()), watcher: None, complained: false }
-    }
-
-    async fn changed(&self) {
-        self.events.notified().await;
-    }
-
-    /// Begins to watch, again if the path leads to another directory now.
-    fn renew(&mut self) {
-        let identity = fs::metadata(&self.path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
-        if self.watcher.is_some() && self.watcher.as_ref().map(|(_, watched)| *watched) == identity {
-            return;
-        }
-        self.watcher = None;
-        let Some(identity) = identity else { return };
-        match self.watcher() {
-            Ok(watcher) => {
-                self.watcher = Some((watcher, identity));
-                self.complained = false;
-            }
-            Err(error) if !self.complained => {
-                self.complained = true;
-                tracing::warn!(directory = %self.path.display(), "changes are noticed late, by looking: {error}");
-            }
-            Err(_) => {}
-        }
-    }
-
-    fn watcher(&self) -> notify::Result<RecommendedWatcher> {
-        let events = Arc::clone(&self.events);
-        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // Our own reading opens files too: only what may have changed one counts. An error may be a lost event.
-            let read_only = matches!(&event, Ok(event) if matches!(event.kind,
-                EventKind::Access(kind) if kind != AccessKind::Close(AccessMode::Write)));
-            if !read_only {
-                events.notify_one();
-            }
-        })?;
-        watcher.watch(&self.path, RecursiveMode::NonRecursive)?;
-        Ok(watcher)
-    }
 }

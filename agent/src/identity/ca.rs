@@ -2,6 +2,8 @@
 //! issues X.509-SVIDs for workloads. Leaf keys are made here and exist in memory only. Deciding which identities are
 //! needed, and when to renew them, is `identity::manager`'s.
 
+mod intermediate;
+
 use std::{
     fs::{self, DirBuilder, OpenOptions},
     io::{self, Write as _},
@@ -24,7 +26,7 @@ use rustls::{
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 use zeroize::Zeroize as _;
 
-use super::{IdentityError, SpiffeId, Svid, TrustDomain};
+use super::{IdentityError, SpiffeId, Svid, Trust, TrustDomain};
 
 /// Istio's names for the files of a plugged-in CA.
 const CA_CERT: &str = "ca-cert.pem";
@@ -43,6 +45,10 @@ pub struct Ca {
     issuer: Issuer<'static, KeyPair>,
     /// What goes on the wire behind a leaf: intermediates, nearest first, without roots.
     chain: Vec<CertificateDer<'static>>,
+    /// The certificate that signs.
+    certificate: CertificateDer<'static>,
+    /// All of this CA: the one that signs, what is above it, the roots.
+    certificates: Vec<CertificateDer<'static>>,
     roots: Arc<RootCertStore>,
     trust_domain: Option<TrustDomain>,
     not_after: SystemTime,
@@ -121,6 +127,8 @@ impl Ca {
         }
         let ca = Self {
             issuer: Issuer::from_ca_cert_der(&certificate, key)?,
+            certificates: chain.iter().chain(&root_ders).cloned().collect(),
+            certificate,
             chain,
             roots: Arc::new(roots),
             trust_domain: parsed.trust_domain,
@@ -181,6 +189,20 @@ impl Ca {
         Arc::clone(&self.roots)
     }
 
+    /// Our own roots as all there is to trust, for workloads of `trust_domain`.
+    pub fn trust(&self, trust_domain: &TrustDomain) -> Arc<Trust> {
+        Arc::new(Trust::new(trust_domain, self.roots()))
+    }
+
+    pub fn certificates(&self) -> &[CertificateDer<'static>] {
+        &self.certificates
+    }
+
+    /// Whether both sign with the same certificate, and send the same along.
+    pub fn signs_like(&self, other: &Self) -> bool {
+        self.certificate == other.certificate && self.chain == other.chain
+    }
+
     /// Fails if the CA's certificate names another trust domain: nothing that it signs would be taken here.
     pub fn require_trust_domain(&self, wanted: &TrustDomain) -> Result<(), IdentityError> {
         match &self.trust_domain {
@@ -208,9 +230,33 @@ impl Ca {
         let leaf = webpki::EndEntityCert::try_from(leaf).map_err(|error| error.to_string())?;
         for usage in [webpki::KeyUsage::client_auth(), webpki::KeyUsage::server_auth()] {
             let (algorithms, now) = (webpki::ALL_VERIFICATION_ALGS, UnixTime::now());
-            leaf.verify_for_usage(algorithms, &self.roots.roots, intermediates, now, usage, None, None).map_err(
-                |error| format!("what it signs does not verify against {ROOT_CERT} through {CERT_CHAIN}: {error}"),
-            )?;
+            let path =
+                leaf.verify_for_usage(algorithms, &self.roots.roots, intermediates, now, usage, None, None).map_err(
+                    |error| format!("what it signs does not verify against {ROOT_CERT} through {CERT_CHAIN}: {error}"),
+                )?;
+            self.check_root_path_length(&path)?;
+        }
+        Ok(())
+    }
+}
+
+/// What a root says of the length of its paths (RFC 5280, section 4.2.1.9) is not looked at by every implementation, ours among them, and
+/// by others it is: what we make must verify everywhere.
+impl Ca {
+    fn check_root_path_length(&self, path: &webpki::VerifiedPath<'_>) -> Result<(), String> {
+        let below = path.intermediate_certificates().count();
+        let anchor = webpki::spki_for_anchor(path.anchor());
+        for der in &self.certificates {
+            let Ok((_, root)) = X509Certificate::from_der(der) else { continue };
+            let limit = root.basic_constraints().ok().flatten().and_then(|found| found.value.path_len_constraint);
+            if root.public_key().raw == &*anchor
+                && let Some(limit) = limit
+                && usize::try_from(limit).is_ok_and(|limit| below > limit)
+            {
+                return Err(format!(
+                    "its root in {ROOT_CERT} allows {limit} CAs below it (path length), and there are {below}"
+                ));
+            }
         }
         Ok(())
     }
@@ -220,6 +266,11 @@ impl std::fmt::Debug for Ca {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Ca").field("trust_domain", &self.trust_domain).finish_non_exhaustive()
     }
+}
+
+/// The files that a CA is read from.
+pub fn file_paths(dir: &Path) -> Vec<PathBuf> {
+    [CA_CERT, CA_KEY, ROOT_CERT, CERT_CHAIN].map(|name| dir.join(name)).to_vec()
 }
 
 /// What we need to know of a signing certificate.
@@ -259,9 +310,10 @@ fn parse_ca(der: &CertificateDer<'_>) -> Result<ParsedCa, String> {
     })
 }
 
-type Roots = (RootCertStore, Vec<CertificateDer<'static>>);
+pub(super) type Roots = (RootCertStore, Vec<CertificateDer<'static>>);
 
-fn read_roots(path: &Path, trust_domain: &Option<TrustDomain>) -> Result<Roots, IdentityError> {
+/// The roots in a file. If a trust domain is known, each must be of it, or name none.
+pub(super) fn read_roots(path: &Path, trust_domain: &Option<TrustDomain>) -> Result<Roots, IdentityError> {
     let ders = read_certificates(path)?;
     let mut store = RootCertStore::empty();
     for der in &ders {
@@ -269,7 +321,7 @@ fn read_roots(path: &Path, trust_domain: &Option<TrustDomain>) -> Result<Roots, 
         if let (Some(ours), Some(theirs)) = (trust_domain, &root.trust_domain)
             && ours != theirs
         {
-            let what = format!("a root of trust domain {theirs}, but {CA_CERT} is of trust domain {ours}");
+            let what = format!("a root of trust domain {theirs} among those of trust domain {ours}");
             return Err(IdentityError::file(path, what));
         }
         store.add(der.clone()).map_err(|error| IdentityError::file(path, format!("not usable as a root: {error}")))?;

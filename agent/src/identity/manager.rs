@@ -12,15 +12,21 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rustls::RootCertStore;
+use rustls::pki_types::UnixTime;
 use serde::Serialize;
 use tokio::sync::{Notify, watch};
 
-use super::{Ca, IdentityError, SpiffeId, Svid, humantime};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use super::{IdentityError, LiveCa, SpiffeId, Svid, Trust, TrustStore, humantime};
 
 /// Timers count the time that the machine is awake and know nothing of a clock that is set: look at the calendar this
 /// often, whatever the timer says.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
+/// Certificates of a signer that was replaced are renewed within this time.
+const LONGEST_RESIGN: Duration = Duration::from_secs(10);
+/// With less than this part of its life left a certificate should have been replaced long ago.
+const EXPIRING: f64 = 0.25;
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(300);
 
@@ -36,19 +42,8 @@ impl Default for ManagerSettings {
 }
 
 /// Where certificates come from. The embedded CA today; a remote one has the same shape.
-trait Source: Send + Sync {
+pub(super) trait Source: Send + Sync {
     fn issue(&self, id: &SpiffeId, lifetime: Duration) -> Result<Svid, IdentityError>;
-    fn roots(&self) -> Arc<RootCertStore>;
-}
-
-impl Source for Ca {
-    fn issue(&self, id: &SpiffeId, lifetime: Duration) -> Result<Svid, IdentityError> {
-        self.issue(id, lifetime)
-    }
-
-    fn roots(&self) -> Arc<RootCertStore> {
-        self.roots()
-    }
 }
 
 /// A clone is another handle on the same certificates.
@@ -59,7 +54,10 @@ pub struct Manager {
 
 struct Shared {
     source: Box<dyn Source>,
+    trust: TrustStore,
     settings: ManagerSettings,
+    /// Grows when another key signs.
+    signer: AtomicU64,
     entries: Mutex<BTreeMap<SpiffeId, Entry>>,
     /// Wakes `run` when there is something new to wait for.
     changed: Notify,
@@ -70,11 +68,16 @@ struct Shared {
 #[derive(Default)]
 struct Entry {
     svid: Option<Arc<Svid>>,
+    made: Option<SystemTime>,
     /// When to ask for the next certificate.
     due: Option<SystemTime>,
     /// Attempts that failed since the last success.
     failed: u32,
     last_error: Option<String>,
+    /// By which of the signers that followed each other it was signed.
+    signer: u64,
+    /// What was said of its end already, so that it is said once.
+    said: CertState,
 }
 
 /// What the agent holds for one identity.
@@ -86,6 +89,16 @@ pub struct SvidInfo {
     pub not_before: Option<u64>,
     pub not_after: Option<u64>,
     pub valid: bool,
+    pub state: CertState,
+    /// When the next one is asked for.
+    pub renews_at: Option<u64>,
+    pub seconds_to_expiry: Option<i64>,
+    /// The subject of the CA that signed it.
+    pub issuer: Option<String>,
+    /// Where it comes from.
+    pub source: &'static str,
+    /// Whether the CA signs with another certificate now: then this one is about to be replaced.
+    pub signer_replaced: bool,
     /// Renewals that failed since the last one that did not.
     pub failed_renewals: u32,
     pub last_error: Option<String>,
@@ -98,9 +111,57 @@ pub struct ManagerCounters {
     pub failures: u64,
 }
 
+/// How a certificate stands.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CertState {
+    #[default]
+    Valid,
+    /// The next one has been asked for.
+    Due,
+    /// It ends soon, and renewing has failed for long.
+    Expiring,
+    Expired,
+    /// There never was one.
+    Missing,
+}
+
+impl Entry {
+    fn state(&self, now: SystemTime) -> CertState {
+        let Some(svid) = &self.svid else { return CertState::Missing };
+        // Certificates are dated back for clocks that are behind: that is no part of a life.
+        let life = svid.not_after.duration_since(self.made.unwrap_or(svid.not_before)).unwrap_or_default();
+        match svid.not_after.duration_since(now) {
+            _ if !svid.is_valid_at(now) => CertState::Expired,
+            Ok(left) if left < life.mul_f64(EXPIRING) => CertState::Expiring,
+            _ if self.due.is_some_and(|due| due <= now) || self.failed > 0 => CertState::Due,
+            _ => CertState::Valid,
+        }
+    }
+
+    /// Says once that a certificate is about to end, and once that it has.
+    fn warn(&mut self, id: &SpiffeId, now: SystemTime) {
+        let state = self.state(now);
+        if std::mem::replace(&mut self.said, state) == state {
+            return;
+        }
+        let left = self.svid.as_ref().and_then(|svid| svid.not_after.duration_since(now).ok()).unwrap_or_default();
+        let error = self.last_error.as_deref().unwrap_or("none");
+        match state {
+            CertState::Expiring => {
+                tracing::warn!(identity = %id, left = humantime(left), "a certificate is about to expire and could not be renewed; last error: {error}");
+            }
+            CertState::Expired => {
+                tracing::error!(identity = %id, "a certificate has expired: its workload's connections fail until there is another; last error: {error}");
+            }
+            CertState::Valid | CertState::Due | CertState::Missing => {}
+        }
+    }
+}
+
 impl Manager {
-    pub fn new(ca: Ca, settings: ManagerSettings) -> Self {
-        Self::with_source(Box::new(ca), settings)
+    pub fn new(ca: LiveCa, trust: TrustStore, settings: ManagerSettings) -> Self {
+        Self::with_source(Box::new(ca), trust, settings)
     }
 
     /// Holds certificates for exactly these identities: makes those that are missing at once and drops the others.
@@ -122,11 +183,41 @@ impl Manager {
     /// The certificate to use now; none if there never was one or it has expired.
     pub fn svid(&self, id: &SpiffeId) -> Option<Arc<Svid>> {
         let svid = self.entries().get(id)?.svid.clone()?;
-        svid.is_valid_at(SystemTime::now()).then_some(svid)
+        if !svid.is_valid_at(SystemTime::now()) {
+            // The clock was set, or renewing fails: that is looked at now, and not when a timer says so.
+            self.shared.changed.notify_one();
+            return None;
+        }
+        Some(svid)
     }
 
-    pub fn roots(&self) -> Arc<RootCertStore> {
-        self.shared.source.roots()
+    /// Whom to believe now.
+    pub fn trust(&self) -> Arc<Trust> {
+        self.shared.trust.load()
+    }
+
+    pub fn trust_store(&self) -> &TrustStore {
+        &self.shared.trust
+    }
+
+    /// The chain that peers are shown for an identity, in PEM. The key stays where it is.
+    pub fn chain_pem(&self, id: &SpiffeId) -> Option<String> {
+        let svid = self.entries().get(id)?.svid.clone()?;
+        Some(svid.key.cert.iter().map(|der| pem(der)).collect())
+    }
+
+    /// Another key signs from now on: replaces what the earlier ones have signed, soon and not all at once; what nobody would believe any
+    /// more, at once.
+    pub fn resign(&self) {
+        let (now, trust) = (SystemTime::now(), self.trust());
+        let signer = self.shared.signer.fetch_add(1, Ordering::SeqCst) + 1;
+        let spread = LONGEST_RESIGN.min(self.shared.settings.leaf_lifetime / 20);
+        for (id, entry) in self.entries().iter_mut().filter(|(_, entry)| entry.signer < signer) {
+            let believed = entry.svid.as_ref().is_some_and(|svid| is_believed(&trust, id, svid));
+            let wait = if believed { spread.mul_f64(rand::random()) } else { Duration::ZERO };
+            entry.due = Some(entry.due.map_or(now + wait, |due| due.min(now + wait)));
+        }
+        self.shared.changed.notify_one();
     }
 
     /// Renews until `shutdown` becomes true or its sender is gone.
@@ -149,7 +240,7 @@ impl Manager {
     }
 
     pub fn list(&self) -> Vec<SvidInfo> {
-        let now = SystemTime::now();
+        let (now, signer) = (SystemTime::now(), self.shared.signer.load(Ordering::SeqCst));
         self.entries()
             .iter()
             .map(|(id, entry)| {
@@ -160,6 +251,12 @@ impl Manager {
                     not_before: svid.map(|svid| unix_seconds(svid.not_before)),
                     not_after: svid.map(|svid| unix_seconds(svid.not_after)),
                     valid: svid.is_some_and(|svid| svid.is_valid_at(now)),
+                    state: entry.state(now),
+                    renews_at: entry.due.map(unix_seconds),
+                    seconds_to_expiry: svid.map(|svid| seconds_between(now, svid.not_after)),
+                    issuer: svid.and_then(issuer),
+                    source: "embedded CA",
+                    signer_replaced: entry.signer < signer,
                     failed_renewals: entry.failed,
                     last_error: entry.last_error.clone(),
                 }
@@ -174,11 +271,13 @@ impl Manager {
         }
     }
 
-    fn with_source(source: Box<dyn Source>, settings: ManagerSettings) -> Self {
+    pub(super) fn with_source(source: Box<dyn Source>, trust: TrustStore, settings: ManagerSettings) -> Self {
         Self {
             shared: Arc::new(Shared {
                 source,
+                trust,
                 settings,
+                signer: AtomicU64::new(0),
                 entries: Mutex::default(),
                 changed: Notify::new(),
                 issued: AtomicU64::new(0),
@@ -202,10 +301,14 @@ impl Manager {
         for id in due {
             self.renew(&id, now);
         }
+        for (id, entry) in self.entries().iter_mut() {
+            entry.warn(id, now);
+        }
         self.entries().values().filter_map(|entry| entry.due).min()
     }
 
     fn renew(&self, id: &SpiffeId, now: SystemTime) {
+        let signer = self.shared.signer.load(Ordering::SeqCst);
         // Signing happens without the lock: connections ask for certificates meanwhile.
         let result = self.shared.source.issue(id, self.shared.settings.leaf_lifetime);
         let mut entries = self.entries();
@@ -216,8 +319,13 @@ impl Manager {
                 let life = svid.not_after.duration_since(now).unwrap_or_default();
                 tracing::info!(identity = %id, serial = svid.serial, life = humantime(life), "new certificate");
                 // Between 45 % and 55 % of its life, so that a node's certificates do not all come due together.
-                let due = now + life.mul_f64(0.45 + rand::random::<f64>() / 10.0);
-                *entry = Entry { svid: Some(Arc::new(svid)), due: Some(due), ..Entry::default() };
+                let mut due = now + life.mul_f64(0.45 + rand::random::<f64>() / 10.0);
+                if signer < self.shared.signer.load(Ordering::SeqCst) {
+                    // The signer was replaced meanwhile, and this may be of the one before.
+                    due = now;
+                }
+                *entry =
+                    Entry { svid: Some(Arc::new(svid)), made: Some(now), due: Some(due), signer, ..Entry::default() };
             }
             Err(error) => {
                 self.shared.failures.fetch_add(1, Ordering::Relaxed);
@@ -250,6 +358,28 @@ fn retry_after(failed: u32, lifetime: Duration) -> Duration {
     wait.mul_f64(0.5 + rand::random::<f64>() / 2.0)
 }
 
+fn is_believed(trust: &Trust, id: &SpiffeId, svid: &Svid) -> bool {
+    let usage = webpki::KeyUsage::client_auth();
+    svid.key.cert.split_first().is_some_and(|(leaf, intermediates)| {
+        trust.verify(id.trust_domain(), leaf, intermediates, UnixTime::now(), usage).is_ok()
+    })
+}
+
+fn issuer(svid: &Svid) -> Option<String> {
+    let (_, leaf) = X509Certificate::from_der(svid.key.cert.first()?).ok()?;
+    Some(leaf.issuer().to_string())
+}
+
+pub(super) fn pem(der: &[u8]) -> String {
+    let config = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
+    pem::encode_config(&pem::Pem::new("CERTIFICATE", der), config)
+}
+
+fn seconds_between(from: SystemTime, to: SystemTime) -> i64 {
+    let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
+    to.duration_since(from).map_or_else(|error| -seconds(error.duration()), seconds)
+}
+
 fn unix_seconds(time: SystemTime) -> u64 {
     time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
@@ -269,13 +399,13 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     use super::*;
-    use crate::identity::TrustDomain;
+    use crate::identity::{Ca, TrustDomain};
 
     const LIFE: Duration = Duration::from_secs(24 * 3_600);
 
     /// A CA that can be out of order.
     struct Flaky {
-        ca: Ca,
+        ca: LiveCa,
         down: Arc<AtomicBool>,
     }
 
@@ -286,18 +416,17 @@ mod tests {
                 false => self.ca.issue(id, lifetime),
             }
         }
-
-        fn roots(&self) -> Arc<RootCertStore> {
-            self.ca.roots()
-        }
     }
 
     fn manager(life: Duration) -> (Manager, Arc<AtomicBool>) {
         let dir = tempfile::tempdir().unwrap();
         Ca::init(dir.path(), &TrustDomain::parse("cluster.local").unwrap()).unwrap();
         let down = Arc::new(AtomicBool::new(false));
-        let source = Flaky { ca: Ca::open(dir.path()).unwrap(), down: Arc::clone(&down) };
-        (Manager::with_source(Box::new(source), ManagerSettings { leaf_lifetime: life }), down)
+        let ca = LiveCa::new(Ca::open(dir.path()).unwrap());
+        let domain = TrustDomain::parse("cluster.local").unwrap();
+        let trust = TrustStore::new(Trust::new(domain, ca.load().roots()));
+        let source = Flaky { ca, down: Arc::clone(&down) };
+        (Manager::with_source(Box::new(source), trust, ManagerSettings { leaf_lifetime: life }), down)
     }
 
     fn id(account: &str) -> SpiffeId {
@@ -392,6 +521,51 @@ mod tests {
         let first = manager.svid(&id("web")).unwrap().serial.clone();
         manager.renew_due(SystemTime::now() - Duration::from_secs(3_600));
         assert_ne!(manager.svid(&id("web")).unwrap().serial, first);
+    }
+
+    #[test]
+    fn a_clock_that_is_set_forward_gets_a_certificate_at_once_and_the_expired_one_is_not_used() {
+        let (manager, down) = manager(Duration::from_secs(1_800));
+        manager.retain(&ids(&["web"]));
+        let first = manager.svid(&id("web")).unwrap();
+        let later = SystemTime::now() + Duration::from_secs(3_600);
+        assert!(!first.is_valid_at(later));
+        assert_eq!(manager.entries()[&id("web")].state(later), CertState::Expired);
+        down.store(true, Ordering::SeqCst);
+        manager.renew_due(later);
+        assert_eq!(manager.entries()[&id("web")].state(later), CertState::Expired, "and said so while the CA is away");
+        down.store(false, Ordering::SeqCst);
+        manager.entries().get_mut(&id("web")).unwrap().due = Some(later);
+        manager.renew_due(later);
+        assert_ne!(manager.svid(&id("web")).unwrap().serial, first.serial);
+    }
+
+    #[test]
+    fn a_certificate_goes_from_valid_to_due_to_expiring_to_expired() {
+        let (manager, down) = manager(LIFE);
+        down.store(true, Ordering::SeqCst);
+        manager.retain(&ids(&["db"]));
+        assert_eq!(manager.list().remove(0).state, CertState::Missing);
+        down.store(false, Ordering::SeqCst);
+        manager.retain(&ids(&["web"]));
+        let now = SystemTime::now();
+        let state = |part: f64| manager.entries()[&id("web")].state(now + LIFE.mul_f64(part));
+        let states = [0.1, 0.6, 0.8, 1.1].map(state);
+        assert_eq!(states, [CertState::Valid, CertState::Due, CertState::Expiring, CertState::Expired]);
+    }
+
+    #[test]
+    fn what_another_signer_has_signed_is_replaced_soon_and_not_all_at_once() {
+        let (manager, _) = manager(LIFE);
+        manager.retain(&(0..20).map(|n| id(&format!("a{n}"))).collect());
+        let now = SystemTime::now();
+        manager.resign();
+        assert!(manager.list().iter().all(|info| info.signer_replaced));
+        let due: BTreeSet<_> = manager.entries().values().map(|entry| entry.due.unwrap()).collect();
+        assert!(due.len() > 10 && due.last().unwrap() < &(now + LONGEST_RESIGN + Duration::from_secs(1)));
+        manager.renew_due(now + LONGEST_RESIGN + Duration::from_secs(1));
+        assert!(manager.list().iter().all(|info| !info.signer_replaced));
+        assert_eq!(manager.counters().issued, 40);
     }
 
     #[test]

@@ -8,12 +8,12 @@ use std::{collections::HashSet, fmt};
 use serde::Serialize;
 
 use super::{
-    Workload,
+    Workload, aliases,
     authorization::{Action, Attempt, AuthorizationPolicy, Condition, Peer, Rule, Test},
-    matching::{Blocks, Pattern, Patterns},
+    matching::{Blocks, Patterns},
     select::{Header, Index, PolicyName, Selective},
 };
-use crate::identity::TrustDomain;
+use crate::identity::TrustDomains;
 
 /// All AuthorizationPolicies, ready to be asked.
 #[derive(PartialEq, Default, Debug)]
@@ -106,7 +106,8 @@ impl Selective for Compiled {
 }
 
 impl Authorization {
-    pub fn compile(trust_domain: &TrustDomain, policies: Vec<AuthorizationPolicy>) -> Self {
+    pub fn compile(domains: impl Into<TrustDomains>, policies: Vec<AuthorizationPolicy>) -> Self {
+        let domains = domains.into();
         let compile = |policy: AuthorizationPolicy| Compiled {
             action: policy.action,
             dry_run: policy.dry_run,
@@ -114,7 +115,7 @@ impl Authorization {
                 .rules
                 .into_iter()
                 .enumerate()
-                .filter_map(|(at, rule)| compile_rule(trust_domain, policy.action, at, rule))
+                .filter_map(|(at, rule)| compile_rule(&domains, policy.action, at, rule))
                 .collect(),
             header: policy.header,
         };
@@ -284,46 +285,34 @@ fn any(parts: impl IntoIterator<Item = Option<bool>>) -> Option<bool> {
     all(parts.into_iter().map(|part| part.map(|met| !met))).map(|none| !none)
 }
 
-fn compile_rule(trust_domain: &TrustDomain, action: Action, at: usize, rule: Rule) -> Option<CompiledRule> {
+fn compile_rule(domains: &TrustDomains, action: Action, at: usize, rule: Rule) -> Option<CompiledRule> {
     let Rule { from, to, when } = rule;
     let needs_http = from.iter().chain(&to).chain([&when]).flatten().any(|condition| condition.test == Test::Http);
     if needs_http && action == Action::Allow {
         return None;
     }
     let group = |conditions: Vec<Condition>| {
-        let compile = |condition: Condition| Some((ready(trust_domain, condition.test)?, condition.negated));
+        let compile = |condition: Condition| Some((ready(domains, condition.test)?, condition.negated));
         conditions.into_iter().filter_map(compile).collect::<Vec<_>>()
     };
     let groups = |groups: Vec<Vec<Condition>>| groups.into_iter().map(group).collect();
     Some(CompiledRule { at, from: groups(from), to: groups(to), when: group(when) })
 }
 
-fn ready(trust_domain: &TrustDomain, test: Test) -> Option<Ready> {
+fn ready(domains: &TrustDomains, test: Test) -> Option<Ready> {
     Some(match test {
         Test::SourceIp(blocks) => Ready::SourceIp(blocks.into_iter().collect()),
         Test::DestinationIp(blocks) => Ready::DestinationIp(blocks.into_iter().collect()),
         Test::DestinationPort(ports) => Ready::DestinationPort(ports.into_iter().collect()),
         Test::Principal(patterns) => {
-            Ready::Principal(patterns.into_iter().map(|pattern| of_this_mesh(trust_domain, pattern)).collect())
+            Ready::Principal(patterns.into_iter().flat_map(|pattern| aliases::principal(domains, pattern)).collect())
         }
         Test::Namespace(patterns) => Ready::Namespace(patterns.into_iter().collect()),
-        Test::TrustDomain(patterns) => Ready::TrustDomain(patterns.into_iter().collect()),
+        Test::TrustDomain(patterns) => Ready::TrustDomain(
+            patterns.into_iter().flat_map(|pattern| aliases::trust_domain(domains, pattern)).collect(),
+        ),
         Test::ServiceAccount(accounts) => Ready::ServiceAccount(accounts.into_iter().collect()),
         Test::Sni(patterns) => Ready::Sni(patterns.into_iter().collect()),
         Test::Http => return None,
     })
-}
-
-/// In a whole principal `cluster.local` stands for the trust domain of the mesh, whatever that is called
-/// (istio/istio pilot/pkg/security/trustdomain/bundle.go, `ReplaceTrustDomainAliases`: only where it has five parts).
-fn of_this_mesh(trust_domain: &TrustDomain, pattern: Pattern) -> Pattern {
-    let replace = |text: String| match text.strip_prefix("cluster.local/") {
-        Some(rest) if rest.split('/').count() == 4 => format!("{trust_domain}/{rest}"),
-        _ => text,
-    };
-    match pattern {
-        Pattern::Exact(text) => Pattern::Exact(replace(text)),
-        Pattern::Prefix(text) => Pattern::Prefix(replace(text)),
-        other => other,
-    }
 }

@@ -10,7 +10,7 @@ use super::{
     target::Target,
 };
 use crate::{
-    identity::SpiffeId,
+    identity::{SpiffeId, Trust, trust::Withdrawn},
     policy::{self, Attempt, DenyReason, Inbound, MtlsMode, Outbound, Peer, Verdict, Workload},
     state::Snapshot,
     words::{Direction, Mode},
@@ -162,7 +162,7 @@ pub fn revoked_by(snapshot: &Snapshot, direction: Direction, facts: &Facts) -> O
                 Outbound::Deny(_) => by("forbidden by policy"),
                 Outbound::Plaintext => None,
                 Outbound::Mtls { expect } => match &facts.proved {
-                    Some(proved) if !expect.contains(proved) => {
+                    Some(proved) if !expect.iter().any(|id| snapshot.trust_domains.same(id, proved)) => {
                         by("another identity is expected at the destination now")
                     }
                     None if policy::demands_mtls(service, &traffic) => by("mTLS is asked for towards the service now"),
@@ -170,6 +170,15 @@ pub fn revoked_by(snapshot: &Snapshot, direction: Direction, facts: &Facts) -> O
                 },
             }
         }
+    }
+}
+
+/// Why nobody would vouch any more for a live connection's peer.
+pub fn withdrawn(trust: &Trust, facts: &Facts) -> Option<Withdrawn> {
+    let domain = facts.proved.as_ref()?.trust_domain();
+    match &facts.voucher {
+        Some(voucher) => trust.stands(domain, voucher).err(),
+        None => trust.bundle(domain).is_none().then_some(Withdrawn::TrustDomain),
     }
 }
 
@@ -338,7 +347,8 @@ mod tests {
         let web = || Some(workload("web", "10.0.0.1:80".parse().unwrap()));
         let cases = [
             (target(None, &[], None), None),
-            (target(None, &["web"], None), Some(vec![])),
+            // Who is named by hand need not be a workload that is known.
+            (target(None, &["web", "db"], None), Some(vec!["web", "db"])),
             (target(None, &[], Some(ClientTls::IstioMutual)), Some(vec![])),
             (target(None, &["web"], Some(ClientTls::Disable)), None),
             (target(web(), &[], Some(ClientTls::Disable)), None),
@@ -369,7 +379,7 @@ mod tests {
             AuthorizationPolicy { header, action: Action::Deny, dry_run: false, rules: vec![Rule::default()] };
         let facts = facts(Some(Mode::Mtls), Some("good"), "10.0.0.1:80");
         let now = |name: &str, state: &str| {
-            let authorization = Authorization::compile(&TrustDomain::default(), vec![everybody.clone()]);
+            let authorization = Authorization::compile(TrustDomain::default(), vec![everybody.clone()]);
             let mut workload = (*workload(name, "10.0.0.1:80".parse().unwrap())).clone();
             workload.labels = Labels::from([("state", state)]);
             let policies = Policies { authorization, ..Policies::default() };
@@ -416,7 +426,7 @@ mod tests {
             policy("account", Action::Deny, bad),
             policy("shop", Action::Allow, Test::Namespace(vec!["shop".parse().unwrap()])),
         ];
-        let authorization = Authorization::compile(&TrustDomain::default(), policies);
+        let authorization = Authorization::compile(TrustDomain::default(), policies);
         let policies = Policies { authorization, ..Policies::default() };
         Snapshot::new(policies, TrustDomain::default(), Vec::new(), Vec::new())
     }

@@ -16,7 +16,7 @@ use tokio::{net::TcpStream, sync::watch};
 
 use super::pump::Moved;
 use crate::{
-    identity::SpiffeId,
+    identity::{SpiffeId, trust::Voucher},
     policy::Workload,
     words::{Direction, Endpoint, Mode, Path, PumpKind, TlsFacts},
 };
@@ -54,6 +54,9 @@ pub struct Facts {
     /// Whom the peer's certificate proved.
     #[serde(skip)]
     pub proved: Option<SpiffeId>,
+    /// By which chain, to be judged again when trust changes.
+    #[serde(skip)]
+    pub voucher: Option<Voucher>,
     /// The local workload that an inbound connection is for: policies select it, at whatever address it was called.
     #[serde(skip)]
     pub served: Option<Arc<Workload>>,

@@ -22,7 +22,7 @@ use crate::{
     bpf::ClientEntry,
     policy::Inbound,
     tls::{
-        config::{self, Accept, Sni},
+        config::{self, Accept, Learned},
         records::Ending,
     },
     words::{Direction, Mode},
@@ -123,10 +123,9 @@ async fn open(
     };
     let secured = if tls {
         let svid = ctx.svid(&pod.workload.id)?;
-        let sni = Sni::default();
-        let (roots, domain) = (ctx.identities.roots(), &snapshot.trust_domain);
-        let (ciphers, accept) = (ctx.ciphers(Direction::Inbound, local), accept(ctx, pod, local.port()));
-        let config = config::server_config_with(ciphers, &svid, roots, domain, accept, sni.clone())?;
+        let learned = Learned::default();
+        let (parameters, accept) = (ctx.parameters(Direction::Inbound, local), accept(ctx, pod, local.port()));
+        let config = config::server_config_with(parameters, &svid, ctx.identities.trust(), accept, learned.clone())?;
         // A client may close as soon as it has spoken; too late then.
         offload::prepare(&wire, ctx.settings.records, &ctx.kernel);
         let since = Instant::now();
@@ -134,9 +133,9 @@ async fn open(
             // What speaks no TLS at all is for policy to refuse, which has the better words. A client whose hello was seen is past that:
             // bytes were taken from its stream.
             Err(HandshakeError::NotTls(_)) if matches!(rule, Inbound::Mtls) => None,
-            result => Some(ctx.handshaken(account, Direction::Inbound, since, result)?),
+            result => Some(ctx.handshaken(account, Direction::Inbound, since, &learned, result)?),
         };
-        account.live.learn(|facts| facts.sni = sni.get().map(str::to_owned));
+        account.live.learn(|facts| facts.sni = learned.sni().map(str::to_owned));
         secured
     } else {
         None

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     state::Snapshot,
     tls::{
-        config::{self, Offer},
+        config::{self, Learned, Offer},
         records::RecordError,
     },
     words::Direction,
@@ -94,13 +94,14 @@ async fn open(
         Way::Plaintext { permit } => (Records::Plain(ctx.kernel.pump), permit),
         Way::Mtls { permit, expect } => {
             let svid = ctx.svid(&pod.workload.id)?;
-            let ciphers = ctx.ciphers(Direction::Outbound, target.address);
+            let parameters = ctx.parameters(Direction::Outbound, target.address);
             let offer = if ctx.direct.is_some() { Offer::ProxiedFinOk } else { Offer::Proxied };
-            let config = config::client_config_with(ciphers, &svid, ctx.identities.roots(), &expect, offer)?;
+            let (trust, learned) = (ctx.identities.trust(), Learned::default());
+            let config = config::client_config_with(parameters, &svid, trust, &expect, offer, learned.clone())?;
             let name = config::server_name(destination.0.port(), target.host());
             let since = Instant::now();
             let handshake = handshake::connect(&mut wire, config, name, ctx.settings.handshake).await;
-            let secured = ctx.handshaken(account, Direction::Outbound, since, handshake)?;
+            let secured = ctx.handshaken(account, Direction::Outbound, since, &learned, handshake)?;
             (offload::offload(&wire, secured, ctx.settings.records, &ctx.kernel)?, permit)
         }
     };

@@ -3,9 +3,7 @@
 
 use std::{io, net::Ipv4Addr, sync::Arc, time::Duration};
 
-use rustls::{
-    ClientConfig, RootCertStore, SupportedCipherSuite, crypto::CryptoProvider, sign::SingleCertAndKey, version::TLS13,
-};
+use rustls::{ClientConfig, SupportedCipherSuite, crypto::CryptoProvider, sign::SingleCertAndKey, version::TLS13};
 use socket2::SockRef;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -20,9 +18,9 @@ use super::{
     pump::{self, Moved},
 };
 use crate::{
-    identity::Svid,
+    identity::{Svid, Trust},
     tls::{
-        config::{self, Accept},
+        config::{self, Accept, Learned},
         ktls,
         verifier::ExpectServer,
     },
@@ -40,21 +38,21 @@ const STALL: Duration = Duration::from_millis(1500);
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Tries kernel TLS with each cipher suite, then the faster pump. Takes a fraction of a second, natively.
-pub async fn probe(svid: &Svid, roots: Arc<RootCertStore>) -> Capabilities {
+pub async fn probe(svid: &Svid, trust: Arc<Trust>) -> Capabilities {
     if let Err(error) = attachable().await {
         return Capabilities::none(with_causes(&*error));
     }
     let mut capabilities = Capabilities::none("");
     let mut why = Vec::new();
     for suite in &config::provider().cipher_suites {
-        match transfer(svid, &roots, *suite, PumpKind::Copy).await {
+        match transfer(svid, &trust, *suite, PumpKind::Copy).await {
             Ok(()) => capabilities.suites.push(suite.suite()),
             Err(error) => why.push(format!("{:?}: {}", suite.suite(), with_causes(&*error))),
         }
     }
     let first = config::provider().cipher_suites.iter().copied().find(|suite| capabilities.kernel(*suite));
     if let Some(suite) = first {
-        match transfer(svid, &roots, suite, PumpKind::Splice).await {
+        match transfer(svid, &trust, suite, PumpKind::Splice).await {
             Ok(()) => {
                 capabilities.pump = PumpKind::Splice;
                 why.push("splice moves records soundly under back pressure".into());
@@ -72,13 +70,8 @@ async fn attachable() -> Result<(), Failure> {
 }
 
 /// Application, pump, wire, pump, application; the bytes that come out must be those that went in, and the end in order.
-async fn transfer(
-    svid: &Svid,
-    roots: &Arc<RootCertStore>,
-    suite: SupportedCipherSuite,
-    kind: PumpKind,
-) -> Result<(), Failure> {
-    let (client, server) = configs(svid, roots, suite)?;
+async fn transfer(svid: &Svid, trust: &Arc<Trust>, suite: SupportedCipherSuite, kind: PumpKind) -> Result<(), Failure> {
+    let (client, server) = configs(svid, trust, suite)?;
     let ((mut source, app), (mut wire, mut peer)) = (pair().await?, pair().await?);
     let (peer_app, mut sink) = pair().await?;
     for socket in [&app, &wire, &peer, &peer_app] {
@@ -128,17 +121,21 @@ async fn run(app: &TcpStream, wire: &TcpStream, records: Records) -> Result<(), 
 
 fn configs(
     svid: &Svid,
-    roots: &Arc<RootCertStore>,
+    trust: &Arc<Trust>,
     suite: SupportedCipherSuite,
 ) -> Result<(Arc<ClientConfig>, Arc<rustls::ServerConfig>), Failure> {
     let provider = CryptoProvider { cipher_suites: vec![suite], ..(*config::provider()).clone() };
     let mut client = ClientConfig::builder_with_provider(Arc::new(provider))
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(ExpectServer::new(roots.clone(), vec![svid.id.clone()])))
+        .with_custom_certificate_verifier(Arc::new(ExpectServer::new(
+            trust.clone(),
+            vec![svid.id.clone()],
+            Learned::default(),
+        )))
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(svid.key.clone())));
     client.enable_secret_extraction = true;
-    let server = config::server_config(svid, roots.clone(), svid.id.trust_domain(), Accept::Plain)?;
+    let server = config::server_config(svid, trust.clone(), Accept::Plain)?;
     Ok((Arc::new(client), server))
 }
 

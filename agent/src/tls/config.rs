@@ -6,7 +6,7 @@
 use std::sync::{Arc, LazyLock, OnceLock};
 
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig,
+    ClientConfig, ServerConfig,
     client::Resumption,
     crypto::{CryptoProvider, aws_lc_rs},
     pki_types::{CertificateDer, DnsName, ServerName},
@@ -19,7 +19,7 @@ use super::{
     records::Ending,
     verifier::{self, ExpectServer, MeshClient, PeerError},
 };
-use crate::identity::{SpiffeId, Svid, TrustDomain};
+use crate::identity::{SpiffeId, Svid, Trust, trust::Voucher};
 
 /// A build for benches and for tests of the mechanism, on kernels without records: what is agreed under its names is not encrypted, be it
 /// direct or, to have something to compare that with, proxied. The names are its own: so it never meets a real agent.
@@ -106,6 +106,20 @@ pub enum Ciphers {
     Lasting,
 }
 
+/// How a connection's keys are agreed on and used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Parameters {
+    pub ciphers: Ciphers,
+    /// Nothing but X25519MLKEM768: what is recorded today cannot be read by a quantum computer later. A peer without it is refused.
+    pub pqc_only: bool,
+}
+
+impl From<Ciphers> for Parameters {
+    fn from(ciphers: Ciphers) -> Self {
+        Self { ciphers, pqc_only: false }
+    }
+}
+
 /// aws-lc-rs, narrowed to TLS 1.3: the suites that kernels encrypt, the cheapest first, and post-quantum key exchange
 /// where the peer has it.
 pub fn provider() -> Arc<CryptoProvider> {
@@ -128,42 +142,52 @@ pub fn provider() -> Arc<CryptoProvider> {
     Arc::clone(&PROVIDER)
 }
 
-fn provider_with(ciphers: Ciphers) -> Arc<CryptoProvider> {
-    static LASTING: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
-        let mut provider = (*provider()).clone();
-        provider.cipher_suites.reverse();
-        Arc::new(provider)
+fn provider_with(parameters: Parameters) -> Arc<CryptoProvider> {
+    /// Both choices, by `ciphers` and then by `pqc_only`.
+    static PROVIDERS: LazyLock<[[Arc<CryptoProvider>; 2]; 2]> = LazyLock::new(|| {
+        let made = |lasting: bool, pqc_only: bool| {
+            let mut provider = (*provider()).clone();
+            if lasting {
+                provider.cipher_suites.reverse();
+            }
+            if pqc_only {
+                provider.kx_groups = vec![aws_lc_rs::kx_group::X25519MLKEM768];
+            }
+            Arc::new(provider)
+        };
+        [false, true].map(|lasting| [false, true].map(|pqc_only| made(lasting, pqc_only)))
     });
-    match ciphers {
-        Ciphers::Fastest => provider(),
-        Ciphers::Lasting => Arc::clone(&LASTING),
-    }
+    let [fastest, lasting] = &*PROVIDERS;
+    let [any, pqc] = if parameters.ciphers == Ciphers::Lasting { lasting } else { fastest };
+    Arc::clone(if parameters.pqc_only { pqc } else { any })
 }
 
 /// For a connection to a server that must be one of `expect`.
 pub fn client_config(
     svid: &Svid,
-    roots: Arc<RootCertStore>,
+    trust: Arc<Trust>,
     expect: &[SpiffeId],
     offer: Offer,
 ) -> Result<Arc<ClientConfig>, TlsError> {
-    client_config_with(Ciphers::Fastest, svid, roots, expect, offer)
+    client_config_with(Parameters::default(), svid, trust, expect, offer, Learned::default())
 }
 
+/// The same for one connection, of whose server is learned who vouches for it.
 pub fn client_config_with(
-    ciphers: Ciphers,
+    parameters: Parameters,
     svid: &Svid,
-    roots: Arc<RootCertStore>,
+    trust: Arc<Trust>,
     expect: &[SpiffeId],
     offer: Offer,
+    learned: Learned,
 ) -> Result<Arc<ClientConfig>, TlsError> {
     if expect.is_empty() {
         return Err(TlsError::NobodyExpected);
     }
-    let mut config = ClientConfig::builder_with_provider(provider_with(ciphers))
+    let mut config = ClientConfig::builder_with_provider(provider_with(parameters))
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(ExpectServer::new(roots, expect.to_vec())))
+        .with_custom_certificate_verifier(Arc::new(ExpectServer::new(trust, expect.to_vec(), learned)))
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&svid.key))));
     config.alpn_protocols = owned(offer.names());
     config.resumption = Resumption::disabled();
@@ -171,52 +195,55 @@ pub fn client_config_with(
     Ok(Arc::new(config))
 }
 
-/// The server name of one handshake. rustls tells it to whoever chooses the certificate, and not afterwards.
+/// What is to be known of one handshake and rustls does not tell afterwards: the server name, which it tells to whoever chooses the
+/// certificate, and by which chain the peer was believed, which it leaves to the verifier.
 #[derive(Clone, Default, Debug)]
-pub struct Sni(Arc<OnceLock<String>>);
+pub struct Learned(Arc<(OnceLock<String>, OnceLock<Voucher>)>);
 
-impl Sni {
-    pub fn get(&self) -> Option<&str> {
-        self.0.get().map(String::as_str)
+impl Learned {
+    pub fn sni(&self) -> Option<&str> {
+        self.0.0.get().map(String::as_str)
+    }
+
+    pub fn voucher(&self) -> Option<&Voucher> {
+        self.0.1.get()
+    }
+
+    pub(super) fn vouched(&self, voucher: Voucher) {
+        let _ = self.0.1.set(voucher);
     }
 }
 
 #[derive(Debug)]
-struct NotingSni(SingleCertAndKey, Sni);
+struct NotingSni(SingleCertAndKey, Learned);
 
 impl ResolvesServerCert for NotingSni {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         if let Some(name) = hello.server_name() {
-            let _ = self.1.0.set(name.to_owned());
+            let _ = self.1.0.0.set(name.to_owned());
         }
         self.0.resolve(hello)
     }
 }
 
-/// For a connection from any workload of `trust_domain`; whether that one may connect is policy's to say.
-pub fn server_config(
-    svid: &Svid,
-    roots: Arc<RootCertStore>,
-    trust_domain: &TrustDomain,
-    accept: Accept,
-) -> Result<Arc<ServerConfig>, TlsError> {
-    server_config_with(Ciphers::Fastest, svid, roots, trust_domain, accept, Sni::default())
+/// For a connection from any workload that is vouched for; whether that one may connect is policy's to say.
+pub fn server_config(svid: &Svid, trust: Arc<Trust>, accept: Accept) -> Result<Arc<ServerConfig>, TlsError> {
+    server_config_with(Parameters::default(), svid, trust, accept, Learned::default())
 }
 
-/// The same for one connection, whose server name is noted.
+/// The same for one connection, of whose client is learned what it asks for and who vouches for it.
 pub fn server_config_with(
-    ciphers: Ciphers,
+    parameters: Parameters,
     svid: &Svid,
-    roots: Arc<RootCertStore>,
-    trust_domain: &TrustDomain,
+    trust: Arc<Trust>,
     accept: Accept,
-    sni: Sni,
+    learned: Learned,
 ) -> Result<Arc<ServerConfig>, TlsError> {
-    let mut config = ServerConfig::builder_with_provider(provider_with(ciphers))
+    let mut config = ServerConfig::builder_with_provider(provider_with(parameters))
         .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(Arc::new(MeshClient::new(roots, trust_domain.clone())))
-        .with_cert_resolver(Arc::new(NotingSni(SingleCertAndKey::from(Arc::clone(&svid.key)), sni)));
-    config.ignore_client_order = ciphers == Ciphers::Lasting;
+        .with_client_cert_verifier(Arc::new(MeshClient::new(trust, learned.clone())))
+        .with_cert_resolver(Arc::new(NotingSni(SingleCertAndKey::from(Arc::clone(&svid.key)), learned)));
+    config.ignore_client_order = parameters.ciphers == Ciphers::Lasting;
     config.alpn_protocols = owned(accept.names());
     // A ticket is a record that the pump would have to understand, and resumption would skip the identity checks.
     config.send_tls13_tickets = 0;

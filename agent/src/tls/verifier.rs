@@ -1,13 +1,13 @@
-//! Who may be at the other end: chains verified to the mesh's roots, the SPIFFE ID taken from the leaf, and every
-//! refusal explained in words. What a verified identity is allowed to do is `policy`'s.
+//! Who may be at the other end: the SPIFFE ID is taken from the leaf, the chain is verified to the roots of the trust domain that the
+//! ID names, and every refusal is explained in words. Whose roots those are is `identity::trust`'s; what a verified identity is
+//! allowed to do is `policy`'s.
 
 mod explain;
 
 use std::{fmt, sync::Arc};
 
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, PeerIncompatible, RootCertStore,
-    SignatureScheme,
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, PeerIncompatible, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     crypto::verify_tls13_signature,
     pki_types::{CertificateDer, ServerName, UnixTime},
@@ -15,8 +15,8 @@ use rustls::{
 };
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
-use super::config::provider;
-use crate::identity::{IdError, SpiffeId, TrustDomain};
+use super::config::{Learned, provider};
+use crate::identity::{IdError, SpiffeId, Trust, TrustDomains};
 
 pub use explain::{PeerFailure, Reason, explain};
 
@@ -25,8 +25,11 @@ pub use explain::{PeerFailure, Reason, explain};
 pub enum PeerError {
     #[error("the peer is {got}, expected {}", one_of(expected))]
     WrongIdentity { got: SpiffeId, expected: Vec<SpiffeId> },
-    #[error("the peer is {got}, which is not in the trust domain {expected}")]
-    ForeignTrustDomain { got: SpiffeId, expected: TrustDomain },
+    /// Nobody here could tell whether it is who it says.
+    #[error(
+        "the peer calls itself {got}, and nobody is trusted to vouch for that trust domain: those of this mesh are {trusted}"
+    )]
+    ForeignTrustDomain { got: SpiffeId, trusted: TrustDomains },
     #[error("the peer's certificate is not a workload's: {0}")]
     NotAnSvid(SvidFault),
     #[error("the peer sent no certificate")]
@@ -48,6 +51,10 @@ pub enum SvidFault {
     IsCa,
     #[error("its key may sign certificates or revocation lists")]
     MaySign,
+    #[error("its key may not be used for signatures (key usage), and so not for TLS")]
+    MayNotSpeak,
+    #[error("it has no subject, and its names are not marked critical")]
+    NamesNotCritical,
     #[error("{0}")]
     Other(String),
 }
@@ -61,16 +68,17 @@ impl From<PeerError> for Error {
     }
 }
 
-/// The client's check: the server's chain ends at a root of ours and its identity is one that we meant to reach. The
-/// DNS name plays no part, as addresses and names are not what the mesh trusts.
+/// The client's check: the server's chain ends at a root of its trust domain and its identity is one that we meant to reach, by
+/// whichever of our trust domains it is called. The DNS name plays no part, as addresses and names are not what the mesh trusts.
 pub struct ExpectServer {
-    roots: Arc<RootCertStore>,
+    trust: Arc<Trust>,
     expected: Vec<SpiffeId>,
+    learned: Learned,
 }
 
 impl ExpectServer {
-    pub fn new(roots: Arc<RootCertStore>, expected: Vec<SpiffeId>) -> Self {
-        Self { roots, expected }
+    pub fn new(trust: Arc<Trust>, expected: Vec<SpiffeId>, learned: Learned) -> Self {
+        Self { trust, expected, learned }
     }
 }
 
@@ -83,18 +91,12 @@ impl ServerCertVerifier for ExpectServer {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        verify_chain(end_entity, intermediates, &self.roots, now, webpki::KeyUsage::server_auth())?;
-        let got = svid_identity(end_entity)?;
-        if self.expected.contains(&got) {
+        let usage = webpki::KeyUsage::server_auth();
+        let got = verified(&self.trust, end_entity, intermediates, now, usage, &self.learned)?;
+        if self.expected.iter().any(|expected| self.trust.domains().same(expected, &got)) {
             return Ok(ServerCertVerified::assertion());
         }
-        let foreign = self.expected.iter().all(|expected| expected.trust_domain() != got.trust_domain());
-        Err(match self.expected.first() {
-            Some(expected) if foreign => {
-                PeerError::ForeignTrustDomain { got, expected: expected.trust_domain().clone() }.into()
-            }
-            _ => PeerError::WrongIdentity { got, expected: self.expected.clone() }.into(),
-        })
+        Err(PeerError::WrongIdentity { got, expected: self.expected.clone() }.into())
     }
 
     fn verify_tls12_signature(
@@ -126,16 +128,16 @@ impl fmt::Debug for ExpectServer {
     }
 }
 
-/// The server's check: the client's chain ends at a root of ours and its identity is one of the mesh's trust domain.
+/// The server's check: the client's chain ends at a root of its trust domain, which is one that somebody is trusted to vouch for.
 /// A client without a certificate is refused.
 pub struct MeshClient {
-    roots: Arc<RootCertStore>,
-    trust_domain: TrustDomain,
+    trust: Arc<Trust>,
+    learned: Learned,
 }
 
 impl MeshClient {
-    pub fn new(roots: Arc<RootCertStore>, trust_domain: TrustDomain) -> Self {
-        Self { roots, trust_domain }
+    pub fn new(trust: Arc<Trust>, learned: Learned) -> Self {
+        Self { trust, learned }
     }
 }
 
@@ -155,11 +157,8 @@ impl ClientCertVerifier for MeshClient {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        verify_chain(end_entity, intermediates, &self.roots, now, webpki::KeyUsage::client_auth())?;
-        let got = svid_identity(end_entity)?;
-        if *got.trust_domain() != self.trust_domain {
-            return Err(PeerError::ForeignTrustDomain { got, expected: self.trust_domain.clone() }.into());
-        }
+        let usage = webpki::KeyUsage::client_auth();
+        verified(&self.trust, end_entity, intermediates, now, usage, &self.learned)?;
         Ok(ClientCertVerified::assertion())
     }
 
@@ -188,7 +187,7 @@ impl ClientCertVerifier for MeshClient {
 
 impl fmt::Debug for MeshClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MeshClient").field("trust_domain", &self.trust_domain).finish_non_exhaustive()
+        f.debug_struct("MeshClient").field("trust_domains", self.trust.domains()).finish_non_exhaustive()
     }
 }
 
@@ -203,8 +202,12 @@ pub fn svid_identity(leaf: &CertificateDer<'_>) -> Result<SpiffeId, PeerError> {
         return Err(fault(SvidFault::IsCa));
     }
     let usage = certificate.key_usage().map_err(|_| fault(SvidFault::Unreadable))?;
-    if usage.is_some_and(|usage| usage.value.key_cert_sign() || usage.value.crl_sign()) {
+    if usage.as_ref().is_some_and(|usage| usage.value.key_cert_sign() || usage.value.crl_sign()) {
         return Err(fault(SvidFault::MaySign));
+    }
+    // X.509-SVID, section 4.3; RFC 8446, section 4.4.2.2, of TLS.
+    if usage.is_some_and(|usage| !usage.value.digital_signature()) {
+        return Err(fault(SvidFault::MayNotSpeak));
     }
     let names = certificate.subject_alternative_name().map_err(|_| fault(SvidFault::Unreadable))?;
     let uris: Vec<&str> = names
@@ -214,24 +217,31 @@ pub fn svid_identity(leaf: &CertificateDer<'_>) -> Result<SpiffeId, PeerError> {
         .collect();
     match uris.as_slice() {
         [] => Err(fault(SvidFault::NoUri)),
+        // X.509-SVID, section 3.1.
+        [_] if certificate.subject().iter().next().is_none() && names.is_some_and(|names| !names.critical) => {
+            Err(fault(SvidFault::NamesNotCritical))
+        }
         [uri] => uri.parse().map_err(|error| fault(SvidFault::Uri(error))),
         many => Err(fault(SvidFault::ManyUris(many.len()))),
     }
 }
 
-fn verify_chain(
+/// What the leaf says of itself comes first, as it names the trust domain whose roots are asked; it is believed when they agree.
+fn verified(
+    trust: &Trust,
     end_entity: &CertificateDer<'_>,
     intermediates: &[CertificateDer<'_>],
-    roots: &RootCertStore,
     now: UnixTime,
     usage: webpki::KeyUsage,
-) -> Result<(), Error> {
-    let algorithms = provider().signature_verification_algorithms.all;
-    webpki::EndEntityCert::try_from(end_entity)
-        .and_then(|leaf| {
-            leaf.verify_for_usage(algorithms, &roots.roots, intermediates, now, usage, None, None).map(drop)
-        })
-        .map_err(chain_error)
+    learned: &Learned,
+) -> Result<SpiffeId, Error> {
+    let claimed = svid_identity(end_entity)?;
+    if trust.bundle(claimed.trust_domain()).is_none() {
+        return Err(PeerError::ForeignTrustDomain { got: claimed, trusted: trust.domains().clone() }.into());
+    }
+    let voucher = trust.verify(claimed.trust_domain(), end_entity, intermediates, now, usage).map_err(chain_error)?;
+    learned.vouched(voucher);
+    Ok(claimed)
 }
 
 /// The common cases become the errors for which TLS has an alert of its own, so that the other end learns them too.

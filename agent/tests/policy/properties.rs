@@ -186,7 +186,7 @@ fn policies() -> impl Strategy<Value = Vec<AuthorizationPolicy>> {
 }
 
 fn compiled(policies: &[AuthorizationPolicy]) -> Authorization {
-    Authorization::compile(&TrustDomain::default(), policies.to_vec())
+    Authorization::compile(TrustDomain::default(), policies.to_vec())
 }
 
 fn allowed(authorization: &Authorization, call: &Call) -> bool {

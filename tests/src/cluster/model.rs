@@ -171,6 +171,8 @@ pub struct ClusterSpec {
     pub extra: Extra,
     /// Whether there are direct paths: a keeper on each node, for the programs of pods from `Cluster::filtered`.
     pub direct: Option<Direct>,
+    /// How long workloads' certificates live, if not as long as is usual.
+    pub leaf_lifetime: Option<String>,
     /// The agent's program, if it is not the one that `agent::binary` finds.
     pub program: Option<PathBuf>,
 }
@@ -186,7 +188,7 @@ impl ClusterSpec {
             PodSpec::new("client-b", Side::B, Membership::Mesh),
             PodSpec::new("server-b", Side::B, Membership::Mesh),
         ];
-        Self { mode, pods, extra: Vec::new(), direct: None, program: None }
+        Self { mode, pods, extra: Vec::new(), direct: None, leaf_lifetime: None, program: None }
     }
 }
 

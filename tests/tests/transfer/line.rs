@@ -4,7 +4,7 @@
 use std::{io, net::Ipv4Addr, sync::Arc, time::Duration};
 
 use marline::{
-    identity::{SpiffeId, Svid, TrustDomain, ca::Ca},
+    identity::{SpiffeId, Svid, Trust, TrustDomain, ca::Ca},
     proxy::{
         handshake::{self, Secured},
         offload::{self, Capabilities, Records, RecordsChoice},
@@ -18,7 +18,6 @@ use marline::{
     words::PumpKind,
 };
 use marline_tests::amount::in_vm;
-use rustls::RootCertStore;
 use socket2::SockRef;
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -57,7 +56,7 @@ pub(crate) struct Buffers {
 
 pub(crate) struct World {
     pub svid: Svid,
-    pub roots: Arc<RootCertStore>,
+    pub trust: Arc<Trust>,
     pub kernel: Capabilities,
 }
 
@@ -77,9 +76,9 @@ impl World {
         let ca = Ca::open(&place).expect("the CA");
         let id = SpiffeId::new(&domain, "test", "pump").expect("an identity");
         let svid = ca.issue(&id, Duration::from_secs(3600)).expect("an SVID");
-        let roots = ca.roots();
-        let kernel = probe::probe(&svid, roots.clone()).await;
-        Self { svid, roots, kernel }
+        let trust = ca.trust(&domain);
+        let kernel = probe::probe(&svid, trust.clone()).await;
+        Self { svid, trust, kernel }
     }
 
     /// What is to be tested on this kernel. In the VM, whose kernel is known to have kernel TLS, that is all there is to test:
@@ -119,10 +118,9 @@ impl World {
             Ending::CloseNotify => (Offer::Proxied, Accept::Plain),
             Ending::Fin => (Offer::ProxiedFinOk, Accept::DirectReady),
         };
-        let client = config::client_config(&self.svid, self.roots.clone(), std::slice::from_ref(&self.svid.id), offer)
+        let client = config::client_config(&self.svid, self.trust.clone(), std::slice::from_ref(&self.svid.id), offer)
             .expect("a client configuration");
-        let server = config::server_config(&self.svid, self.roots.clone(), self.svid.id.trust_domain(), accept)
-            .expect("a server configuration");
+        let server = config::server_config(&self.svid, self.trust.clone(), accept).expect("a server configuration");
         let name = config::server_name(1, "test");
         let (near, far) =
             tokio::join!(handshake::connect(near, client, name, PATIENCE), handshake::accept(far, server, PATIENCE));

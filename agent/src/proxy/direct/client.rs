@@ -342,15 +342,16 @@ impl Try<'_> {
             .unwrap_or(Err(io::ErrorKind::TimedOut.into()))
             .map_err(Refusal::connecting)?;
         let svid = ctx.svid(&self.pod.workload.id)?;
-        let ciphers = self.direct.ciphers(Direction::Outbound, to.target.address);
-        let config = config::client_config_with(ciphers, &svid, ctx.identities.roots(), expect, Offer::Direct)
+        let (parameters, trust) = (ctx.parameters(Direction::Outbound, to.target.address), ctx.identities.trust());
+        let learned = config::Learned::default();
+        let config = config::client_config_with(parameters, &svid, trust, expect, Offer::Direct, learned.clone())
             .map_err(Refusal::from)?;
         let name = config::server_name(self.destination.port(), to.target.host());
         let result = handshake::connect(socket, config, name, ctx.settings.handshake).await;
         if result.as_ref().is_err_and(handshake::not_agreed) {
             return Err(Stop::Left(Why::PeerNotReady));
         }
-        let secured = ctx.handshaken(account, Direction::Outbound, since, result)?;
+        let secured = ctx.handshaken(account, Direction::Outbound, since, &learned, result)?;
         // A server that knows nothing of ALPN does not refuse what it is offered: it will send what no application could read.
         if secured.alpn.as_deref() != Some(DIRECT) {
             return Err(Stop::Left(Why::PeerNotReady));

@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     bpf::BpfError,
+    identity::trust::KeptVoucher,
     proxy::{Context, account::Account, authorize::Permit, connections::Facts, pod::Pod},
     sys::{diag::Diag, netns::NetnsCookie, tcp_info::Opening},
     words::{Direction, Endpoint, Mode, Path, TlsFacts, with_causes},
@@ -37,6 +38,9 @@ struct Kept {
     #[serde(default)]
     called: Option<SocketAddr>,
     proved: Option<String>,
+    /// An agent that knew nothing of it has left none.
+    #[serde(default)]
+    voucher: Option<KeptVoucher>,
     sni: Option<String>,
     tls: Option<TlsFacts>,
     policy: Option<String>,
@@ -78,6 +82,7 @@ impl Noted {
             service: facts.service,
             called: facts.called,
             proved: facts.proved.map(|id| id.to_string()),
+            voucher: facts.voucher.map(|voucher| voucher.kept()),
             sni: facts.sni,
             tls: facts.tls,
             policy: facts.policy,
@@ -201,5 +206,6 @@ impl Kept {
         facts.policy = self.policy;
         facts.sni = self.sni;
         facts.proved = self.proved.and_then(|id| id.parse().ok());
+        facts.voucher = self.voucher.and_then(|kept| kept.restore());
     }
 }

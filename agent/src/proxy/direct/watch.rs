@@ -19,7 +19,6 @@ use crate::{
     proxy::{
         Context,
         account::Account,
-        authorize,
         connections::{self, lock},
         pod::Pod,
         pump::PumpError,
@@ -105,9 +104,7 @@ pub(super) fn supervise(ctx: &Context, pod: &Arc<Pod>, live: &Arc<connections::L
         let pod = pod.clone();
         runtime.spawn(async move { ask::end(&pod, ends.id()).await });
     });
-    if let Some(revoked) = authorize::revoked_by(&ctx.state.load(), live.direction, &live.facts()) {
-        revoked.enforce(live);
-    }
+    ctx.judge_now(live);
 }
 
 /// Resets a connection that is of no use to anybody, on a thread that may wait.

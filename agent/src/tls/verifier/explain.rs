@@ -28,7 +28,9 @@ pub enum Reason {
     NotYetValid,
     UnknownCa,
     NoCertificate,
-    /// The certificate is broken in another way: unreadable, revoked, or not the peer's own.
+    /// By a revocation list.
+    Revoked,
+    /// The certificate is broken in another way: unreadable, or not the peer's own.
     BadCertificate,
     TlsVersion,
     /// No cipher suite, key exchange or protocol name in common.
@@ -44,7 +46,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::WrongIdentity,
         Self::ForeignTrustDomain,
         Self::NotAnSvid,
@@ -52,6 +54,7 @@ impl Reason {
         Self::NotYetValid,
         Self::UnknownCa,
         Self::NoCertificate,
+        Self::Revoked,
         Self::BadCertificate,
         Self::TlsVersion,
         Self::NothingInCommon,
@@ -71,6 +74,7 @@ impl Reason {
             Self::NotYetValid => "not_yet_valid",
             Self::UnknownCa => "unknown_ca",
             Self::NoCertificate => "no_certificate",
+            Self::Revoked => "revoked",
             Self::BadCertificate => "bad_certificate",
             Self::TlsVersion => "tls_version",
             Self::NothingInCommon => "nothing_in_common",
@@ -182,6 +186,7 @@ fn certificate(error: &CertificateError) -> PeerFailure {
             Reason::UnknownCa,
             "the peer's certificate was not signed by a CA of this mesh (unknown CA)",
         ),
+        E::Revoked => PeerFailure::new(Reason::Revoked, "the peer's certificate, or its CA's, was revoked"),
         other => bad_certificate(other),
     }
 }
@@ -193,6 +198,10 @@ fn bad_certificate(error: &CertificateError) -> PeerFailure {
 fn incompatible(what: &PeerIncompatible) -> PeerFailure {
     use PeerIncompatible as P;
     match what {
+        P::NoKxGroupsInCommon | P::NamedGroupsExtensionRequired => PeerFailure::new(
+            Reason::NothingInCommon,
+            "the peer and we have no key exchange in common: where spec.tls.pqcOnly is set, a peer must know X25519MLKEM768",
+        ),
         P::ServerDoesNotSupportTls12Or13
         | P::ServerTlsVersionIsDisabledByOurConfig
         | P::SupportedVersionsExtensionRequired
@@ -219,7 +228,9 @@ fn alert_text(alert: AlertDescription) -> String {
         A::CertificateRevoked => "it holds our certificate for revoked",
         A::AccessDenied => "it does not allow our identity",
         A::ProtocolVersion => "it does not speak TLS 1.3",
-        A::HandshakeFailure | A::InsufficientSecurity => "it has no TLS parameters in common with us",
+        A::HandshakeFailure | A::InsufficientSecurity => {
+            "it has no TLS parameters in common with us: cipher suites, or key exchange (spec.tls.pqcOnly, of either end)"
+        }
         A::NoApplicationProtocol => "it takes none of the application protocols (ALPN) that we offered",
         A::UnrecognisedName => "it does not serve the name that we asked for",
         A::InternalError => "it failed on its side",

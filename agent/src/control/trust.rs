@@ -1,0 +1,176 @@
+//! Follows the CA's directory and the other files of trust: when one changes all are read again, and take the place of what was as a
+//! whole if they prove themselves: the CA must be able to sign what its own roots verify. If they do not, the last good ones stay.
+//!
+//! A directory that Kubernetes mounts from a Secret changes by a link that is swapped; one that a person writes to changes file by file,
+//! and its halves are refused. What good files are, `identity` knows.
+
+use std::{
+    collections::BTreeSet,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use tokio::{sync::watch, task::spawn_blocking, time::sleep};
+
+use super::{files::WatchSettings, watched::WatchedDirectory};
+use crate::{
+    config,
+    identity::{Ca, IdentityError, LiveCa, Manager, Trust, TrustFiles, ca},
+    metrics::Metrics,
+};
+
+/// What is followed, and who is told.
+pub struct Followed {
+    pub dir: PathBuf,
+    pub files: TrustFiles,
+    pub ca: LiveCa,
+    pub identities: Manager,
+    pub metrics: Arc<Metrics>,
+}
+
+/// Reads the CA in `dir` and all else that trust is made from.
+pub fn load(dir: &Path, files: &TrustFiles) -> Result<(Ca, Trust), IdentityError> {
+    let ca = Ca::open(dir)?;
+    ca.require_trust_domain(files.domains.own())?;
+    let trust = files.load(dir, &ca)?;
+    Ok((ca, trust))
+}
+
+/// Keeps the CA and trust in step with the files until `shutdown` becomes true or its sender is gone.
+pub async fn watch(followed: Followed, settings: WatchSettings, mut shutdown: watch::Receiver<bool>) {
+    let mut paths = ca::file_paths(&followed.dir);
+    paths.extend(followed.files.paths(&followed.dir));
+    let places: BTreeSet<&Path> = paths.iter().filter_map(|path| path.parent()).collect();
+    let mut directories: Vec<_> = places.into_iter().map(|place| WatchedDirectory::new(place.to_owned())).collect();
+    let mut follower = Follower { followed, paths, seen: None, stale: BTreeSet::new() };
+    loop {
+        // Before reading: what changes from here on is an event for the next round.
+        directories.iter_mut().for_each(WatchedDirectory::renew);
+        follower.follow(settings.quiet).await;
+        follower.warn_of_stale_lists();
+        tokio::select! {
+            () = any_changed(&directories) => {}
+            () = sleep(settings.poll) => continue,
+            _ = shutdown.wait_for(|stop| *stop) => return,
+        }
+        // More events put the reading off, but not for ever.
+        for _ in 0..10 {
+            tokio::select! {
+                () = any_changed(&directories) => {}
+                () = sleep(settings.quiet) => break,
+            }
+        }
+    }
+}
+
+async fn any_changed(directories: &[WatchedDirectory]) {
+    let mut waiting: Vec<_> = directories.iter().map(|directory| Box::pin(directory.changed())).collect();
+    std::future::poll_fn(|context| {
+        let ready = waiting.iter_mut().any(|one| one.as_mut().poll(context).is_ready());
+        if ready { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    })
+    .await;
+}
+
+struct Follower {
+    followed: Followed,
+    paths: Vec<PathBuf>,
+    /// The contents that were accepted or rejected last.
+    seen: Option<u64>,
+    /// Lists that were said to be overdue.
+    stale: BTreeSet<String>,
+}
+
+impl Follower {
+    /// Reads the files if they hold something else than the last time.
+    async fn follow(&mut self, quiet: Duration) {
+        for _ in 0..10 {
+            let before = self.fingerprint().await;
+            if self.seen.is_some() && self.seen == before {
+                return;
+            }
+            let (dir, files) = (self.followed.dir.clone(), self.followed.files.clone());
+            let Ok(result) = spawn_blocking(move || load(&dir, &files)).await else { return };
+            // What changed while it was read may be half of the old and half of the new.
+            if self.fingerprint().await == before {
+                self.seen = before;
+                match result {
+                    Ok((ca, trust)) => self.accept(ca, trust),
+                    Err(error) => self.reject(&error),
+                }
+                return;
+            }
+            sleep(quiet).await;
+        }
+        tracing::warn!(directory = %self.followed.dir.display(), "the CA's files keep changing while they are read, so they are not read yet");
+    }
+
+    fn accept(&self, ca: Ca, trust: Trust) {
+        for (domain, roots) in trust.bundles() {
+            tracing::info!(%domain, roots, "trusted to vouch for a trust domain");
+        }
+        for list in trust.revoked().iter().filter(|list| !list.is_of_known_ca()) {
+            tracing::warn!(
+                issuer = list.issuer,
+                "a revocation list of a CA that is not known here: it counts when a peer shows that CA"
+            );
+        }
+        // Trust first: what the new signer signs must be believed here.
+        self.followed.identities.trust_store().replace(trust);
+        if self.followed.ca.replace(ca) {
+            tracing::info!("another certificate of the CA signs from now on: workloads' certificates are replaced");
+            self.followed.identities.resign();
+        }
+        self.followed.metrics.trust_reloaded(true);
+    }
+
+    fn reject(&self, error: &IdentityError) {
+        let mut text = error.to_string();
+        let mut cause = std::error::Error::source(error);
+        while let Some(inner) = cause {
+            text = format!("{text}: {inner}");
+            cause = inner.source();
+        }
+        tracing::error!(
+            directory = %self.followed.dir.display(),
+            "the CA's files were refused, the last good ones stay in force: {text}"
+        );
+        self.followed.metrics.trust_reloaded(false);
+    }
+
+    /// An overdue list goes on counting: refusing everybody of its CA instead would end the mesh for want of a file.
+    fn warn_of_stale_lists(&mut self) {
+        let now = SystemTime::now();
+        let trust = self.followed.identities.trust();
+        let stale: BTreeSet<String> =
+            trust.revoked().iter().filter(|list| list.is_stale(now)).map(|list| list.issuer.clone()).collect();
+        for issuer in stale.difference(&self.stale) {
+            tracing::warn!(
+                issuer,
+                "a revocation list is overdue (its nextUpdate has passed): what it says still counts, and what was revoked since is not known; replace the file"
+            );
+        }
+        self.stale = stale;
+    }
+
+    async fn fingerprint(&self) -> Option<u64> {
+        let paths = self.paths.clone();
+        spawn_blocking(move || fingerprint(&paths)).await.ok()
+    }
+}
+
+fn fingerprint(paths: &[PathBuf]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for path in paths {
+        path.hash(&mut hasher);
+        // A file that is not there, or cannot be read, is part of what was seen.
+        match config::read_file(path).map_err(|error: io::Error| error.kind()) {
+            Ok(bytes) => bytes.hash(&mut hasher),
+            Err(kind) => kind.hash(&mut hasher),
+        }
+    }
+    hasher.finish()
+}
