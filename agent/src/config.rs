@@ -154,6 +154,7 @@ fn read_all(dir: &Path, domains: Option<&TrustDomains>, need: Need) -> (Option<A
     let agent = mem::take(&mut documents.agents).into_iter().next().and_then(|(_, agent)| agent);
     // Without a sound AgentConfig nothing is loaded, but the contradictions among workloads shall be told as well.
     let domains = domains.or(agent.as_ref().map(|agent| &agent.trust.domains)).cloned().unwrap_or_default();
+    documents.name_as_here(&domains);
     let policies = documents.policies(&domains, &names, &mut report);
     let snapshot = assemble::snapshot(&domains, policies, &documents.workloads, &documents.services, &mut report);
     (agent, snapshot, report)
@@ -302,6 +303,17 @@ impl Documents {
                     hint,
                 ));
             }
+        }
+    }
+
+    /// Who may answer for services, by the names that workloads have here: an alias means the same mesh.
+    fn name_as_here(&mut self, domains: &TrustDomains) {
+        let rules = self.destinations.iter_mut();
+        let traffic = rules.flat_map(|rule| std::iter::once(&mut rule.traffic).chain(rule.ports.values_mut()));
+        let named = traffic.map(|traffic| &mut Arc::make_mut(traffic).identities);
+        let services = self.services.iter_mut().map(|service| &mut service.identities);
+        for id in named.chain(services).flatten() {
+            *id = domains.canonical(id);
         }
     }
 

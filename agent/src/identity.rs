@@ -114,6 +114,11 @@ impl SpiffeId {
         &self.trust_domain
     }
 
+    /// Of the same name in another trust domain.
+    fn in_domain(&self, trust_domain: &TrustDomain) -> Self {
+        Self { trust_domain: trust_domain.clone(), ..self.clone() }
+    }
+
     pub fn namespace(&self) -> &str {
         &self.namespace
     }

@@ -18,7 +18,10 @@ use crate::{
     identity::{SpiffeId, Svid, Trust, manager::Manager},
     metrics::Metrics,
     state::{LocalPod, Snapshot, State},
-    sys::netns::{Netns, NetnsCookie},
+    sys::{
+        netns::{Netns, NetnsCookie},
+        vital::vital,
+    },
     tls::config::{self, Ciphers, Learned, Parameters},
     words::{Direction, Mode, TlsFacts, with_causes},
 };
@@ -134,8 +137,8 @@ impl Proxy {
 
     /// Follows the state until its sender is gone.
     pub async fn run(&self) {
-        tokio::spawn(watchdog::run(self.ctx.clone()));
-        tokio::spawn(direct::run(self.ctx.clone()));
+        tokio::spawn(vital(watchdog::run(self.ctx.clone())));
+        tokio::spawn(vital(direct::run(self.ctx.clone())));
         let mut changes = self.ctx.state.subscribe();
         let mut trust = self.ctx.identities.trust_store().subscribe();
         let mut strangers = true;

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use crate::{
     identity::{SpiffeId, TrustDomains},
-    policy::{ClientTls, Policies, Service, Traffic, Workload},
+    policy::{ClientTls, Policies, Service, Traffic, Workload, demands_mtls},
 };
 
 /// A pod on this node that is to be enrolled.
@@ -41,7 +41,7 @@ pub struct Snapshot {
     services: Vec<Arc<Service>>,
     by_virtual_address: HashMap<IpAddr, Arc<Service>>,
     /// Services without virtual addresses, by their endpoints.
-    headless: HashMap<SocketAddr, Arc<Service>>,
+    headless: HashMap<SocketAddr, Vec<Arc<Service>>>,
     /// Endpoints of services which DestinationRules ask plaintext for, and the services' ports.
     disabled: HashMap<SocketAddr, Vec<(Arc<Service>, u16)>>,
 }
@@ -87,7 +87,7 @@ impl Snapshot {
             let ports = service.ports.iter().filter(|_| disabled || service.is_headless());
             for (port, endpoint) in ports.flat_map(|(port, all)| all.iter().map(move |endpoint| (*port, endpoint))) {
                 if service.is_headless() {
-                    self.headless.entry(endpoint.address).or_insert_with(|| Arc::clone(service));
+                    self.headless.entry(endpoint.address).or_default().push(Arc::clone(service));
                 }
                 if disabled {
                     self.disabled.entry(endpoint.address).or_default().push((Arc::clone(service), port));
@@ -105,10 +105,19 @@ impl Snapshot {
 
     /// The service that a client's connection to an address is for, and what DestinationRules say of it.
     pub fn called(&self, client: &Workload, to: SocketAddr) -> Option<(&Arc<Service>, Arc<Traffic>)> {
+        let said = |service: &Service| {
+            let rule = self.policies.destinations.asked(client, &service.namespace, &service.host).next();
+            rule.map(|rule| Arc::clone(rule.traffic_at(to.port()))).unwrap_or_default()
+        };
+        if let Some(service) = self.service(to.ip()) {
+            return Some((service, said(service)));
+        }
         let canonical = SocketAddr::new(to.ip().to_canonical(), to.port());
-        let service = self.service(to.ip()).or_else(|| self.headless.get(&canonical))?;
-        let rule = self.policies.destinations.asked(client, &service.namespace, &service.host).next();
-        Some((service, rule.map(|rule| Arc::clone(rule.traffic_at(to.port()))).unwrap_or_default()))
+        let all = self.headless.get(&canonical)?.iter().map(|service| (service, said(service)));
+        // Several may have one endpoint, and nobody says which was meant: the strictest counts, and of equals the first.
+        all.rev().max_by_key(|(service, traffic)| {
+            (demands_mtls(Some(service), traffic), traffic.tls != Some(ClientTls::Disable))
+        })
     }
 
     /// Whether a DestinationRule makes a client call the endpoint at `local` in plaintext, through some service.

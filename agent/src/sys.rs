@@ -11,5 +11,6 @@ pub mod socket;
 pub mod splice;
 pub mod tcp_info;
 pub mod unsent;
+pub mod vital;
 pub mod wakeup;
 pub mod watched;

@@ -551,6 +551,10 @@ fn trust_is_read_and_what_is_wrong_with_it_is_named() {
         ("  trust: {aliases: [a.org, a.org]}", "a.org is there twice"),
         ("  trust: {aliases: [A]}", "spec.trust.aliases"),
         ("  trust: {federated: [{trustDomain: cluster.local, bundle: a}]}", "its roots are those in spec.ca.path"),
+        (
+            "  trustDomain: td2\n  trust: {federated: [{trustDomain: cluster.local, bundle: a}]}",
+            "policies that name cluster.local mean this mesh",
+        ),
         ("  trust: {federated: [{trustDomain: a.org}]}", "bundle"),
         (
             "  trust: {federated: [{trustDomain: a.org, bundle: a}, {trustDomain: a.org, bundle: b}]}",

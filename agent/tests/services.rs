@@ -129,6 +129,48 @@ fn who_is_told_to_call_an_endpoint_in_plaintext_is_known_at_the_endpoint() {
     }
 }
 
+/// Nobody says which was meant: what asks for mTLS is never overruled by what does not.
+#[test]
+fn of_headless_services_with_one_endpoint_the_strictest_rule_counts() {
+    let service = |name: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\n\
+             spec: {{clusterIP: None, selector: {{app: web}}, ports: [{{port: 80}}]}}\n---\n"
+        )
+    };
+    let rule = |host: &str, mode: &str| {
+        let spec = format!("{{host: {host}, trafficPolicy: {{tls: {{mode: {mode}}}}}}}");
+        format!("RULE: {{name: {host}, namespace: shop}}\nspec: {spec}\n---\n")
+    };
+    for (text, host) in [
+        ([rule("a", "DISABLE"), rule("b", "ISTIO_MUTUAL")].concat(), "b"),
+        (rule("a", "DISABLE"), "b"),
+        (rule("b", "DISABLE"), "a"),
+        (String::new(), "a"),
+    ] {
+        let snapshot = rules(&[service("a"), service("b"), text.clone()].concat()).unwrap().snapshot;
+        let client = snapshot.workload("10.0.0.1".parse().unwrap()).unwrap();
+        let (service, _) = snapshot.called(client, "10.0.0.2:80".parse().unwrap()).unwrap();
+        assert_eq!(service.host, format!("{host}.shop.svc.cluster.local"), "{text}");
+    }
+}
+
+#[test]
+fn who_may_answer_can_be_named_by_an_alias_of_the_trust_domain() {
+    let agent = "apiVersion: marline.io/v1alpha1\nkind: AgentConfig\n\
+         spec: {ca: {path: ca}, capture: {cgroup: /c}, trust: {aliases: [old.example]}}\n---\n";
+    let named = |id: &str| {
+        let spec = "hosts: [web.example], addresses: [10.96.0.1], resolution: STATIC, location: MESH_INTERNAL";
+        let rest = format!(
+            "ports: [{{number: 80, name: http}}], endpoints: [{{address: 10.0.0.1}}], subjectAltNames: [\"{id}\"]"
+        );
+        let text = format!("{agent}{}", entry(&format!("{{{spec}, {rest}}}")));
+        service(&text, "10.96.0.1").identities[0].to_string()
+    };
+    assert_eq!(named("spiffe://old.example/ns/shop/sa/web"), "spiffe://cluster.local/ns/shop/sa/web");
+    assert_eq!(named("spiffe://other.example/ns/shop/sa/web"), "spiffe://other.example/ns/shop/sa/web");
+}
+
 fn entry(spec: &str) -> String {
     format!(
         "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: web, namespace: shop}}\nspec: {spec}\n"

@@ -291,12 +291,17 @@ fn under(mesh: &Mesh, change: impl FnOnce(&mut CertificateParams)) -> Vec<rustls
 #[test]
 fn a_signing_certificate_is_held_to_each_clause_of_x509_svid() {
     type Change = fn(&mut CertificateParams);
-    let cases: [(&str, Change, Result<(), Reason>); 8] = [
+    let cases: [(&str, Change, Result<(), Reason>); 9] = [
         ("as it should be", |_| {}, Ok(())),
         ("3.2: it need not have a SPIFFE ID", |p| p.subject_alt_names.clear(), Ok(())),
         (
             "3.2: its SPIFFE ID has no path",
             |p| p.subject_alt_names = vec![SanType::URI("spiffe://cluster.local/ns/a/sa/b".try_into().unwrap())],
+            Err(Reason::NotAnSvid),
+        ),
+        (
+            "3.2: its SPIFFE ID is of the trust domain that it signs for, as one root may stand above several meshes",
+            |p| p.subject_alt_names = vec![SanType::URI("spiffe://other.org".try_into().unwrap())],
             Err(Reason::NotAnSvid),
         ),
         ("4.1: cA is true", |p| p.is_ca = IsCa::ExplicitNoCa, Err(Reason::NotAnSvid)),

@@ -115,7 +115,14 @@ fn answer(args: &ExplainArgs) -> Result<ExitCode, String> {
             let destination = destination
                 .ok_or_else(|| format!("--destination {name}: no workload and no service has this address"))?;
             let local = SocketAddr::new(local, port);
-            let callee = Callee { workload: Some(destination), address: local, service: None };
+            // As the agents see it: the address may be that of a headless service's endpoint.
+            let called = workload.filter(|caller| caller.in_mesh).and_then(|caller| snapshot.called(caller, local));
+            let callee = Callee {
+                workload: Some(destination),
+                address: local,
+                service: called.as_ref().map(|(service, traffic)| (&***service, &**traffic)),
+                told_plaintext: workload.is_some_and(|caller| snapshot.told_plaintext(caller, local)),
+            };
             let explanation = explain(&snapshot.policies, caller, callee);
             let text = format!("to   {} at {local}\n{explanation}", describe(destination));
             (explanation.allowed, serde_json::json!(explanation), text)

@@ -246,6 +246,11 @@ fn read_trust(dir: &Path, own: Option<&TrustDomain>, spec: &mut Fields<'_>, repo
                 let message = format!("{domain} is the mesh's own trust domain: its roots are those in spec.ca.path");
                 item.error(report, "trustDomain", message, "put more roots into root-cert.pem there");
             }
+            Some(Ok(domain)) if domain == TrustDomain::default() => {
+                let message =
+                    format!("policies that name {domain} mean this mesh, whatever its name, in Istio as here");
+                item.error(report, "trustDomain", message, "give the other mesh a trust domain of its own");
+            }
             Some(Ok(domain)) if federated.iter().any(|(known, _)| *known == domain) => {
                 let hint = "put all its roots into one file";
                 item.error(report, "trustDomain", format!("{domain} has a bundle already"), hint);

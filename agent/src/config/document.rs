@@ -138,7 +138,10 @@ fn until_error(text: &str, mut each: impl FnMut(Node)) -> Option<SyntaxError> {
             Err(error) => {
                 let line = error.location().map(|location| location.line()).filter(|line| *line > 0);
                 // The rest of the file would be read with a parser that lost its way: one honest error is better.
-                return Some(SyntaxError { line, message: plain(&error.to_string()) });
+                let message = plain(&error.to_string());
+                // Where it is, is said beside it, and by the lines of the whole file.
+                let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
+                return Some(SyntaxError { line, message: message.to_owned() });
             }
         }
     }

@@ -14,6 +14,7 @@ use std::{
 };
 
 use tokio::{sync::watch, task::spawn_blocking, time::sleep};
+use zeroize::Zeroize as _;
 
 use super::{files::WatchSettings, watched::WatchedDirectory};
 use crate::{
@@ -45,7 +46,7 @@ pub async fn watch(followed: Followed, settings: WatchSettings, mut shutdown: wa
     paths.extend(followed.files.paths(&followed.dir));
     let places: BTreeSet<&Path> = paths.iter().filter_map(|path| path.parent()).collect();
     let mut directories: Vec<_> = places.into_iter().map(|place| WatchedDirectory::new(place.to_owned())).collect();
-    let mut follower = Follower { followed, paths, seen: None, stale: BTreeSet::new() };
+    let mut follower = Follower { followed, paths, seen: None, refused: None, stale: BTreeSet::new() };
     loop {
         // Before reading: what changes from here on is an event for the next round.
         directories.iter_mut().for_each(WatchedDirectory::renew);
@@ -80,6 +81,9 @@ struct Follower {
     paths: Vec<PathBuf>,
     /// The contents that were accepted or rejected last.
     seen: Option<u64>,
+    /// What was refused last, and why: that is said once, and tried again at each look, as what is wrong need not be in the files. A
+    /// certificate may be of a clock that is ahead.
+    refused: Option<(Option<u64>, String)>,
     /// Lists that were said to be overdue.
     stale: BTreeSet<String>,
 }
@@ -96,10 +100,15 @@ impl Follower {
             let Ok(result) = spawn_blocking(move || load(&dir, &files)).await else { return };
             // What changed while it was read may be half of the old and half of the new.
             if self.fingerprint().await == before {
-                self.seen = before;
                 match result {
-                    Ok((ca, trust)) => self.accept(ca, trust),
-                    Err(error) => self.reject(&error),
+                    Ok((ca, trust)) => {
+                        (self.seen, self.refused) = (before, None);
+                        self.accept(ca, trust);
+                    }
+                    Err(error) => {
+                        self.seen = None;
+                        self.reject(before, &error);
+                    }
                 }
                 return;
             }
@@ -123,17 +132,24 @@ impl Follower {
         if self.followed.ca.replace(ca) {
             tracing::info!("another certificate of the CA signs from now on: workloads' certificates are replaced");
             self.followed.identities.resign();
+        } else {
+            self.followed.identities.renew_unbelieved();
         }
         self.followed.metrics.trust_reloaded(true);
     }
 
-    fn reject(&self, error: &IdentityError) {
+    fn reject(&mut self, files: Option<u64>, error: &IdentityError) {
         let mut text = error.to_string();
         let mut cause = std::error::Error::source(error);
         while let Some(inner) = cause {
             text = format!("{text}: {inner}");
             cause = inner.source();
         }
+        let refused = Some((files, text.clone()));
+        if self.refused == refused {
+            return;
+        }
+        self.refused = refused;
         tracing::error!(
             directory = %self.followed.dir.display(),
             "the CA's files were refused, the last good ones stay in force: {text}"
@@ -168,7 +184,11 @@ fn fingerprint(paths: &[PathBuf]) -> u64 {
         path.hash(&mut hasher);
         // A file that is not there, or cannot be read, is part of what was seen.
         match config::read_file(path).map_err(|error: io::Error| error.kind()) {
-            Ok(bytes) => bytes.hash(&mut hasher),
+            // One of them is the CA's key.
+            Ok(mut bytes) => {
+                bytes.hash(&mut hasher);
+                bytes.zeroize();
+            }
             Err(kind) => kind.hash(&mut hasher),
         }
     }

@@ -220,6 +220,18 @@ impl Manager {
         self.shared.changed.notify_one();
     }
 
+    /// Asks for another certificate in the place of each that nobody would believe any more, as it was revoked, or its root removed.
+    pub fn renew_unbelieved(&self) {
+        let (now, trust) = (SystemTime::now(), self.trust());
+        for (id, entry) in self.entries().iter_mut() {
+            if entry.svid.as_ref().is_some_and(|svid| svid.is_valid_at(now) && !is_believed(&trust, id, svid)) {
+                tracing::warn!(identity = %id, "a certificate of ours is not believed any more: it is replaced");
+                entry.due = Some(now);
+            }
+        }
+        self.shared.changed.notify_one();
+    }
+
     /// Renews until `shutdown` becomes true or its sender is gone.
     pub async fn run(&self, mut shutdown: watch::Receiver<bool>) {
         loop {
@@ -435,6 +447,23 @@ mod tests {
 
     fn ids(accounts: &[&str]) -> BTreeSet<SpiffeId> {
         accounts.iter().map(|account| id(account)).collect()
+    }
+
+    #[test]
+    fn a_certificate_that_nobody_believes_any_more_is_replaced_at_once_and_others_are_not() {
+        let (manager, _) = manager(LIFE);
+        manager.retain(&ids(&["web"]));
+        let now = SystemTime::now();
+        manager.renew_unbelieved();
+        manager.renew_due(now + Duration::from_secs(1));
+        assert_eq!(manager.counters().issued, 1);
+        let dir = tempfile::tempdir().unwrap();
+        let domain = TrustDomain::parse("cluster.local").unwrap();
+        Ca::init(dir.path(), &domain).unwrap();
+        manager.trust_store().replace(Trust::new(domain, Ca::open(dir.path()).unwrap().roots()));
+        manager.renew_unbelieved();
+        manager.renew_due(now + Duration::from_secs(1));
+        assert_eq!(manager.counters().issued, 2);
     }
 
     #[test]

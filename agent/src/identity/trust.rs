@@ -53,6 +53,14 @@ impl TrustDomains {
         self.iter().any(|known| known == domain)
     }
 
+    /// The identity as it is called here, if it is one of this mesh.
+    pub fn canonical(&self, id: &SpiffeId) -> SpiffeId {
+        match self.contains(id.trust_domain()) {
+            true => id.in_domain(&self.own),
+            false => id.clone(),
+        }
+    }
+
     /// Whether both name the same workload.
     pub fn same(&self, a: &SpiffeId, b: &SpiffeId) -> bool {
         a == b
@@ -152,7 +160,7 @@ impl Trust {
         let roots = self.bundle(domain).ok_or(webpki::Error::UnknownIssuer)?;
         let leaf = webpki::EndEntityCert::try_from(leaf)?;
         let check = |path: &webpki::VerifiedPath<'_>| {
-            voucher::check_signers(path)?;
+            voucher::check_signers(path, domain, &self.domains)?;
             self.check_revoked(&Voucher::of(path))
         };
         let algorithms = webpki::ALL_VERIFICATION_ALGS;

@@ -76,6 +76,8 @@ pub struct Callee<'a> {
     pub address: SocketAddr,
     /// The service that it is called as an endpoint of, and what the DestinationRule for it says.
     pub service: Option<(&'a Service, &'a Traffic)>,
+    /// Whether the caller is told to speak plaintext to it, as an endpoint of whatever service.
+    pub told_plaintext: bool,
 }
 
 /// What becomes of a call.
@@ -106,7 +108,8 @@ pub fn explain<'a>(policies: &'a Policies, caller: Caller<'_>, callee: Callee<'_
     let peer = identity.map_or(Peer::Nobody, |id| Peer::Proved { id, sni: Some(&sni) });
     let attempt = Attempt { source: caller.address, destination: local, peer };
     let decision = policies.authorization.decide(destination, &attempt);
-    let told = callee.service.is_some_and(|(_, traffic)| traffic.tls == Some(ClientTls::Disable));
+    let told =
+        callee.told_plaintext || callee.service.is_some_and(|(_, traffic)| traffic.tls == Some(ClientTls::Disable));
     let refused = match super::inbound(policies, destination, local, caller.address, caller.workload, told) {
         _ if expected.is_some_and(|expected| !expected.contains(&destination.id)) => {
             Some(format!("the client lets others answer for the service, and not {}", destination.id))

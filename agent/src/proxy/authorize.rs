@@ -141,8 +141,18 @@ pub fn revoked_by(snapshot: &Snapshot, direction: Direction, facts: &Facts) -> O
             if strict && mode == Mode::Plaintext {
                 return by("plaintext under STRICT");
             }
+            let client = facts.source.address?;
+            // It was of the mesh when it was let in, so something had told it to speak plaintext. One that came into the mesh later may
+            // go on: else enrolling a workload would cut what it is doing.
+            if mode == Mode::Plaintext && facts.source.identity.is_some() {
+                let source = snapshot.workload(client.ip()).map(|source| &**source);
+                let arrival = Arrival { workload, client, local };
+                if arriving(snapshot, arrival, source) == Inbound::Mtls {
+                    return by("plaintext where mTLS is demanded of the client now");
+                }
+            }
             let peer = peer(mode, facts.proved.as_ref(), facts.sni.as_deref());
-            let attempt = Attempt { source: facts.source.address?.ip(), destination: local, peer };
+            let attempt = Attempt { source: client.ip(), destination: local, peer };
             let reason = match snapshot.policies.authorization.decide(workload, &attempt).verdict {
                 Verdict::Allowed(_) => return None,
                 Verdict::Denied(denial) => denial.into(),
@@ -339,6 +349,24 @@ mod tests {
             assert_eq!(revoked_by(&now, Direction::Outbound, &called("")), None);
             assert_eq!(revoked_by(&now, Direction::Outbound, &called("10.96.0.2:80")), None, "a service that is gone");
         }
+    }
+
+    #[test]
+    fn plaintext_that_a_rule_had_asked_for_ends_with_the_rule_and_that_of_the_outside_goes_on() {
+        let disabled = Traffic { tls: Some(ClientTls::Disable), ..Traffic::default() };
+        let with = |identity: Option<&str>| {
+            let mut facts = facts(Some(Mode::Plaintext), None, "10.0.0.1:80");
+            facts.source.identity = identity.map(str::to_owned);
+            facts
+        };
+        let member = with(Some("spiffe://cluster.local/ns/shop/sa/client"));
+        let revoked = |traffic: &Traffic, facts: &Facts| {
+            revoked_by(&snapshot_with_rule("web", &[], traffic.clone()), Direction::Inbound, facts).is_some()
+        };
+        assert!(!revoked(&disabled, &member));
+        assert!(revoked(&Traffic::default(), &member));
+        // It came into the mesh while it was connected.
+        assert!(!revoked(&Traffic::default(), &with(None)));
     }
 
     #[test]

@@ -266,6 +266,10 @@ fn chain_error(error: webpki::Error) -> Error {
             ))
             .into();
         }
+        E::NameConstraintViolation => {
+            let signer = "what signed it is of another trust domain, or may not sign for this name";
+            return PeerError::NotAnSvid(SvidFault::Other(signer.to_owned())).into();
+        }
         other => return PeerError::NotAnSvid(SvidFault::Other(format!("it does not verify: {other}"))).into(),
     };
     Error::InvalidCertificate(certificate_error)

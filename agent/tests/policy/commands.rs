@@ -138,7 +138,7 @@ fn explain_agrees_on_the_nine_pairs() {
                 let from = bed.workload(&format!("{client}/sleep"));
                 let (to, local) = bed.destination(&format!("{server}/httpbin:8000"));
                 let caller = Caller { address: from.addresses[0], workload: Some(from), plaintext: false };
-                let callee = Callee { workload: Some(to), address: local, service: None };
+                let callee = Callee { workload: Some(to), address: local, service: None, told_plaintext: false };
                 let explanation = explain(&bed.loaded.snapshot.policies, caller, callee);
                 denied += usize::from(!explanation.allowed);
                 mtls +=

@@ -14,6 +14,7 @@ use rustls::{
 use serde::{Deserialize, Serialize};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
+use super::TrustDomains;
 use crate::identity::TrustDomain;
 
 /// A key by its fingerprint. The key itself is not known where a predecessor of this agent has noted the fingerprint alone.
@@ -151,8 +152,12 @@ fn shared(signers: Signers) -> Arc<Signers> {
 }
 
 /// What X.509-SVID asks of signing certificates and the library does not look at: the right to sign (section 4.3), and a SPIFFE ID
-/// without a path, if it has one (section 3.2).
-pub(super) fn check_signers(path: &webpki::VerifiedPath<'_>) -> Result<(), webpki::Error> {
+/// without a path, if it has one (section 3.2), of the leaf's own trust domain: one root may stand above the CAs of several meshes.
+pub(super) fn check_signers(
+    path: &webpki::VerifiedPath<'_>,
+    domain: &TrustDomain,
+    ours: &TrustDomains,
+) -> Result<(), webpki::Error> {
     for intermediate in path.intermediate_certificates() {
         let der = intermediate.der();
         let (_, certificate) = X509Certificate::from_der(&der).map_err(|_| webpki::Error::BadDer)?;
@@ -164,10 +169,13 @@ pub(super) fn check_signers(path: &webpki::VerifiedPath<'_>) -> Result<(), webpk
         for name in names.iter().flat_map(|names| &names.value.general_names) {
             if let GeneralName::URI(uri) = name
                 && uri.starts_with("spiffe://")
-                && TrustDomain::parse_uri(uri).is_err()
             {
-                // A workload's name: whoever has it is one, whatever else the certificate says.
-                return Err(webpki::Error::EndEntityUsedAsCa);
+                match TrustDomain::parse_uri(uri) {
+                    Ok(named) if named == *domain || (ours.contains(&named) && ours.contains(domain)) => {}
+                    Ok(_) => return Err(webpki::Error::NameConstraintViolation),
+                    // A workload's name: whoever has it is one, whatever else the certificate says.
+                    Err(_) => return Err(webpki::Error::EndEntityUsedAsCa),
+                }
             }
         }
     }

@@ -60,7 +60,11 @@ pub fn explain_service<'a>(
                 address: endpoint.address,
                 workload: workload.map(ToString::to_string),
                 subsets: subsets.filter(|subset| has(&subset.labels)).map(|subset| subset.name.as_str()).collect(),
-                explanation: explain(policies, caller, Callee { workload, address: endpoint.address, service }),
+                explanation: explain(
+                    policies,
+                    caller,
+                    Callee { workload, address: endpoint.address, service, told_plaintext: false },
+                ),
             }
         })
         .collect();

@@ -26,6 +26,7 @@ use crate::{
     sys::{
         netns::{Netns, NetnsCookie},
         seccomp::{Answer, Call},
+        vital::vital,
     },
     words::with_causes,
 };
@@ -91,7 +92,7 @@ impl Drop for Filter {
 /// Answers the calls until the last task under the filter is gone.
 pub(super) fn start(ctx: &Arc<Context>, held: Held) {
     let held = Arc::new(held);
-    let calls = serve(ctx.clone(), held.clone());
+    let calls = vital(serve(ctx.clone(), held.clone()));
     let started = Builder::new_current_thread().enable_all().build().and_then(|runtime| {
         let thread = thread::Builder::new().name("marline-filter".into());
         thread.spawn(move || runtime.block_on(calls))
@@ -99,7 +100,7 @@ pub(super) fn start(ctx: &Arc<Context>, held: Held) {
     if let Err(error) = started {
         // Nobody else would answer them.
         tracing::error!(%error, container = %held.container.id, "a filter has no thread of its own: its calls may make others wait");
-        tokio::spawn(serve(ctx.clone(), held));
+        tokio::spawn(vital(serve(ctx.clone(), held)));
     }
 }
 

@@ -27,6 +27,7 @@ use crate::{
         diag::{Destruction, Diag, DiagSocket, Event, SocketId},
         netns::NetnsCookie,
         tcp_info::{Opening, Payload, TcpState},
+        vital::vital,
     },
     tls::config::WITHOUT_RECORDS,
     words::Direction,
@@ -128,7 +129,7 @@ pub(super) fn follow(ctx: &Arc<Context>, pod: &Arc<Pod>) -> oneshot::Receiver<()
     if let Some(direct) = &ctx.direct {
         let (netns, mut beginning) = (pod.netns.cookie(), lock(&direct.watch.beginning));
         if !direct.watch.follows(netns) && beginning.insert(netns) {
-            tokio::spawn(begin(Arc::downgrade(ctx), pod.clone(), begun));
+            tokio::spawn(vital(begin(Arc::downgrade(ctx), pod.clone(), begun)));
         }
     }
     told
