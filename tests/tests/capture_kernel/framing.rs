@@ -163,6 +163,8 @@ fn records_leave_again_when_they_were_lost() {
     let bed = Bed::new();
     let (agent, _) = bed.ready_agent();
     let (mut socket, mut server) = release(line(&bed, &agent, &bed.node, NODE, NODE));
+    // Pieces that are sent one by one, and not acknowledged, take much room each.
+    socket2::SockRef::from(&socket).set_send_buffer_size(4 << 20).unwrap();
     let stream: Vec<u8> = (0..2000).flat_map(|i| record(SMALLEST + i % 50)).collect();
     let mut received = vec![0; stream.len()];
     // The first of it leaves in small pieces, and again in others, with more behind it.
