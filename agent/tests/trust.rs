@@ -29,6 +29,7 @@ use rustls::{
     server::danger::ClientCertVerifier as _,
 };
 
+const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3_600);
 
 fn domain(name: &str) -> TrustDomain {
@@ -204,6 +205,12 @@ fn a_revoked_certificate_is_refused_and_its_live_connections_are_too_also_by_an_
         let restored = serde_json::from_str::<marline::identity::trust::KeptVoucher>(&kept).unwrap().restore().unwrap();
         assert!(trust.stands(&mesh.name, &restored).is_err(), "a successor judges it, too");
     }
+    // A list of a CA that is not known here: of what a predecessor has made, nobody can say that it does not mean that.
+    let (other, kept) = (Mesh::of("other.org"), of_bad.kept().restore().unwrap());
+    fs::write(mesh.dir.path().join("ca-crl.pem"), list(&other, &[&bad.serial], 24)).unwrap();
+    let trust = loaded(&mesh).unwrap();
+    assert!(trust.stands(&mesh.name, &of_bad).is_ok() && trust.stands(&mesh.name, &kept).is_err());
+    assert!(trust.stands(&mesh.name, &of_good.kept().restore().unwrap()).is_ok());
     fs::write(mesh.dir.path().join("ca-crl.pem"), "").unwrap();
     assert_eq!(server_sees(&loaded(&mesh).unwrap(), &chain(&bad)), Ok(()), "an emptied file revokes nothing");
 }
@@ -272,15 +279,20 @@ fn an_intermediate_signs_under_its_root_and_allows_none_below_it() {
     assert!(mesh.ca.init_intermediate(mesh.dir.path(), &below, &mesh.name).is_err(), "never overwritten");
 }
 
-/// A leaf under an intermediate that is as it should be but for `change`.
-fn under(mesh: &Mesh, change: impl FnOnce(&mut CertificateParams)) -> Vec<rustls::pki_types::CertificateDer<'static>> {
+/// An intermediate that is as it should be but for `change`.
+fn between(mesh: &Mesh, change: impl FnOnce(&mut CertificateParams)) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, "between");
     params.subject_alt_names = vec![SanType::URI(format!("spiffe://{}", mesh.name).try_into().unwrap())];
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     change(&mut params);
-    let key = KeyPair::generate().unwrap();
+    params
+}
+
+/// A leaf under one.
+fn under(mesh: &Mesh, change: impl FnOnce(&mut CertificateParams)) -> Vec<rustls::pki_types::CertificateDer<'static>> {
+    let (params, key) = (between(mesh, change), KeyPair::generate().unwrap());
     let between = params.signed_by(&key, &mesh.signer()).unwrap();
     let id = format!("spiffe://{}/ns/shop/sa/web", mesh.name);
     let leaf = leaf(&id).signed_by(&KeyPair::generate().unwrap(), &Issuer::new(params, key)).unwrap();
@@ -404,6 +416,25 @@ async fn files_that_do_not_prove_themselves_are_refused_and_good_ones_take_their
     };
     tokio::time::timeout(Duration::from_secs(20), renewed).await.unwrap();
     assert!(!Arc::ptr_eq(&before, &store.load()));
+
+    // What is wrong need not be in the files: this signer is of a clock that is ahead.
+    let (key, ahead) =
+        (KeyPair::generate().unwrap(), between(&next, |p| p.not_before = (SystemTime::now() + 3 * SECOND).into()));
+    let certificate = ahead.signed_by(&key, &next.signer()).unwrap().pem();
+    for (name, text) in
+        [("ca-key.pem", &key.serialize_pem()), ("ca-cert.pem", &certificate), ("cert-chain.pem", &certificate)]
+    {
+        fs::write(mesh.dir.path().join(name), text).unwrap();
+    }
+    let written = std::time::Instant::now();
+    let by_ahead = async {
+        let signer = |svid: &Svid| svid.key.cert.len() == 2;
+        while identities.svid(&id).is_none_or(|svid| !signer(&svid)) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), by_ahead).await.unwrap();
+    assert!(written.elapsed() >= SECOND, "a signer of the future was believed");
     let info = identities.list().remove(0);
     assert!(!info.signer_replaced && info.valid, "{info:?}");
     let pem = identities.chain_pem(&id).unwrap();

@@ -9,10 +9,10 @@ use std::{env, net::SocketAddr, path::PathBuf};
 use anyhow::{Context, Result, ensure};
 use certificates::{Authority, When};
 use marline_tests::{
-    access_log::Verdict,
+    access_log::{Direction, Entry, Verdict},
     cluster::{ClusterSpec, Family, Membership, PodSpec, Side},
     config::Mode,
-    flow::{Before, Route, observe},
+    flow::{Before, Flow, Route, observe},
     scenario::on_mesh,
     traffic::{
         envoy::{Envoy, Identity, Sidecar},
@@ -36,6 +36,17 @@ fn program() -> Option<PathBuf> {
         println!("SKIPPED: MARLINE_ENVOY names no program: there is no Envoy to talk to");
     }
     program
+}
+
+/// What Marline's agent, which is at one end alone, says of a flow that came through as it was sent; the sidecar's pod was the other end.
+fn went_well<'a>(what: &str, flow: &'a Flow) -> Result<&'a Entry> {
+    ensure!(flow.seen.exact, "{what}: {}", flow.seen.note);
+    let entries: Vec<&Entry> = flow.entries().collect();
+    let [entry] = entries.as_slice() else { anyhow::bail!("{what}: {flow:#?}") };
+    let peer = if entry.direction == Direction::Outbound { &entry.destination } else { &entry.source };
+    let allowed = entry.verdict == Verdict::Allowed && entry.reason.is_none() && entry.mode.as_deref() == Some("mtls");
+    ensure!(allowed && peer.identity.as_deref() == Some(OWN), "{what}: {entry:#?}");
+    Ok(entry)
 }
 
 #[test]
@@ -87,11 +98,7 @@ fn istios_sidecar_and_marline_call_each_other() -> Result<()> {
                         as [&dyn Fn() -> Result<_>; 2]
                     {
                         let flow = observe(cluster, to_sidecar, run)?;
-                        ensure!(flow.seen.exact, "{what}: {}", flow.seen.note);
-                        let [entry] = flow.outbound.as_slice() else { anyhow::bail!("{what}: {flow:#?}") };
-                        ensure!(entry.verdict == Verdict::Allowed && entry.reason.is_none(), "{what}: {entry:#?}");
-                        ensure!(entry.mode.as_deref() == Some("mtls"), "{what}: {entry:#?}");
-                        ensure!(entry.destination.identity.as_deref() == Some(OWN), "{what}: {entry:#?}");
+                        went_well(&what, &flow)?;
                     }
                     for run in [&|| back.keep_alive(&sidecar, loopback), &|| back.fetch(&sidecar, loopback, FILE)]
                         as [&dyn Fn() -> Result<_>; 2]
@@ -99,11 +106,7 @@ fn istios_sidecar_and_marline_call_each_other() -> Result<()> {
                         // What the sidecar's client saw; its connection to Marline's pod is Envoy's own.
                         let at_server = || run().map(|seen| marline_tests::traffic::Seen { port: here.port(), ..seen });
                         let flow = observe(cluster, to_marline, at_server)?;
-                        ensure!(flow.seen.exact, "{what}: {}", flow.seen.note);
-                        let [entry] = flow.inbound.as_slice() else { anyhow::bail!("{what}: {flow:#?}") };
-                        ensure!(entry.verdict == Verdict::Allowed && entry.reason.is_none(), "{what}: {entry:#?}");
-                        ensure!(entry.mode.as_deref() == Some("mtls"), "{what}: {entry:#?}");
-                        ensure!(entry.source.identity.as_deref() == Some(OWN), "{what}: {entry:#?}");
+                        let entry = went_well(&what, &flow)?;
                         let alpn = entry.tls.as_ref().and_then(|tls| tls.alpn.as_deref()).context("no ALPN")?;
                         ensure!(alpn == "istio", "{what}: {entry:#?}");
                     }

@@ -75,12 +75,12 @@ pub(super) fn parse<T: Default + Send>(
     each: impl Fn(&mut T, Node) + Sync,
 ) -> (Vec<T>, Option<SyntaxError>) {
     let mut lines = 0;
-    let mut pieces = pieces(text).into_iter().map(|piece| {
+    let with_lines = |piece| {
         let before = lines;
-        lines += piece.bytes().filter(|byte| *byte == b'\n').count() as u64;
+        lines += str::bytes(piece).filter(|byte| *byte == b'\n').count() as u64;
         (piece, before)
-    });
-    let pieces: Vec<_> = pieces.by_ref().collect();
+    };
+    let pieces: Vec<(&str, u64)> = pieces(text).into_iter().map(with_lines).collect();
     let next = AtomicUsize::new(0);
     let work = || {
         let mut done = Vec::new();
@@ -93,7 +93,9 @@ pub(super) fn parse<T: Default + Send>(
     };
     let threads = thread::available_parallelism().map_or(1, usize::from).min(pieces.len());
     let mut done = thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        // Where there are no more threads to be had, this one does all.
+        let start = |_| thread::Builder::new().spawn_scoped(scope, work).ok();
+        let others: Vec<_> = (1..threads).filter_map(start).collect();
         let mut done = work();
         for other in others {
             done.extend(other.join().unwrap_or_else(|panic| resume_unwind(panic)));

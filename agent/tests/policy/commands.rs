@@ -39,6 +39,15 @@ fn explained(dir: &Path, source: &str, destination: &str, args: &[&str]) -> (Opt
     (output.status.code(), text(&output))
 }
 
+/// That it exits with `code` and says each of `parts`.
+fn explains(dir: &Path, source: &str, destination: &str, code: i32, parts: &[&str]) {
+    let (found, said) = explained(dir, source, destination, &[]);
+    assert_eq!(found, Some(code), "{source} to {destination}:\n{said}");
+    for part in parts {
+        assert!(said.contains(part), "{source} to {destination}: no {part:?} in\n{said}");
+    }
+}
+
 #[test]
 fn check_exits_with_0_1_or_2_and_needs_no_agent_config() {
     let sound = peer("foo/default", None, "{mtls: {mode: STRICT}}");
@@ -107,11 +116,7 @@ fn explain_says_the_verdict_the_mode_and_the_rule_that_decided() {
         ("foo/sleep", "foo/httpbin", 2, vec!["write WORKLOAD:PORT"]),
         ("foo/sleep", "10.9.9.9:80", 2, vec!["no workload and no service has this address"]),
     ] {
-        let (found, said) = explained(dir.path(), source, destination, &[]);
-        assert_eq!(found, Some(code), "{source} to {destination}:\n{said}");
-        for part in parts {
-            assert!(said.contains(part), "{source} to {destination}: no {part:?} in\n{said}");
-        }
+        explains(dir.path(), source, destination, code, &parts);
     }
     let (code, said) = explained(dir.path(), "foo/sleep", "foo/httpbin:80", &["--plaintext"]);
     assert_eq!(code, Some(1), "{said}");
@@ -252,11 +257,7 @@ fn explain_says_what_a_service_and_its_destination_rules_come_to() {
         ("foo/sleep", "nobody.bar:8000", 1, vec!["there are none"]),
         ("foo/sleep", "httpbin.bar:81", 2, vec!["httpbin.bar.svc.cluster.local has no port 81"]),
     ] {
-        let (found, said) = explained(dir.path(), source, destination, &[]);
-        assert_eq!(found, Some(code), "{source} to {destination}:\n{said}");
-        for part in parts {
-            assert!(said.contains(part), "{source} to {destination}: no {part:?} in\n{said}");
-        }
+        explains(dir.path(), source, destination, code, &parts);
     }
     let (_, json) = explained(dir.path(), "bar/sleep", "httpbin.bar:8000", &["--json"]);
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
