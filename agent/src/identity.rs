@@ -7,6 +7,7 @@ pub mod ca;
 pub mod live;
 pub mod manager;
 pub mod trust;
+pub mod wire;
 
 use std::{
     fmt, io,
