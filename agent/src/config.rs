@@ -23,8 +23,8 @@ use std::{
 };
 
 pub use agent::{
-    AccessLogConfig, AccessLogFormat, AgentConfig, CaConfig, CaptureConfig, DirectConfig, DirectMode, PumpMode,
-    RecordsConfig, RecordsMode, Timeouts, TlsConfig,
+    AccessLogConfig, AccessLogFormat, AgentConfig, CaConfig, CaSource, CaptureConfig, DirectConfig, DirectMode,
+    PumpMode, RecordsConfig, RecordsMode, Timeouts, TlsConfig,
 };
 pub use finding::{ConfigErrors, Finding};
 

@@ -17,7 +17,7 @@ pub(crate) struct Finding {
 const ROOMS: [(&str, &[&str]); 16] = [
     ("words", &[]),
     ("sys", &[]),
-    ("identity", &[]),
+    ("identity", &["words"]),
     ("policy", &["identity"]),
     ("state", &["policy", "identity"]),
     ("config", &["state", "policy", "identity"]),
@@ -25,7 +25,7 @@ const ROOMS: [(&str, &[&str]); 16] = [
     ("access_log", &["words", "state", "policy", "identity", "metrics", "sys"]),
     ("tls", &["sys", "identity"]),
     ("keeper", &["words", "sys"]),
-    ("control", &["config", "state", "policy", "identity", "metrics"]),
+    ("control", &["words", "config", "state", "policy", "identity", "metrics"]),
     ("bpf", &["state", "policy", "identity", "sys", "metrics"]),
     ("admin", &["words", "state", "policy", "identity", "metrics", "access_log", "config", "sys"]),
     ("proxy", &["words", "state", "policy", "identity", "sys", "tls", "bpf", "keeper", "metrics", "access_log"]),
