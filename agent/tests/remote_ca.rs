@@ -50,10 +50,12 @@ enum Does {
     IsSilent,
 }
 
+/// Token, cluster, the identity that was asked for, and the names in the request.
+type Asked = (String, Option<String>, String, String);
+
 struct Shared {
     does: Mutex<Does>,
-    /// Token, cluster, and the identity that was asked for, of the last request.
-    asked: Mutex<Option<(String, Option<String>, String, String)>>,
+    asked: Mutex<Option<Asked>>,
     requests: AtomicUsize,
     /// Most requests at once.
     busy: AtomicUsize,
