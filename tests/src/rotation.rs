@@ -122,11 +122,7 @@ pub fn rotate(cluster: &Cluster, mut say: impl FnMut(&str)) -> Result<Outcome> {
         Ok(if log.contains("ended") { Look::Done(()) } else { Look::NotYet(tail(&log)) })
     })
     .or_else(|error| if old.log().contains("ended") { Ok(()) } else { Err(error) })?;
-    let so_far = counts(&load.log()).0;
-    wait_for("more connections after it", seconds(20), || {
-        let now = counts(&load.log()).0;
-        Ok(if now > so_far + 20 { Look::Done(()) } else { Look::NotYet(format!("{now} connections")) })
-    })?;
+    more_knocks(&load, 20)?;
     let new_connection_lives = echoes(&new);
     let (connections, failures) = knocked(&load)?;
     let log = load.log();
@@ -167,6 +163,15 @@ pub fn knock(client: &Pod, server: &Pod, name: &str) -> Result<Process> {
     let mut command = program(client, "knock.py");
     command.arg(server.address(Family::V4).to_string()).args([PORT.to_string(), THREADS.to_string()]);
     Process::start(format!("knock {name}"), &mut command, &client.directory.join(format!("{name}.log")))
+}
+
+/// Waits until the load has made so many more connections, well or not.
+pub fn more_knocks(load: &Process, more: u64) -> Result<()> {
+    let before = counts(&load.log()).0;
+    wait_for(format!("{more} more connections"), seconds(20), || {
+        let now = counts(&load.log()).0;
+        Ok(if now > before + more { Look::Done(()) } else { Look::NotYet(format!("{}", now - before)) })
+    })
 }
 
 /// Ends the load. Connections, and how many of them failed.

@@ -10,7 +10,7 @@ use marline_tests::{
     agent::Certificate,
     cluster::{Cluster, ClusterSpec},
     config::Mode,
-    rotation::{call, knock, knocked, serve},
+    rotation::{call, knock, knocked, more_knocks, serve},
     scenario::on_network,
     wait::{Look, seconds, wait_for},
 };
@@ -67,13 +67,14 @@ fn what_the_workload_api_tells_is_what_connections_have() -> Result<()> {
             message.svids.iter_mut().for_each(|svid| svid.bundle.clone_from(&bundle));
             let _ = tell.send_replace(Ok(message));
             renewed(cluster, &before)?;
+            more_knocks(&load, 20)?;
         }
         wait_for("the connection of the first root to be reset", seconds(20), || {
             let log = old.log();
             Ok(if log.contains("ended") { Look::Done(()) } else { Look::NotYet(log.lines().count().to_string()) })
         })?;
         let (connections, failures) = knocked(&load)?;
-        ensure!(connections > 20 && failures == 0, "{failures} of {connections} failed:\n{}", load.log());
+        ensure!(connections > 60 && failures == 0, "{failures} of {connections} failed:\n{}", load.log());
 
         // The server's registration entry is deleted.
         let mut message = all(&next);
