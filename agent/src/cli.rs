@@ -1,6 +1,7 @@
 //! What people type: `marline agent`, `marline keeper`, `marline run`, `marline check-config`, `marline policy`, `marline ca`, `marline certs`.
 //! Exit codes: 0 done, 1 failed, 2 the command line or the configuration is wrong; `marline run` has its command's.
 
+mod ca;
 mod certs;
 mod keeper;
 mod policy;
@@ -19,7 +20,6 @@ use crate::{
         probe::{ProbeArgs, probe_main},
     },
     config,
-    identity::{TrustDomain, ca::Ca},
     words::{PumpKind, with_causes},
 };
 
@@ -54,8 +54,10 @@ enum Command {
     Keeper(keeper::Args),
     /// Run a command whose connections in the mesh need no proxy between
     Run(run::Args),
-    /// Read a configuration directory, list everything that is wrong with it, and exit with 2 if the agent would refuse it
+    /// Read a configuration directory (or the file of a CA service), list everything that is wrong with it, and exit with 2 if the agent
+    /// (or the service) would refuse it
     CheckConfig {
+        /// An agent's directory, or a file with a CaServer
         dir: PathBuf,
         /// Print the findings as JSON
         #[arg(long)]
@@ -66,10 +68,10 @@ enum Command {
         #[command(subcommand)]
         command: policy::PolicyCommand,
     },
-    /// The embedded certificate authority
+    /// The certificate authority: make one, or run the service that signs for agents
     Ca {
         #[command(subcommand)]
-        command: CaCommand,
+        command: ca::CaCommand,
     },
     /// List the certificates that a running agent holds, and how they stand
     Certs(certs::CertsArgs),
@@ -87,19 +89,6 @@ enum Command {
     },
     #[command(hide = true)]
     InternalProbe(ProbeArgs),
-}
-
-#[derive(Subcommand)]
-enum CaCommand {
-    /// Make a new self-signed CA in DIR, in the layout of Istio's `cacerts`; nothing that exists is overwritten
-    Init {
-        dir: PathBuf,
-        #[arg(long, default_value = "cluster.local")]
-        trust_domain: String,
-    },
-    /// Make a new intermediate in DIR, signed by the CA in ABOVE and with its roots: copy its files over those in spec.ca.path, and the
-    /// agents sign with it from then on
-    Intermediate { above: PathBuf, dir: PathBuf },
 }
 
 pub fn run() -> ExitCode {
@@ -122,33 +111,7 @@ pub fn run() -> ExitCode {
         Command::CheckConfig { dir, json } => check_config(&dir, json),
         Command::Policy { command } => policy::run(&command),
         Command::Certs(args) => certs::run(&args),
-        Command::Ca { command: CaCommand::Intermediate { above, dir } } => {
-            let made = Ca::open(&above)
-                .and_then(|ca| {
-                    let domain = ca.trust_domain().cloned().unwrap_or_default();
-                    ca.init_intermediate(&above, &dir, &domain)
-                })
-                .map_err(|error| with_causes(&error));
-            match made {
-                Ok(()) => {
-                    println!("an intermediate CA under {} is in {}", above.display(), dir.display());
-                    ExitCode::SUCCESS
-                }
-                Err(error) => failed(&error),
-            }
-        }
-        Command::Ca { command: CaCommand::Init { dir, trust_domain } } => {
-            let made = TrustDomain::parse(&trust_domain)
-                .map_err(|error| with_causes(&error))
-                .and_then(|domain| Ca::init(&dir, &domain).map_err(|error| with_causes(&error)));
-            match made {
-                Ok(()) => {
-                    println!("a CA for {trust_domain} is in {}", dir.display());
-                    ExitCode::SUCCESS
-                }
-                Err(error) => failed(&error),
-            }
-        }
+        Command::Ca { command } => ca::run(command),
         Command::Kernel { json } => kernel(json),
         Command::Unload { pin_path } => match Capture::unload(&pin_path) {
             Ok(()) => ExitCode::SUCCESS,
@@ -186,6 +149,9 @@ fn kernel(json: bool) -> ExitCode {
 }
 
 fn check_config(dir: &std::path::Path, json: bool) -> ExitCode {
+    if dir.is_file() {
+        return check_service(dir, json);
+    }
     let (text, findings, code) = match config::load(dir) {
         Ok(loaded) => {
             let lines: Vec<_> = loaded.warnings.iter().map(|warning| format!("warning: {warning}")).collect();
@@ -199,14 +165,35 @@ fn check_config(dir: &std::path::Path, json: bool) -> ExitCode {
             let json = serde_json::json!({ "errors": [], "warnings": loaded.warnings });
             ([lines, vec![summary]].concat().join("\n"), json, ExitCode::SUCCESS)
         }
-        Err(errors) => (errors.to_string(), serde_json::json!(errors), ExitCode::from(WRONG_CONFIGURATION)),
+        Err(errors) => refused(&errors),
     };
+    told(&text, &findings, json);
+    code
+}
+
+fn check_service(file: &std::path::Path, json: bool) -> ExitCode {
+    let (text, findings, code) = match ca::check(file) {
+        Ok((summary, warnings)) => {
+            let lines: Vec<_> = warnings.iter().map(|warning| format!("warning: {warning}")).collect();
+            let json = serde_json::json!({ "errors": [], "warnings": warnings });
+            ([lines, vec![summary]].concat().join("\n"), json, ExitCode::SUCCESS)
+        }
+        Err(errors) => refused(&errors),
+    };
+    told(&text, &findings, json);
+    code
+}
+
+fn refused(errors: &config::ConfigErrors) -> (String, serde_json::Value, ExitCode) {
+    (errors.to_string(), serde_json::json!(errors), ExitCode::from(WRONG_CONFIGURATION))
+}
+
+fn told(text: &str, findings: &serde_json::Value, json: bool) {
     if json {
         println!("{findings}");
     } else {
         println!("{text}");
     }
-    code
 }
 
 /// Written by a thread of its own: whoever does not read the log stops nothing.

@@ -6,6 +6,8 @@ mod agent;
 mod assemble;
 mod authorization;
 mod behind;
+mod ca_lists;
+mod ca_server;
 mod destinations;
 mod document;
 mod fields;
@@ -13,6 +15,7 @@ mod finding;
 mod policies;
 mod resources;
 mod services;
+mod single;
 mod unsupported;
 
 use std::{
@@ -26,6 +29,8 @@ pub use agent::{
     AccessLogConfig, AccessLogFormat, AgentConfig, CaConfig, CaSource, CaptureConfig, DirectConfig, DirectMode,
     PumpMode, RecordsConfig, RecordsMode, Timeouts, TlsConfig,
 };
+pub use ca_lists::{Network, Placements, TokenEntry, load_ca_nodes, load_ca_tokens};
+pub use ca_server::{ApiServer, CaLimits, CaServerConfig, KubernetesReview, load_ca_server};
 pub use finding::{ConfigErrors, Finding};
 
 use crate::{
@@ -375,7 +380,7 @@ fn resource_name(kind: &str, document: &[Pair]) -> String {
         name => name,
     };
     match (kind, text_of(metadata, "namespace")) {
-        ("AgentConfig", _) => format!("{kind} {name}"),
+        ("AgentConfig" | "CaServer" | "CaTokens" | "CaNodes", _) => format!("{kind} {name}"),
         (_, "") => format!("{kind} {}/{name}", resources::DEFAULT_NAMESPACE),
         (_, namespace) => format!("{kind} {namespace}/{name}"),
     }

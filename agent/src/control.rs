@@ -2,5 +2,6 @@
 //! for what is trusted in `identity`, and knows nothing of sockets or kernels.
 
 pub mod files;
+pub mod follow;
 pub mod trust;
 mod watched;

@@ -3,6 +3,7 @@ pub mod access_log;
 pub mod admin;
 pub mod app;
 pub mod bpf;
+pub mod ca;
 pub mod cli;
 pub mod config;
 pub mod control;

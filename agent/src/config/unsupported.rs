@@ -15,6 +15,10 @@ const OUT: &str = "move it out of the directory";
 
 /// Kind, group, what is the matter with it, what to do instead.
 const KNOWN: &[(&str, &str, &str, &str)] = &[
+    // Ours, and not an agent's.
+    ("CaServer", "marline.io", "is for `marline ca serve`", OUT),
+    ("CaTokens", "marline.io", "is for `marline ca serve`", OUT),
+    ("CaNodes", "marline.io", "is for `marline ca serve`", OUT),
     // Gone from Istio itself: https://istio.io/latest/blog/2021/migrate-alpha-policy/
     (
         "MeshPolicy",

@@ -133,7 +133,7 @@ pub async fn watch(followed: Followed, settings: WatchSettings, mut shutdown: wa
     }
 }
 
-async fn any_changed(directories: &[WatchedDirectory]) {
+pub(super) async fn any_changed(directories: &[WatchedDirectory]) {
     let mut waiting: Vec<_> = directories.iter().map(|directory| Box::pin(directory.changed())).collect();
     std::future::poll_fn(|context| {
         let ready = waiting.iter_mut().any(|one| one.as_mut().poll(context).is_ready());
@@ -250,7 +250,7 @@ impl Follower {
     }
 }
 
-fn fingerprint(paths: &[PathBuf], told: u64) -> u64 {
+pub(super) fn fingerprint(paths: &[PathBuf], told: u64) -> u64 {
     let mut hasher = DefaultHasher::new();
     told.hash(&mut hasher);
     for path in paths {

@@ -1,9 +1,11 @@
 //! The embedded certificate authority: makes a root, or takes over an intermediate from Istio's `cacerts` files, and
-//! issues X.509-SVIDs for workloads. Leaf keys are made here and exist in memory only. Deciding which identities are
-//! needed, and when to renew them, is `identity::manager`'s.
+//! proves that what it signs will be believed. What it signs is in the files below. Deciding which identities are needed, and when to
+//! renew them, is `identity::manager`'s.
 
 mod ephemeral;
 mod intermediate;
+mod leaf;
+mod revocation;
 
 use std::{
     fs::{self, DirBuilder, OpenOptions},
@@ -14,20 +16,22 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use aws_lc_rs::digest::{SHA256, digest};
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType, SerialNumber,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    SerialNumber,
 };
 use rustls::{
     RootCertStore,
-    crypto::aws_lc_rs::sign::any_ecdsa_type,
-    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime, pem::PemObject as _},
-    sign::CertifiedKey,
+    pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject as _},
 };
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 use zeroize::Zeroize as _;
 
-use super::{IdentityError, SpiffeId, Svid, Trust, TrustDomain};
+use super::{IdentityError, SpiffeId, Trust, TrustDomain};
+
+pub use leaf::Signed;
+pub use revocation::Revoked;
 
 /// Istio's names for the files of a plugged-in CA.
 const CA_CERT: &str = "ca-cert.pem";
@@ -128,53 +132,6 @@ impl Ca {
         Ok(ca)
     }
 
-    /// Makes a key and a certificate for `id`. The certificate never outlives the CA's own.
-    pub fn issue(&self, id: &SpiffeId, lifetime: Duration) -> Result<Svid, IdentityError> {
-        if let Some(trust_domain) = &self.trust_domain
-            && trust_domain != id.trust_domain()
-        {
-            return Err(IdentityError::ForeignTrustDomain { id: id.clone(), trust_domain: trust_domain.clone() });
-        }
-        if lifetime < SHORTEST_LEAF {
-            return Err(IdentityError::Lifetime(lifetime));
-        }
-        let now = whole_seconds(SystemTime::now());
-        if let Ok(ago) = now.duration_since(self.not_after) {
-            return Err(IdentityError::CaExpired(ago));
-        }
-        let not_before = now - CLOCK_SKEW;
-        let not_after = whole_seconds(now + lifetime).min(self.not_after);
-        let serial = random_serial();
-
-        // Each line is a clause of the X.509-SVID standard, sections 2 to 4 and appendix A; see the test beside it.
-        let mut params = CertificateParams::default();
-        params.not_before = not_before.into();
-        params.not_after = not_after.into();
-        params.serial_number = Some(serial.clone());
-        params.distinguished_name = DistinguishedName::new();
-        params.subject_alt_names = vec![uri_san(id.to_string())?];
-        params.is_ca = IsCa::ExplicitNoCa;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        params.use_authority_key_identifier_extension = true;
-
-        let mut key = KeyPair::generate()?;
-        let leaf = params.signed_by(&key, &self.issuer);
-        let mut der = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialized_der().to_vec()));
-        key.zeroize();
-        let signing_key = any_ecdsa_type(&der);
-        der.zeroize();
-
-        let chain = std::iter::once(leaf?.der().clone()).chain(self.chain.iter().cloned()).collect();
-        Ok(Svid {
-            id: id.clone(),
-            key: Arc::new(CertifiedKey::new(chain, signing_key?)),
-            not_before,
-            not_after,
-            serial: serial.to_bytes().iter().map(|byte| format!("{byte:02X}")).collect(),
-        })
-    }
-
     pub fn roots(&self) -> Arc<RootCertStore> {
         Arc::clone(&self.roots)
     }
@@ -186,6 +143,17 @@ impl Ca {
 
     pub fn certificates(&self) -> &[CertificateDer<'static>] {
         &self.certificates
+    }
+
+    /// All that are trusted: several while a root is rotated.
+    pub fn root_certificates(&self) -> &[CertificateDer<'static>] {
+        self.certificates.get(self.chain.len()..).unwrap_or_default()
+    }
+
+    /// Which key signs, in hexadecimal: the same for all certificates of one key.
+    pub fn key_fingerprint(&self) -> String {
+        let spki = rcgen::PublicKeyData::subject_public_key_info(self.issuer.key());
+        digest(&SHA256, &spki).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// Whether both sign with the same certificate, and send the same along.

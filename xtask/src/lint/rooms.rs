@@ -14,7 +14,7 @@ pub(crate) struct Finding {
 }
 
 /// The agent's rooms and those that each may use. Dependencies point one way; nobody but `app` uses `proxy`.
-const ROOMS: [(&str, &[&str]); 16] = [
+const ROOMS: [(&str, &[&str]); 17] = [
     ("words", &[]),
     ("sys", &[]),
     ("identity", &["words"]),
@@ -26,6 +26,7 @@ const ROOMS: [(&str, &[&str]); 16] = [
     ("tls", &["sys", "identity"]),
     ("keeper", &["words", "sys"]),
     ("control", &["words", "config", "state", "policy", "identity", "metrics"]),
+    ("ca", &["words", "config", "control", "identity"]),
     ("bpf", &["state", "policy", "identity", "sys", "metrics"]),
     ("admin", &["words", "state", "policy", "identity", "metrics", "access_log", "config", "sys"]),
     ("proxy", &["words", "state", "policy", "identity", "sys", "tls", "bpf", "keeper", "metrics", "access_log"]),
@@ -48,7 +49,7 @@ const ROOMS: [(&str, &[&str]); 16] = [
             "tls",
         ],
     ),
-    ("cli", &["words", "app", "bpf", "config", "control", "identity", "keeper", "policy", "state", "sys"]),
+    ("cli", &["words", "app", "bpf", "ca", "config", "control", "identity", "keeper", "policy", "state", "sys"]),
 ];
 
 /// What a pure room must not touch: decisions are made from what they are given.

@@ -76,6 +76,12 @@ impl RevocationList {
         self.signer.get().is_some()
     }
 
+    /// Whether the key of this certificate signed it.
+    pub fn is_signed_by_key_of(&self, certificate: &CertificateDer<'_>) -> bool {
+        X509Certificate::from_der(certificate)
+            .is_ok_and(|(_, certificate)| self.is_signed_by(&Key::new(certificate.public_key().raw)))
+    }
+
     /// Whether a newer one should be there.
     pub fn is_stale(&self, now: SystemTime) -> bool {
         self.next_update.is_some_and(|next| next <= now)

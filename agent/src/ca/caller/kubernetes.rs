@@ -1,0 +1,191 @@
+//! Tokens of Kubernetes service accounts, as the API server reviews them (authentication.k8s.io/v1, TokenReview). A token must be bound to
+//! a pod, because then the review tells the pod's node. Nothing is remembered: a token counts for as long as the API server takes it.
+
+use std::{net::IpAddr, path::Path, time::Duration};
+
+use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
+use kube::{Api, Client, api::PostParams};
+use tokio::{sync::Semaphore, time::timeout};
+
+use super::{Authenticate, Authenticated, Caller, CallerKind, Token};
+use crate::{
+    ca::{CaError, refusal::Refusal},
+    config::{ApiServer, KubernetesReview},
+    words::with_causes,
+};
+
+/// Longer than an API server under load takes, and shorter than a client waits.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Whoever sends many tokens shall not make the API server review them all at once.
+const AT_ONCE: usize = 32;
+const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
+
+pub struct Kubernetes {
+    client: Client,
+    audience: String,
+    /// Service accounts of agents.
+    agents: Vec<(String, String)>,
+    reviews: Semaphore,
+}
+
+impl Kubernetes {
+    pub fn new(settings: &KubernetesReview, audience: &str) -> Result<Self, CaError> {
+        let mut config = match &settings.server {
+            Some(server) => outside(server)?,
+            None => kube::Config::incluster().map_err(|error| CaError::Kubernetes {
+                what: "there is no service account of a pod here; name the API server in spec.authentication.kubernetes.server"
+                    .to_owned(),
+                source: Some(Box::new(error)),
+            })?,
+        };
+        config.connect_timeout = Some(PATIENCE);
+        config.default_retry = false;
+        let client = Client::try_from(config).map_err(|error| CaError::Kubernetes {
+            what: "cannot be talked to".to_owned(),
+            source: Some(Box::new(error)),
+        })?;
+        let agents = settings.agents.clone();
+        Ok(Self { client, audience: audience.to_owned(), agents, reviews: Semaphore::new(AT_ONCE) })
+    }
+
+    async fn review(&self, token: &Token) -> Result<Option<Caller>, Refusal> {
+        let unavailable = |why: String| {
+            tracing::error!("the API server does not review tokens: {why}");
+            Refusal::unavailable(
+                "the API server could not be asked about the token: try again; the CA's log has the reason",
+            )
+        };
+        let review = TokenReview {
+            spec: TokenReviewSpec {
+                token: Some(token.secret().to_owned()),
+                audiences: Some(vec![self.audience.clone()]),
+            },
+            ..TokenReview::default()
+        };
+        let api: Api<TokenReview> = Api::all(self.client.clone());
+        let ask = async {
+            let _turn = self.reviews.acquire().await;
+            api.create(&PostParams::default(), &review).await
+        };
+        let answer = match timeout(PATIENCE, ask).await {
+            Err(_) => return Err(unavailable(format!("no answer within {PATIENCE:?}"))),
+            Ok(Err(error)) => return Err(unavailable(explain(&error))),
+            Ok(Ok(answer)) => answer,
+        };
+        let status = answer.status.ok_or_else(|| unavailable("its answer has no status".to_owned()))?;
+        judge(&status, &self.audience, &self.agents).map(Some)
+    }
+}
+
+impl Authenticate for Kubernetes {
+    fn authenticate<'a>(&'a self, token: &'a Token, _: IpAddr) -> Authenticated<'a> {
+        Box::pin(self.review(token))
+    }
+}
+
+/// What a review says of who the caller is.
+fn judge(status: &TokenReviewStatus, audience: &str, agents: &[(String, String)]) -> Result<Caller, Refusal> {
+    if status.authenticated != Some(true) {
+        let why = status.error.as_deref().unwrap_or("it gives no reason");
+        return Err(Refusal::unauthenticated(format!("the API server does not take the token: {why}")));
+    }
+    // An authenticator that knows no audiences leaves them out, and then it has not looked at the token's.
+    if !status.audiences.iter().flatten().any(|named| named == audience) {
+        return Err(Refusal::unauthenticated(format!("the token is not meant for the audience {audience}")));
+    }
+    let user = status.user.clone().unwrap_or_default();
+    let name = user.username.unwrap_or_default();
+    let account = name.strip_prefix("system:serviceaccount:").and_then(|rest| rest.split_once(':'));
+    let Some((namespace, account)) = account else {
+        return Err(Refusal::denied("the token is not one of a service account"));
+    };
+    let nodes = user.extra.as_ref().and_then(|extra| extra.get(NODE_NAME)).map(Vec::as_slice).unwrap_or_default();
+    let [node] = nodes else {
+        return Err(Refusal::denied(format!(
+            "the token of {namespace}/{account} is not bound to a pod on a node: use one that is projected into a pod"
+        )));
+    };
+    let agent = agents.iter().any(|known| known.0 == namespace && known.1 == account);
+    let kind = match agent {
+        true => CallerKind::Agent,
+        false => CallerKind::Workload(namespace.to_owned(), account.to_owned()),
+    };
+    Ok(Caller { name: name.clone(), node: node.clone(), kind })
+}
+
+fn outside(server: &ApiServer) -> Result<kube::Config, CaError> {
+    let wrong = |what: String| CaError::Kubernetes { what, source: None };
+    let address = server.address.parse().map_err(|error| wrong(format!("its address {}: {error}", server.address)))?;
+    let mut config = kube::Config::new(address);
+    for (field, path) in [("rootCert", &server.root_cert), ("tokenFile", &server.token_file)] {
+        check_readable(path).map_err(|error| wrong(format!("{field} {}: {error}", path.display())))?;
+    }
+    config.root_cert_file = Some(server.root_cert.clone());
+    config.auth_info.token_file = Some(server.token_file.to_string_lossy().into_owned());
+    Ok(config)
+}
+
+fn check_readable(path: &Path) -> std::io::Result<()> {
+    std::fs::File::open(path).map(drop)
+}
+
+fn explain(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) if status.code == 401 => {
+            "it does not take this service's own token (401): see spec.authentication.kubernetes".to_owned()
+        }
+        kube::Error::Api(status) if status.code == 403 => {
+            format!(
+                "this service may not create TokenReviews (403): bind it to system:auth-delegator; {}",
+                status.message
+            )
+        }
+        error => with_causes(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use k8s_openapi::api::authentication::v1::UserInfo;
+
+    use super::*;
+
+    fn good() -> TokenReviewStatus {
+        TokenReviewStatus {
+            authenticated: Some(true),
+            audiences: Some(vec!["marline-ca".into()]),
+            error: None,
+            user: Some(UserInfo {
+                username: Some("system:serviceaccount:foo:sleep".into()),
+                extra: Some(BTreeMap::from([(NODE_NAME.to_owned(), vec!["node-a".to_owned()])])),
+                ..UserInfo::default()
+            }),
+        }
+    }
+
+    fn judged(change: impl FnOnce(&mut TokenReviewStatus)) -> Result<Caller, String> {
+        let mut status = good();
+        change(&mut status);
+        judge(&status, "marline-ca", &[("system".into(), "agent".into())]).map_err(|refusal| refusal.to_string())
+    }
+
+    #[test]
+    fn a_review_names_the_workload_and_its_node_or_the_caller_is_refused() {
+        let caller = judged(|_| {}).unwrap();
+        assert_eq!((&*caller.node, caller.kind), ("node-a", CallerKind::Workload("foo".into(), "sleep".into())));
+        let user = |status: &mut TokenReviewStatus, name: &str| {
+            status.user.as_mut().unwrap().username = Some(name.to_owned());
+        };
+        assert_eq!(
+            judged(|status| user(status, "system:serviceaccount:system:agent")).unwrap().kind,
+            CallerKind::Agent
+        );
+        assert!(judged(|status| status.authenticated = None).unwrap_err().contains("does not take the token"));
+        assert!(judged(|status| status.audiences = None).unwrap_err().contains("audience"));
+        assert!(judged(|status| status.audiences = Some(vec!["other".into()])).unwrap_err().contains("audience"));
+        assert!(judged(|status| user(status, "system:admin")).unwrap_err().contains("service account"));
+        assert!(judged(|status| status.user.as_mut().unwrap().extra = None).unwrap_err().contains("not bound"));
+    }
+}

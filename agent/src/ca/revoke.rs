@@ -1,0 +1,75 @@
+//! Shuts a node out: no more certificates for it, and those that it has are put on the CA's revocation list. It works on the files alone,
+//! whether a service runs or not.
+
+use std::{fs, io, time::SystemTime};
+
+use super::{CaError, ledger, shut_out};
+use crate::{
+    config::CaServerConfig,
+    identity::{Ca, IdentityError},
+};
+
+/// What was done.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Whether it was not done already.
+    pub changed: bool,
+    /// Whether the node ever had a certificate.
+    pub known: bool,
+    /// The number of the new list, and the certificates that were added to it.
+    pub list: Option<(u64, usize)>,
+    /// Certificates that count still and that another key has signed than the CA has now.
+    pub other_signer: usize,
+    /// Lines of the ledger that cannot be read.
+    pub unreadable: usize,
+}
+
+/// Shuts `node` out. May be repeated, and is to be if it fails after the first step.
+pub fn revoke(config: &CaServerConfig, node: &str) -> Result<Outcome, CaError> {
+    let now = SystemTime::now();
+    let _lock = ledger::file::lock(&config.state)?;
+    // First: from here on there are no more certificates to be listed.
+    let mut nodes = shut_out::read(&config.state)?;
+    let changed = !nodes.contains_key(node);
+    if changed {
+        nodes.insert(node.to_owned(), humantime::format_rfc3339_seconds(now).to_string());
+        shut_out::write(&config.state, &nodes)?;
+    }
+    let ca = Ca::open(&config.ca).map_err(CaError::Identity)?;
+    let signer = ca.key_fingerprint();
+    let read = ledger::file::read(&config.state, |entry| entry.certificate_for() == Some(node))?;
+    let known = !read.entries.is_empty();
+    let (ours, others): (Vec<_>, Vec<_>) = read
+        .entries
+        .into_iter()
+        .filter(|entry| entry.counts_at(now))
+        .partition(|entry| entry.signer.as_deref() == Some(&*signer));
+    let serials: Vec<String> = ours.into_iter().filter_map(|entry| entry.serial).collect();
+    let mut list = None;
+    if !serials.is_empty() {
+        let lists = match fs::read(&config.crl) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            read => read.map_err(CaError::io("read", &config.crl))?,
+        };
+        let revoked = ca
+            .revoke(&lists, &serials)
+            .map_err(|what| CaError::Identity(IdentityError::File { path: config.crl.clone(), what }))?;
+        if revoked.added > 0 {
+            shut_out::replace(&config.crl, revoked.pem.as_bytes(), 0o644).map_err(CaError::io("write", &config.crl))?;
+        }
+        list = Some((revoked.number, revoked.added)).filter(|(_, added)| *added > 0);
+    }
+    Ok(Outcome { changed, known, list, other_signer: others.len(), unreadable: read.unreadable })
+}
+
+/// Lets `node` have certificates again. What was listed stays listed: a key that was taken back is not given again. False if it was not
+/// shut out.
+pub fn undo(config: &CaServerConfig, node: &str) -> Result<bool, CaError> {
+    let _lock = ledger::file::lock(&config.state)?;
+    let mut nodes = shut_out::read(&config.state)?;
+    let was = nodes.remove(node).is_some();
+    if was {
+        shut_out::write(&config.state, &nodes)?;
+    }
+    Ok(was)
+}
