@@ -6,11 +6,9 @@ mod keeper;
 mod policy;
 mod run;
 
-use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use tracing_appender::non_blocking::WorkerGuard;
-use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 
 use crate::{
     app,
@@ -20,6 +18,7 @@ use crate::{
     },
     config,
     identity::{TrustDomain, ca::Ca},
+    logging::{self, Levels},
     words::{PumpKind, with_causes},
 };
 
@@ -108,15 +107,15 @@ pub fn run() -> ExitCode {
     if let Command::Run(args) = &cli.command {
         return run::run(args);
     }
-    let _flush = match log(&cli) {
-        Ok(guard) => guard,
+    let (levels, _flush) = match logging::init(&cli.log, cli.log_json) {
+        Ok(log) => log,
         Err(error) => {
-            eprintln!("marline: --log {:?}: {error}", cli.log);
+            eprintln!("marline: --log {:?}: {}", cli.log, with_causes(&error));
             return ExitCode::from(WRONG_CONFIGURATION);
         }
     };
     match cli.command {
-        Command::Agent { config } => agent(config),
+        Command::Agent { config } => agent(config, levels),
         Command::Keeper(args) => keeper::run(&args),
         Command::Run(args) => run::run(&args),
         Command::CheckConfig { dir, json } => check_config(&dir, json),
@@ -158,8 +157,8 @@ pub fn run() -> ExitCode {
     }
 }
 
-fn agent(dir: PathBuf) -> ExitCode {
-    match app::runtime().and_then(|runtime| runtime.block_on(app::run(dir))) {
+fn agent(dir: PathBuf, levels: Levels) -> ExitCode {
+    match app::runtime().and_then(|runtime| runtime.block_on(app::run(dir, levels))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(app::AppError::Config(errors)) => {
             eprintln!("{errors}");
@@ -207,19 +206,6 @@ fn check_config(dir: &std::path::Path, json: bool) -> ExitCode {
         println!("{text}");
     }
     code
-}
-
-/// Written by a thread of its own: whoever does not read the log stops nothing.
-fn log(cli: &Cli) -> Result<WorkerGuard, Box<dyn std::error::Error>> {
-    let registry = tracing_subscriber::registry().with(EnvFilter::builder().parse(&cli.log)?);
-    let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
-    if cli.log_json {
-        registry.with(fmt::layer().json().with_writer(writer)).try_init()?;
-    } else {
-        let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        registry.with(fmt::layer().with_ansi(colour).with_writer(writer)).try_init()?;
-    }
-    Ok(guard)
 }
 
 fn failed(text: &str) -> ExitCode {
