@@ -31,9 +31,11 @@ pub struct Entry<K, V> {
     gone: Mutex<Option<Instant>>,
 }
 
+type Entries<K, V> = HashMap<Arc<K>, Arc<Entry<K, V>>>;
+
 #[derive(Debug)]
 pub struct Table<K, V> {
-    entries: Mutex<HashMap<Arc<K>, Arc<Entry<K, V>>>>,
+    entries: Mutex<Entries<K, V>>,
     limit: usize,
     overflowed: AtomicU64,
 }
