@@ -1,5 +1,6 @@
 //! The admin address over a real socket: whatever is sent to it is answered or refused, never with an error of the server's own, and it
 //! goes on answering. What the pages show of a running agent is the scenarios' (`tests/tests/native_visibility.rs`).
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::{
     io::{Read, Write},
