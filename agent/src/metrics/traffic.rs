@@ -29,9 +29,9 @@ use crate::{
     words::{Direction, Mode},
 };
 
-/// How many combinations of labels there are at most, of each of these kinds.
-pub const FLOWS: usize = 10_000;
-pub const SIDES: usize = 10_000;
+/// How many combinations of labels there are at most, of each of these kinds. A line of Istio's metrics is a kilobyte.
+pub const FLOWS: usize = 5_000;
+pub const SIDES: usize = 5_000;
 pub const DENIALS: usize = 1_000;
 
 #[derive(Debug, Default)]
@@ -54,8 +54,8 @@ pub struct Traffic {
     flows: Table<Flow, Counts>,
     sides: Table<Side, Share>,
     denials: Table<Denial, AtomicU64>,
-    /// What has been taken from live connections until now.
     live: AtomicU64,
+    /// Ours and the peers'.
     key_updates: [AtomicU64; 2],
 }
 
@@ -147,7 +147,10 @@ impl Open {
         if let Some(side) = &self.side {
             add(&side.value.bytes, sent + received);
         }
-        let updates = [now.updates_sent - last.updates_sent, now.updates_received - last.updates_received];
+        let updates = [
+            now.updates_sent.saturating_sub(last.updates_sent),
+            now.updates_received.saturating_sub(last.updates_received),
+        ];
         for (counter, updates) in self.traffic.key_updates.iter().zip(updates) {
             add(counter, updates);
         }
