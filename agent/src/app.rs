@@ -1,6 +1,7 @@
 //! The composition root: the only file that knows every room. Reads the configuration, starts the rooms in order, and stops
 //! them when told to. Pods stay closed, not open, when it ends.
 
+mod certificates;
 mod view;
 
 use std::{io, path::PathBuf, sync::Arc};
@@ -15,15 +16,8 @@ use crate::{
     admin,
     bpf::{BpfError, Capture, CaptureSettings},
     config::{self, AgentConfig, ConfigErrors, DirectConfig, DirectMode, PumpMode, RecordsMode},
-    control::{
-        files::{self, ReloadObserver, WatchSettings},
-        trust::{self, Followed},
-    },
-    identity::{
-        IdentityError, LiveCa, SpiffeId, TrustDomain, TrustStore,
-        ca::Ca,
-        manager::{Manager, ManagerSettings},
-    },
+    control::files::{self, ReloadObserver, WatchSettings},
+    identity::{IdentityError, SpiffeId, TrustDomain, ca::Ca},
     logging::Levels,
     metrics::Metrics,
     proxy::{
@@ -61,8 +55,6 @@ pub enum AppError {
     Signal(#[source] io::Error),
     #[error("the asynchronous runtime")]
     Runtime(#[source] io::Error),
-    #[error("a temporary directory {path}")]
-    Temporary { path: PathBuf, source: io::Error },
 }
 
 pub fn runtime() -> Result<tokio::runtime::Runtime, AppError> {
@@ -75,19 +67,9 @@ pub fn runtime() -> Result<tokio::runtime::Runtime, AppError> {
     runtime.map_err(AppError::Runtime)
 }
 
-/// What this kernel can do, without a configuration: with a CA that is thrown away.
+/// What this kernel can do, without a configuration.
 pub fn kernel_alone() -> Result<Capabilities, AppError> {
-    let path = std::env::temp_dir().join(format!("marline-kernel-{}", std::process::id()));
-    let temporary = |source| AppError::Temporary { path: path.clone(), source };
-    std::fs::create_dir(&path).map_err(temporary)?;
-    let found = (|| {
-        let domain = TrustDomain::parse("probe.marline.internal")?;
-        let place = path.join("ca");
-        Ca::init(&place, &domain)?;
-        runtime()?.block_on(probed(&Ca::open(&place)?, &domain))
-    })();
-    std::fs::remove_dir_all(&path).map_err(temporary)?;
-    found
+    runtime()?.block_on(probed())
 }
 
 /// Runs the agent until SIGTERM or SIGINT.
@@ -102,8 +84,8 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
         let path = agent.access_log.path.clone().unwrap_or_else(|| "-".into());
         AppError::AccessLog { path, source }
     })?;
-    let (ca, trust) = trust::load(&agent.ca.path, &agent.trust)?;
-    let kernel = kernel(&ca, &agent).await?;
+    let certificates = certificates::Certificates::open(&agent)?;
+    let kernel = kernel(&agent).await?;
     metrics
         .kernel
         .get_or_create(&[
@@ -112,9 +94,7 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
             ("records", records_name(&agent)),
         ])
         .set(1);
-    let (ca, trust) = (LiveCa::new(ca), TrustStore::new(trust));
-    let settings_of_manager = ManagerSettings { leaf_lifetime: agent.ca.leaf_lifetime };
-    let identities = Manager::new(ca.clone(), trust, settings_of_manager);
+    let identities = certificates.manager.clone();
     let capture = Capture::load(&CaptureSettings {
         cgroup: agent.capture.cgroup.clone(),
         pin_path: agent.capture.pin_path.clone(),
@@ -147,22 +127,7 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
     let shown: Arc<dyn admin::View> =
         Arc::new(view::Gathered::new(proxy.clone(), metrics.clone(), levels, agent.clone()));
     let mut servers = admin::serve(&agent, &shown).await?;
-    servers.spawn({
-        let (dir, files, identities) = (agent.ca.path.clone(), agent.trust.clone(), identities.clone());
-        let followed = Followed { dir, files, ca, identities, metrics: metrics.clone() };
-        let stopped = stopped.clone();
-        async move {
-            trust::watch(followed, WatchSettings::default(), stopped).await;
-            Ok(())
-        }
-    });
-    servers.spawn({
-        let stopped = stopped.clone();
-        async move {
-            identities.run(stopped).await;
-            Ok(())
-        }
-    });
+    certificates.run(&mut servers, &agent, &metrics, &stopped);
     servers.spawn({
         let observer = Arc::new(CountReloads(metrics));
         async move {
@@ -197,11 +162,11 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
 }
 
 /// What the kernel can do, of what the operator allows.
-async fn kernel(ca: &Ca, agent: &AgentConfig) -> Result<Capabilities, AppError> {
+async fn kernel(agent: &AgentConfig) -> Result<Capabilities, AppError> {
     if agent.records.mode == RecordsMode::Userspace {
         return Ok(with_pump(Capabilities::none("spec.records is userspace"), agent));
     }
-    let found = probed(ca, &agent.trust_domain).await?;
+    let found = probed().await?;
     let suites: Vec<_> = found.suites.iter().map(|suite| format!("{suite:?}")).collect();
     let pump = if found.pump == PumpKind::Splice { "splice" } else { "copy" };
     tracing::info!(
@@ -217,10 +182,12 @@ async fn kernel(ca: &Ca, agent: &AgentConfig) -> Result<Capabilities, AppError> 
     Ok(with_pump(found, agent))
 }
 
-async fn probed(ca: &Ca, trust_domain: &TrustDomain) -> Result<Capabilities, AppError> {
-    let id = SpiffeId::new(trust_domain, "marline-system", "probe")?;
-    let svid = ca.issue(&id, std::time::Duration::from_secs(600))?;
-    Ok(probe::probe(&svid, ca.trust(trust_domain)).await)
+/// With certificates that nobody else ever sees.
+async fn probed() -> Result<Capabilities, AppError> {
+    let domain = TrustDomain::parse("probe.marline.internal")?;
+    let ca = Ca::ephemeral(&domain)?;
+    let svid = ca.issue(&SpiffeId::new(&domain, "marline-system", "probe")?, std::time::Duration::from_secs(600))?;
+    Ok(probe::probe(&svid, ca.trust(&domain)).await)
 }
 
 fn with_pump(found: Capabilities, agent: &AgentConfig) -> Capabilities {

@@ -23,8 +23,8 @@ use std::{
 };
 
 pub use agent::{
-    AccessLogConfig, AccessLogFilter, AccessLogFormat, AgentConfig, CaConfig, CaptureConfig, DirectConfig, DirectMode,
-    PumpMode, RecordsConfig, RecordsMode, Timeouts, TlsConfig,
+    AccessLogConfig, AccessLogFilter, AccessLogFormat, AgentConfig, CaConfig, CaSource, CaptureConfig, DirectConfig,
+    DirectMode, PumpMode, RecordsConfig, RecordsMode, Timeouts, TlsConfig,
 };
 pub use finding::{ConfigErrors, Finding};
 

@@ -4,10 +4,13 @@
 //! peer may hold an identity is decided by `tls::verifier`, what it may then do by `policy`.
 
 pub mod ca;
+mod leaf;
 pub mod live;
 pub mod manager;
+pub mod remote;
 pub mod trust;
 pub mod wire;
+pub mod workload_api;
 
 use std::{
     fmt, io,
@@ -21,6 +24,7 @@ use rustls::sign::CertifiedKey;
 use serde::{Serialize, Serializer};
 
 pub use ca::Ca;
+pub use leaf::{SvidFault, svid_identity};
 pub use live::LiveCa;
 pub use manager::{CertState, Manager, ManagerSettings, SvidInfo};
 pub use trust::{Trust, TrustDomains, TrustFiles, TrustStore};
@@ -161,7 +165,7 @@ impl Serialize for SpiffeId {
 }
 
 /// A workload's certificate chain and private key, and what must be known about them without parsing them again.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Svid {
     pub id: SpiffeId,
     pub key: Arc<CertifiedKey>,
@@ -217,15 +221,30 @@ pub enum IdentityError {
     CaExpired(Duration),
     #[error("a certificate life of {} is shorter than the shortest that makes sense, 2 seconds", humantime(*.0))]
     Lifetime(Duration),
+    #[error("a CA for trying things out could not be made: {0}")]
+    Ephemeral(String),
     #[error("making a certificate failed")]
     Rcgen(#[from] rcgen::Error),
     #[error("the new private key is not usable for TLS")]
     Key(#[from] rustls::Error),
     #[error(transparent)]
     Id(#[from] IdError),
+    #[error("the token for the CA at {address}, {}, cannot be read", path.display())]
+    Token { address: Arc<str>, path: PathBuf, source: io::Error },
+    #[error("a revocation list that was supplied: {what}")]
+    Revocation { what: String },
+    #[error("the CA at {address} {what}")]
+    Remote { address: Arc<str>, what: String },
+    #[error("{socket} has no certificate for {id}: {what}")]
+    NotSupplied { socket: Arc<str>, id: SpiffeId, what: String, withdrawn: bool },
 }
 
 impl IdentityError {
+    /// Whether a certificate that was had before must not be used any more.
+    fn withdraws(&self) -> bool {
+        matches!(self, Self::NotSupplied { withdrawn: true, .. })
+    }
+
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { action, path: path.to_owned(), source }
     }

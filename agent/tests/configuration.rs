@@ -4,7 +4,7 @@
 use std::{fs, net::IpAddr, path::Path, time::Duration};
 
 use marline::{
-    config::{self, AccessLogFilter, AccessLogFormat, ConfigErrors, Finding, Loaded, PumpMode, RecordsMode},
+    config::{self, AccessLogFilter, AccessLogFormat, CaSource, ConfigErrors, Finding, Loaded, PumpMode, RecordsMode},
     policy::MtlsMode,
 };
 use proptest::prelude::*;
@@ -70,7 +70,7 @@ fn the_example_of_two_nodes_loads_and_means_what_it_says() {
         assert!(snapshot.local_identities().iter().all(|id| id.service_account() != remote));
         // The comments promise that what is written there are the defaults.
         let defaults = load(&[("agent.yaml", AGENT)]).unwrap().agent;
-        assert_eq!(loaded.agent.changed_fields(&defaults), ["spec.ca.path", "spec.capture.cgroup"]);
+        assert_eq!(loaded.agent.changed_fields(&defaults), ["spec.ca", "spec.capture.cgroup"]);
     }
 }
 
@@ -107,7 +107,8 @@ spec:
     )]);
     let agent = config::load(dir.path()).unwrap().agent;
     assert_eq!(agent.trust_domain.as_str(), "example.org");
-    assert_eq!((agent.ca.path.to_str(), agent.ca.leaf_lifetime), (Some("/etc/ca"), Duration::from_secs(5_400)));
+    assert_eq!(agent.ca.source, CaSource::Embedded("/etc/ca".into()));
+    assert_eq!(agent.ca.leaf_lifetime, Duration::from_secs(5_400));
     assert_eq!((agent.capture.cgroup.to_str(), agent.capture.pin_path.to_str()), (Some("/cg"), Some("/bpf/x")));
     assert_eq!(
         (agent.records.mode, agent.records.require_ktls, agent.pump),
@@ -135,7 +136,7 @@ spec:
 #[test]
 fn a_relative_ca_lies_in_the_configuration_directory() {
     let dir = directory(&[("a.yaml", AGENT)]);
-    assert_eq!(config::load(dir.path()).unwrap().agent.ca.path, dir.path().join("ca"));
+    assert_eq!(config::load(dir.path()).unwrap().agent.ca.source, CaSource::Embedded(dir.path().join("ca")));
 }
 
 #[test]
@@ -607,5 +608,44 @@ fn trust_is_read_and_what_is_wrong_with_it_is_named() {
     ] {
         let refusal = with(lines).unwrap_err();
         assert!(refusal.contains(says), "{lines}: {refusal}");
+    }
+}
+
+#[test]
+fn certificates_come_from_one_place_and_what_is_wrong_with_it_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let with = |ca: &str| {
+        let text = format!(
+            "apiVersion: marline.io/v1alpha1\nkind: AgentConfig\nspec:\n  ca: {ca}\n  capture: {{cgroup: /c}}\n"
+        );
+        fs::write(dir.path().join("agent.yaml"), text).unwrap();
+        config::load(dir.path()).map(|loaded| loaded.agent.ca.source).map_err(|errors| errors.to_string())
+    };
+    let remote = "{address: 'https://istiod.istio-system.svc:15012', rootCert: root.pem, tokenFile: /var/token, clusterId: Kubernetes}";
+    let CaSource::Remote(settings, roots) = with(remote).unwrap() else { panic!("not a CA elsewhere") };
+    assert_eq!(settings.address, "istiod.istio-system.svc:15012");
+    assert_eq!((settings.server_name, settings.cluster_id.as_deref()), (None, Some("Kubernetes")));
+    assert_eq!((settings.token, roots), ("/var/token".into(), dir.path().join("root.pem")));
+    for socket in ["unix:///run/spire/agent.sock", "unix:/run/spire/agent.sock"] {
+        let read = with(&format!("{{workloadApi: '{socket}'}}")).unwrap();
+        assert_eq!(read, CaSource::WorkloadApi("/run/spire/agent.sock".into()), "{socket}");
+    }
+    for (ca, says) in [
+        ("{}", "spec.ca.path"),
+        ("{path: ca, address: 'https://a:1', rootCert: r, tokenFile: t}", "spec.ca.address"),
+        ("{path: ca, workloadApi: 'unix:///s'}", "keep path, address or workloadApi"),
+        ("{address: 'http://a:1', rootCert: r, tokenFile: t}", "is not encrypted"),
+        ("{address: 'https://a', rootCert: r, tokenFile: t}", "is not an address of a CA"),
+        ("{address: 'https://u@a:1', rootCert: r, tokenFile: t}", "is not an address of a CA"),
+        ("{address: 'https://a:1/path', rootCert: r, tokenFile: t}", "is not an address of a CA"),
+        ("{address: 'a:1', rootCert: r, tokenFile: t}", "write https://HOST:PORT"),
+        ("{address: 'https://a:1', tokenFile: t}", "spec.ca.rootCert"),
+        ("{address: 'https://a:1', rootCert: r}", "spec.ca.tokenFile"),
+        ("{path: ca, tokenFile: t}", "spec.ca.tokenFile"),
+        ("{workloadApi: 'tcp://127.0.0.1:8081'}", "spec.ca.workloadApi"),
+        ("{workloadApi: 'unix:agent.sock'}", "spec.ca.workloadApi"),
+    ] {
+        let refusal = with(ca).unwrap_err();
+        assert!(refusal.contains(says), "{ca}: {refusal}");
     }
 }

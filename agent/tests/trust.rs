@@ -351,7 +351,7 @@ fn a_signing_certificate_is_held_to_each_clause_of_x509_svid() {
 async fn files_that_do_not_prove_themselves_are_refused_and_good_ones_take_their_place() {
     use marline::control::{
         files::WatchSettings,
-        trust::{Followed, watch},
+        trust::{Followed, Origin, watch},
     };
     let (mesh, next) = (Mesh::of("cluster.local"), Mesh::of("cluster.local"));
     let (ca, trust) = load(mesh.dir.path(), &files(&mesh)).unwrap();
@@ -359,13 +359,11 @@ async fn files_that_do_not_prove_themselves_are_refused_and_good_ones_take_their
     let identities = Manager::new(ca.clone(), store.clone(), ManagerSettings { leaf_lifetime: HOUR });
     let id = SpiffeId::new(&mesh.name, "shop", "web").unwrap();
     identities.retain(&[id.clone()].into());
-    let first = identities.svid(&id).unwrap().serial.clone();
     let metrics = Arc::new(marline::metrics::Metrics::new());
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let followed = Followed {
-        dir: mesh.dir.path().to_owned(),
+        origin: Origin::Directory { dir: mesh.dir.path().to_owned(), ca },
         files: files(&mesh),
-        ca,
         identities: identities.clone(),
         metrics: metrics.clone(),
     };
@@ -394,6 +392,8 @@ async fn files_that_do_not_prove_themselves_are_refused_and_good_ones_take_their
         }
     };
     counted(1, 0).await;
+    tokio::time::timeout(Duration::from_secs(20), identities.until_held(&id)).await.unwrap();
+    let first = identities.svid(&id).unwrap().serial.clone();
     let copy = |name: &str, to: &Path| fs::write(to.join(name), next.read(name)).unwrap();
     copy("ca-cert.pem", mesh.dir.path());
     counted(1, 1).await;

@@ -56,6 +56,10 @@ pub struct Certificate {
     pub issuer: Option<String>,
     /// Whether another one signs by now.
     pub signer_replaced: bool,
+    /// Where it comes from.
+    pub source: String,
+    pub failed_renewals: u32,
+    pub last_error: Option<String>,
 }
 
 /// A pod as the agent lists it.

@@ -40,6 +40,7 @@ pub struct Cluster {
     mode: Mode,
     extra: Extra,
     leaf_lifetime: Option<String>,
+    certificates: Option<Extra>,
     program: Option<PathBuf>,
     pods: BTreeMap<String, Pod>,
     made: u8,
@@ -109,6 +110,7 @@ impl Cluster {
             mode: spec.mode,
             extra: spec.extra.clone(),
             leaf_lifetime: spec.leaf_lifetime.clone(),
+            certificates: spec.certificates.clone(),
             program: spec.program.clone(),
             pods: BTreeMap::new(),
             made: 0,
@@ -303,6 +305,11 @@ impl Cluster {
         for side in Side::BOTH {
             self.launch_agent(side)?;
         }
+        self.agents_ready()
+    }
+
+    /// Waits until the agents that were launched are ready.
+    pub fn agents_ready(&mut self) -> Result<()> {
         self.agents.values_mut().try_for_each(Agent::wait_ready)
     }
 
@@ -336,6 +343,7 @@ impl Cluster {
         Settings {
             ca: self.ca_directory(),
             leaf_lifetime: self.leaf_lifetime.clone(),
+            certificates: self.certificates.clone(),
             cgroup: self.tree.node(side.letter()),
             pins: remains::pins(&network::node_name(&self.name, side)),
             access_log: self.directory.join(side.letter()).join("access.log"),

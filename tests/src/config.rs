@@ -42,6 +42,8 @@ pub type Extra = Vec<String>;
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub ca: PathBuf,
+    /// Fields of `AgentConfig.spec.ca`, where certificates do not come from that directory.
+    pub certificates: Option<Extra>,
     pub leaf_lifetime: Option<String>,
     pub cgroup: PathBuf,
     pub pins: PathBuf,
@@ -61,11 +63,14 @@ impl Settings {
 
 /// Writes `agent.yaml`.
 pub fn write_agent(directory: &Path, settings: &Settings) -> Result<()> {
+    let certificates = match &settings.certificates {
+        Some(lines) => lines.iter().map(|line| format!("    {line}\n")).collect(),
+        None => format!("    path: {}\n", settings.ca.display()),
+    };
     let mut text = format!(
         "apiVersion: marline.io/v1alpha1\nkind: AgentConfig\nmetadata:\n  name: agent\nspec:\n  trustDomain: {TRUST_DOMAIN}\n  \
-         ca:\n    path: {}\n    leafLifetime: {}\n  capture:\n    cgroup: {}\n    pinPath: {}\n  admin:\n    address: 127.0.0.1:15000\n  metrics:\n    \
+         ca:\n{certificates}    leafLifetime: {}\n  capture:\n    cgroup: {}\n    pinPath: {}\n  admin:\n    address: 127.0.0.1:15000\n  metrics:\n    \
          address: 0.0.0.0:15020\n  readiness:\n    address: 0.0.0.0:15021\n  accessLog:\n    path: {}\n    format: json\n",
-        settings.ca.display(),
         settings.leaf_lifetime.as_deref().unwrap_or("24h"),
         settings.cgroup.display(),
         settings.pins.display(),

@@ -7,6 +7,7 @@
 pub mod access_log;
 pub mod agent;
 pub mod amount;
+pub mod authority;
 pub mod bench;
 pub mod capture;
 pub mod cgroup;

@@ -75,7 +75,7 @@ pub fn rotate(cluster: &Cluster, mut say: impl FnMut(&str)) -> Result<Outcome> {
     let files = CaFiles::of(cluster)?;
     let _served = serve(&server)?;
     let old = call(&client, &server, "old")?;
-    let load = knock(&client, &server)?;
+    let load = knock(&client, &server, "knock")?;
     let mut steps = Vec::new();
     let mut step = |what: &str, work: &mut dyn FnMut() -> Result<()>| -> Result<()> {
         let began = Instant::now();
@@ -122,19 +122,10 @@ pub fn rotate(cluster: &Cluster, mut say: impl FnMut(&str)) -> Result<Outcome> {
         Ok(if log.contains("ended") { Look::Done(()) } else { Look::NotYet(tail(&log)) })
     })
     .or_else(|error| if old.log().contains("ended") { Ok(()) } else { Err(error) })?;
-    let so_far = counts(&load.log()).0;
-    wait_for("more connections after it", seconds(20), || {
-        let now = counts(&load.log()).0;
-        Ok(if now > so_far + 20 { Look::Done(()) } else { Look::NotYet(format!("{now} connections")) })
-    })?;
+    more_knocks(&load, 20)?;
     let new_connection_lives = echoes(&new);
-    load.signal(Signal::SIGTERM)?;
-    let log = wait_for("the load to be over", seconds(30), || {
-        let log = load.log();
-        let over = log.lines().any(|line| line.starts_with("over "));
-        Ok(if over { Look::Done(log) } else { Look::NotYet(tail(&log)) })
-    })?;
-    let (connections, failures) = counts(&log);
+    let (connections, failures) = knocked(&load)?;
+    let log = load.log();
     let failed = log.lines().filter(|line| line.starts_with("failed")).take(10).map(str::to_owned).collect();
     let (old_connection_reset, certificates) = (old.log().contains("ended"), made(cluster)?.saturating_sub(issued));
     Ok(Outcome { steps, connections, failures, failed, certificates, old_connection_reset, new_connection_lives })
@@ -167,10 +158,31 @@ pub fn call(client: &Pod, server: &Pod, name: &str) -> Result<Process> {
     Ok(process)
 }
 
-fn knock(client: &Pod, server: &Pod) -> Result<Process> {
+/// New connections all the while, until `knocked`: what `serve` serves is called.
+pub fn knock(client: &Pod, server: &Pod, name: &str) -> Result<Process> {
     let mut command = program(client, "knock.py");
     command.arg(server.address(Family::V4).to_string()).args([PORT.to_string(), THREADS.to_string()]);
-    Process::start("knock", &mut command, &client.directory.join("knock.log"))
+    Process::start(format!("knock {name}"), &mut command, &client.directory.join(format!("{name}.log")))
+}
+
+/// Waits until the load has made so many more connections, well or not.
+pub fn more_knocks(load: &Process, more: u64) -> Result<()> {
+    let before = counts(&load.log()).0;
+    wait_for(format!("{more} more connections"), seconds(20), || {
+        let now = counts(&load.log()).0;
+        Ok(if now > before + more { Look::Done(()) } else { Look::NotYet(format!("{}", now - before)) })
+    })
+}
+
+/// Ends the load. Connections, and how many of them failed.
+pub fn knocked(load: &Process) -> Result<(u64, u64)> {
+    load.signal(Signal::SIGTERM)?;
+    let log = wait_for("the load to be over", seconds(30), || {
+        let log = load.log();
+        let over = log.lines().any(|line| line.starts_with("over "));
+        Ok(if over { Look::Done(log) } else { Look::NotYet(tail(&log)) })
+    })?;
+    Ok(counts(&log))
 }
 
 /// Whether it goes on.

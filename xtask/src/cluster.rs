@@ -244,6 +244,7 @@ fn spec_of(saved: &Saved) -> ClusterSpec {
         extra: Vec::new(),
         direct: Some(direct()),
         leaf_lifetime: None,
+        certificates: None,
         program: Some(saved.program.clone()),
     }
 }

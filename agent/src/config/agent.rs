@@ -11,7 +11,7 @@ use super::{
     fields::{Fields, Unknown},
     finding::{Origin, Report},
 };
-use crate::identity::{TrustDomain, TrustDomains, TrustFiles};
+use crate::identity::{TrustDomain, TrustDomains, TrustFiles, remote::RemoteSettings};
 
 /// What the agent is told about itself. Changes take a restart; `changed_fields` names them.
 #[derive(Clone, PartialEq, Debug)]
@@ -34,9 +34,19 @@ pub struct AgentConfig {
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CaConfig {
-    /// A directory in Istio's `cacerts` layout.
-    pub path: PathBuf,
+    pub source: CaSource,
     pub leaf_lifetime: Duration,
+}
+
+/// Where workloads' certificates come from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum CaSource {
+    /// The embedded CA: a directory in Istio's `cacerts` layout.
+    Embedded(PathBuf),
+    /// A CA elsewhere, by Istio's signing API, and its roots in PEM.
+    Remote(RemoteSettings, PathBuf),
+    /// The Unix socket of a SPIFFE Workload API.
+    WorkloadApi(PathBuf),
 }
 
 /// How keys are agreed on.
@@ -157,7 +167,7 @@ impl AgentConfig {
             ("spec.trustDomain", self.trust_domain == other.trust_domain),
             ("spec.trust", self.trust.is_like(&other.trust)),
             ("spec.tls", self.tls == other.tls),
-            ("spec.ca.path", self.ca.path == other.ca.path),
+            ("spec.ca", self.ca.source == other.ca.source),
             ("spec.ca.leafLifetime", self.ca.leaf_lifetime == other.ca.leaf_lifetime),
             ("spec.capture.cgroup", self.capture.cgroup == other.capture.cgroup),
             ("spec.capture.pinPath", self.capture.pin_path == other.capture.pin_path),
@@ -295,16 +305,70 @@ fn read_tls(spec: &mut Fields<'_>, report: &mut Report) -> TlsConfig {
 }
 
 fn read_ca(dir: &Path, spec: &mut Fields<'_>, report: &mut Report) -> Option<CaConfig> {
-    let hint = "write the directory that `marline ca init DIR` made, or one with Istio's cacerts files";
+    let hint = "write the directory that `marline ca init DIR` made, or one with Istio's cacerts files; or address and rootCert \
+                of a CA elsewhere, or workloadApi of SPIRE";
     if !spec.has("ca") {
         spec.error(report, "ca.path", "is missing", hint);
     }
     let mut ca = spec.fields(report, "ca")?;
-    let path = ca.required(report, "path", hint).map(|path| dir.join(path));
+    let sources = ["path", "address", "workloadApi"];
+    let chosen: Vec<&str> = sources.into_iter().filter(|key| ca.has(key)).collect();
+    let source = match chosen.as_slice() {
+        ["address"] => read_remote(dir, &mut ca, report),
+        ["workloadApi"] => read_workload_api(&mut ca, report),
+        [] | ["path"] => ca.required(report, "path", hint).map(|path| CaSource::Embedded(dir.join(path))),
+        [_, second, ..] => {
+            let hint = "certificates come from one place: keep path, address or workloadApi";
+            ca.error(report, second, format!("is there beside {}", chosen.first().unwrap_or(&"")), hint);
+            ca.skip(&sources);
+            None
+        }
+        _ => None,
+    };
     let leaf_lifetime =
         ca.duration(report, "leafLifetime", Duration::from_secs(2)).unwrap_or(Duration::from_secs(24 * 3_600));
     ca.finish(report, Unknown::Error);
-    Some(CaConfig { path: path?, leaf_lifetime })
+    Some(CaConfig { source: source?, leaf_lifetime })
+}
+
+fn read_remote(dir: &Path, ca: &mut Fields<'_>, report: &mut Report) -> Option<CaSource> {
+    let hint = "write https://HOST:PORT, such as https://istiod.istio-system.svc:15012";
+    let address = ca.required(report, "address", hint).and_then(|text| {
+        let address = text.strip_prefix("https://").map(|rest| rest.strip_suffix('/').unwrap_or(rest));
+        let good = address.filter(|rest| {
+            rest.parse::<hyper::http::uri::Authority>()
+                .is_ok_and(|authority| authority.port_u16().is_some() && !authority.as_str().contains('@'))
+        });
+        if good.is_none() {
+            let message = if text.starts_with("http://") {
+                format!("{text:?} is not encrypted")
+            } else {
+                format!("{text:?} is not an address of a CA")
+            };
+            ca.error(report, "address", message, hint);
+        }
+        good.map(str::to_owned)
+    });
+    let roots =
+        ca.required(report, "rootCert", "write a PEM file with the roots that vouch for the CA and its certificates");
+    let token = ca.required(report, "tokenFile", "write a file with the token that the CA knows this agent by");
+    let server_name = ca.text(report, "serverName").map(str::to_owned);
+    let cluster_id = ca.text(report, "clusterId").map(str::to_owned);
+    let settings = RemoteSettings { address: address?, server_name, token: dir.join(token?), cluster_id };
+    Some(CaSource::Remote(settings, dir.join(roots?)))
+}
+
+fn read_workload_api(ca: &mut Fields<'_>, report: &mut Report) -> Option<CaSource> {
+    let hint = "write unix:///PATH of the socket of SPIRE's agent";
+    let text = ca.required(report, "workloadApi", hint)?;
+    let path = text.strip_prefix("unix:").map(|rest| rest.strip_prefix("//").unwrap_or(rest));
+    match path.filter(|path| path.starts_with('/')) {
+        Some(path) => Some(CaSource::WorkloadApi(path.into())),
+        None => {
+            ca.error(report, "workloadApi", format!("{text:?} is not the absolute path of a Unix socket"), hint);
+            None
+        }
+    }
 }
 
 fn read_capture(spec: &mut Fields<'_>, report: &mut Report) -> Option<CaptureConfig> {

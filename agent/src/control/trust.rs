@@ -1,5 +1,6 @@
-//! Follows the CA's directory and the other files of trust: when one changes all are read again, and take the place of what was as a
-//! whole if they prove themselves: the CA must be able to sign what its own roots verify. If they do not, the last good ones stay.
+//! Follows the CA's directory, or the pinned roots of a CA elsewhere, or what a Workload API tells, and the other files of trust: when one
+//! changes all are read again, and take the place of what was as a whole if they prove themselves: a CA must be able to sign what its own
+//! roots verify. If they do not, the last good ones stay.
 //!
 //! A directory that Kubernetes mounts from a Secret changes by a link that is swapped; one that a person writes to changes file by file,
 //! and its halves are refused. What good files are, `identity` knows.
@@ -19,15 +20,31 @@ use zeroize::Zeroize as _;
 use super::{files::WatchSettings, watched::WatchedDirectory};
 use crate::{
     config,
-    identity::{Ca, IdentityError, LiveCa, Manager, Trust, TrustFiles, ca},
+    identity::{
+        Ca, IdentityError, LiveCa, Manager, Trust, TrustFiles, ca, manager, trust::files::Supplied,
+        workload_api::WorkloadApi,
+    },
     metrics::Metrics,
+    words::with_causes,
 };
+
+/// Where our own roots come from.
+#[derive(Clone)]
+pub enum Origin {
+    /// The embedded CA's directory.
+    Directory {
+        dir: PathBuf,
+        ca: LiveCa,
+    },
+    /// The roots of a CA elsewhere, in PEM.
+    Pinned(PathBuf),
+    Told(WorkloadApi),
+}
 
 /// What is followed, and who is told.
 pub struct Followed {
-    pub dir: PathBuf,
+    pub origin: Origin,
     pub files: TrustFiles,
-    pub ca: LiveCa,
     pub identities: Manager,
     pub metrics: Arc<Metrics>,
 }
@@ -40,20 +57,69 @@ pub fn load(dir: &Path, files: &TrustFiles) -> Result<(Ca, Trust), IdentityError
     Ok((ca, trust))
 }
 
+/// Reads the pinned roots and all else that trust is made from.
+pub fn load_pinned(roots: &Path, files: &TrustFiles) -> Result<Trust, IdentityError> {
+    files.assemble(Supplied::by_file(roots, files.domains.own())?)
+}
+
+impl Origin {
+    /// A CA only where there is one here. Nothing at all if nothing was told yet.
+    fn load(&self, files: &TrustFiles) -> Result<Option<(Option<Ca>, Trust)>, IdentityError> {
+        match self {
+            Self::Directory { dir, .. } => load(dir, files).map(|(ca, trust)| Some((Some(ca), trust))),
+            Self::Pinned(roots) => load_pinned(roots, files).map(|trust| Some((None, trust))),
+            Self::Told(api) => api.supplied().map(|told| files.assemble(told).map(|trust| (None, trust))).transpose(),
+        }
+    }
+
+    fn paths(&self, files: &TrustFiles) -> Vec<PathBuf> {
+        let mut paths = match self {
+            Self::Directory { dir, .. } => ca::file_paths(dir),
+            Self::Pinned(roots) => vec![roots.clone()],
+            Self::Told(_) => Vec::new(),
+        };
+        let beside = match self {
+            Self::Directory { dir, .. } => Some(dir.as_path()),
+            Self::Pinned(roots) => roots.parent(),
+            Self::Told(_) => None,
+        };
+        paths.extend(files.paths(beside));
+        paths
+    }
+
+    /// For people.
+    fn name(&self) -> String {
+        match self {
+            Self::Directory { dir, .. } => dir.display().to_string(),
+            Self::Pinned(roots) => roots.display().to_string(),
+            Self::Told(api) => manager::Source::name(api).to_string(),
+        }
+    }
+}
+
 /// Keeps the CA and trust in step with the files until `shutdown` becomes true or its sender is gone.
 pub async fn watch(followed: Followed, settings: WatchSettings, mut shutdown: watch::Receiver<bool>) {
-    let mut paths = ca::file_paths(&followed.dir);
-    paths.extend(followed.files.paths(&followed.dir));
+    let paths = followed.origin.paths(&followed.files);
+    let (_silent, mut told) = match &followed.origin {
+        Origin::Told(api) => (None, api.changes()),
+        Origin::Directory { .. } | Origin::Pinned(_) => {
+            let (sender, told) = watch::channel(0);
+            (Some(sender), told)
+        }
+    };
     let places: BTreeSet<&Path> = paths.iter().filter_map(|path| path.parent()).collect();
     let mut directories: Vec<_> = places.into_iter().map(|place| WatchedDirectory::new(place.to_owned())).collect();
     let mut follower = Follower { followed, paths, seen: None, refused: None, stale: BTreeSet::new() };
     loop {
         // Before reading: what changes from here on is an event for the next round.
         directories.iter_mut().for_each(WatchedDirectory::renew);
-        follower.follow(settings.quiet).await;
+        let count = *told.borrow_and_update();
+        follower.follow(settings.quiet, count).await;
         follower.warn_of_stale_lists();
         tokio::select! {
-            () = any_changed(&directories) => {}
+            () = any_changed(&directories), if !directories.is_empty() => {}
+            // It comes as a whole.
+            Ok(()) = told.changed() => continue,
             () = sleep(settings.poll) => continue,
             _ = shutdown.wait_for(|stop| *stop) => return,
         }
@@ -89,19 +155,20 @@ struct Follower {
 }
 
 impl Follower {
-    /// Reads the files if they hold something else than the last time.
-    async fn follow(&mut self, quiet: Duration) {
+    /// Reads the files if they hold something else than the last time, or if more was told.
+    async fn follow(&mut self, quiet: Duration, told: u64) {
         for _ in 0..10 {
-            let before = self.fingerprint().await;
+            let before = self.fingerprint(told).await;
             if self.seen.is_some() && self.seen == before {
                 return;
             }
-            let (dir, files) = (self.followed.dir.clone(), self.followed.files.clone());
-            let Ok(result) = spawn_blocking(move || load(&dir, &files)).await else { return };
+            let (origin, files) = (self.followed.origin.clone(), self.followed.files.clone());
+            let Ok(result) = spawn_blocking(move || origin.load(&files)).await else { return };
             // What changed while it was read may be half of the old and half of the new.
-            if self.fingerprint().await == before {
+            if self.fingerprint(told).await == before {
                 match result {
-                    Ok((ca, trust)) => {
+                    Ok(None) => return,
+                    Ok(Some((ca, trust))) => {
                         (self.seen, self.refused) = (before, None);
                         self.accept(ca, trust);
                     }
@@ -114,10 +181,13 @@ impl Follower {
             }
             sleep(quiet).await;
         }
-        tracing::warn!(directory = %self.followed.dir.display(), "the CA's files keep changing while they are read, so they are not read yet");
+        tracing::warn!(
+            origin = self.followed.origin.name(),
+            "the CA's files keep changing while they are read, so they are not read yet"
+        );
     }
 
-    fn accept(&self, ca: Ca, trust: Trust) {
+    fn accept(&self, ca: Option<Ca>, trust: Trust) {
         for (domain, roots) in trust.bundles() {
             tracing::info!(%domain, roots, "trusted to vouch for a trust domain");
         }
@@ -129,29 +199,31 @@ impl Follower {
         }
         // Trust first: what the new signer signs must be believed here.
         self.followed.identities.trust_store().replace(trust);
-        if self.followed.ca.replace(ca) {
+        let identities = &self.followed.identities;
+        let replaced = match (&self.followed.origin, ca) {
+            (Origin::Directory { ca: live, .. }, Some(ca)) => live.replace(ca),
+            _ => false,
+        };
+        if replaced {
             tracing::info!("another certificate of the CA signs from now on: workloads' certificates are replaced");
-            self.followed.identities.resign();
+            identities.resign();
+        } else if matches!(self.followed.origin, Origin::Told(_)) {
+            identities.supplied();
         } else {
-            self.followed.identities.renew_unbelieved();
+            identities.renew_unbelieved();
         }
         self.followed.metrics.trust_reloaded(true);
     }
 
     fn reject(&mut self, files: Option<u64>, error: &IdentityError) {
-        let mut text = error.to_string();
-        let mut cause = std::error::Error::source(error);
-        while let Some(inner) = cause {
-            text = format!("{text}: {inner}");
-            cause = inner.source();
-        }
+        let text = with_causes(error);
         let refused = Some((files, text.clone()));
         if self.refused == refused {
             return;
         }
         self.refused = refused;
         tracing::error!(
-            directory = %self.followed.dir.display(),
+            origin = self.followed.origin.name(),
             "the CA's files were refused, the last good ones stay in force: {text}"
         );
         self.followed.metrics.trust_reloaded(false);
@@ -172,14 +244,15 @@ impl Follower {
         self.stale = stale;
     }
 
-    async fn fingerprint(&self) -> Option<u64> {
+    async fn fingerprint(&self, told: u64) -> Option<u64> {
         let paths = self.paths.clone();
-        spawn_blocking(move || fingerprint(&paths)).await.ok()
+        spawn_blocking(move || fingerprint(&paths, told)).await.ok()
     }
 }
 
-fn fingerprint(paths: &[PathBuf]) -> u64 {
+fn fingerprint(paths: &[PathBuf], told: u64) -> u64 {
     let mut hasher = DefaultHasher::new();
+    told.hash(&mut hasher);
     for path in paths {
         path.hash(&mut hasher);
         // A file that is not there, or cannot be read, is part of what was seen.

@@ -2,6 +2,7 @@
 //! issues X.509-SVIDs for workloads. Leaf keys are made here and exist in memory only. Deciding which identities are
 //! needed, and when to renew them, is `identity::manager`'s.
 
+mod ephemeral;
 mod intermediate;
 
 use std::{
@@ -62,18 +63,7 @@ impl Ca {
             return Err(IdentityError::Exists(present.clone()));
         }
         let mut key = KeyPair::generate()?;
-        let now = SystemTime::now();
-        let mut params = CertificateParams::default();
-        params.not_before = (now - CLOCK_SKEW).into();
-        params.not_after = (now + ROOT_LIFETIME).into();
-        params.serial_number = Some(random_serial());
-        params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::OrganizationName, trust_domain.as_str());
-        params.distinguished_name.push(DnType::CommonName, "Marline root");
-        params.subject_alt_names = vec![uri_san(format!("spiffe://{trust_domain}"))?];
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        let certificate = params.self_signed(&key)?.pem();
+        let certificate = root_params(trust_domain, ROOT_LIFETIME)?.self_signed(&key)?.pem();
         let mut key_pem = key.serialize_pem();
         key.zeroize();
 
@@ -353,6 +343,21 @@ fn read_key(path: &Path) -> Result<KeyPair, IdentityError> {
     pair.map_err(|error| IdentityError::file(path, format!("not a usable private key: {error}")))
 }
 
+fn root_params(trust_domain: &TrustDomain, lifetime: Duration) -> Result<CertificateParams, IdentityError> {
+    let now = SystemTime::now();
+    let mut params = CertificateParams::default();
+    params.not_before = (now - CLOCK_SKEW).into();
+    params.not_after = (now + lifetime).into();
+    params.serial_number = Some(random_serial());
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::OrganizationName, trust_domain.as_str());
+    params.distinguished_name.push(DnType::CommonName, "Marline root");
+    params.subject_alt_names = vec![uri_san(format!("spiffe://{trust_domain}"))?];
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    Ok(params)
+}
+
 fn write_new(path: &PathBuf, bytes: &[u8], mode: u32) -> Result<(), IdentityError> {
     let mut file =
         OpenOptions::new().write(true).create_new(true).mode(mode).open(path).map_err(|source| {
@@ -367,7 +372,7 @@ fn write_new(path: &PathBuf, bytes: &[u8], mode: u32) -> Result<(), IdentityErro
     })
 }
 
-fn uri_san(uri: String) -> Result<SanType, IdentityError> {
+pub(super) fn uri_san(uri: String) -> Result<SanType, IdentityError> {
     Ok(SanType::URI(uri.try_into()?))
 }
 

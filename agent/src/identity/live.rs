@@ -5,7 +5,10 @@ use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 
-use super::{Ca, IdentityError, SpiffeId, Svid, manager::Source};
+use super::{
+    Ca, SpiffeId,
+    manager::{Answer, Source},
+};
 
 /// A clone is another handle on the same CA.
 #[derive(Clone, Debug)]
@@ -28,7 +31,11 @@ impl LiveCa {
 }
 
 impl Source for LiveCa {
-    fn issue(&self, id: &SpiffeId, lifetime: Duration) -> Result<Svid, IdentityError> {
-        self.load().issue(id, lifetime)
+    fn name(&self) -> Arc<str> {
+        "embedded CA".into()
+    }
+
+    fn issue<'a>(&'a self, id: &'a SpiffeId, lifetime: Duration) -> Answer<'a> {
+        Box::pin(async move { self.load().issue(id, lifetime) })
     }
 }

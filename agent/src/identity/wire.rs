@@ -83,4 +83,7 @@ pub mod spiffe {
     }
 
     include!(concat!(env!("OUT_DIR"), "/.SpiffeWorkloadAPI.rs"));
+
+    pub use spiffe_workload_a_p_i_client::SpiffeWorkloadAPIClient as Client;
+    pub use spiffe_workload_a_p_i_server::{SpiffeWorkloadAPI as Service, SpiffeWorkloadAPIServer as Server};
 }

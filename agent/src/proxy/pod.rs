@@ -40,6 +40,9 @@ const RETRY: [Duration; 4] =
 /// How often to see whether the pod's path still leads to the same namespace.
 const LOOK: Duration = Duration::from_secs(2);
 
+/// How long a certificate may take before it is said that there is none.
+const FIRST_CERTIFICATE: Duration = Duration::from_secs(1);
+
 /// How many connections of one pod may be on their way to be established, in each direction. Those beyond wait in the listeners'
 /// queues, so that a pod cannot take what the node's other pods need, nor its peers what it needs to call out.
 const PENDING: usize = 1024;
@@ -79,8 +82,8 @@ pub enum EnrolError {
     SelfTest(#[from] SelfTestError),
     #[error("it is the same network namespace as {}, which another workload has; give each pod its own", .0.display())]
     SameNetns(PathBuf),
-    #[error("there is no certificate for {0} yet")]
-    NoSvid(crate::identity::SpiffeId),
+    #[error("there is no certificate for {id} yet{}", .why.as_ref().map(|why| format!(": {why}")).unwrap_or_default())]
+    NoSvid { id: crate::identity::SpiffeId, why: Option<String> },
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -157,8 +160,11 @@ pub(super) async fn run(ctx: Arc<Context>, local: Arc<LocalPod>, status: Status,
         };
         ctx.pods_changed.send_modify(|count| *count += 1);
         tries += 1;
+        let id = &local.workload.id;
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
+            // What was missing may be here sooner.
+            () = ctx.identities.until_held(id), if ctx.identities.svid(id).is_none() => {}
             _ = order.wait_for(|order| *order != Order::Serve) => break,
         }
     }
@@ -189,8 +195,13 @@ async fn serve(
     let addresses = &local.workload.addresses;
     ctx.capture.refuse(&netns)?;
     ctx.capture.cover(&netns, addresses, |owner| lock(&ctx.served).contains_key(&owner))?;
-    if ctx.svid(&local.workload.id).is_err() {
-        return Err(EnrolError::NoSvid(local.workload.id.clone()));
+    let id = &local.workload.id;
+    tokio::select! {
+        () = ctx.identities.until_held(id) => {}
+        () = tokio::time::sleep(FIRST_CERTIFICATE) => {
+            return Err(EnrolError::NoSvid { id: id.clone(), why: ctx.identities.last_error(id) });
+        }
+        _ = order.wait_for(|order| *order != Order::Serve) => return Ok(Left::Ordered),
     }
     let pod = Arc::new(Pod::new(local.workload.clone(), netns));
     let listeners = Listeners::open(&pod.netns).map_err(EnrolError::Listen)?;

@@ -17,9 +17,9 @@ use rustls::{
 
 use super::{
     records::Ending,
-    verifier::{self, ExpectServer, MeshClient, PeerError},
+    verifier::{ExpectServer, MeshClient, PeerError},
 };
-use crate::identity::{SpiffeId, Svid, Trust, trust::Voucher};
+use crate::identity::{SpiffeId, Svid, Trust, svid_identity, trust::Voucher};
 
 /// A build for benches and for tests of the mechanism, on kernels without records: what is agreed under its names is not encrypted, be it
 /// direct or, to have something to compare that with, proxied. The names are its own: so it never meets a real agent.
@@ -265,7 +265,7 @@ pub fn server_name(port: u16, host: &str) -> ServerName<'static> {
 /// The identity in a peer's verified chain: that of its leaf.
 pub fn peer_id(chain: &[CertificateDer<'_>]) -> Result<SpiffeId, TlsError> {
     let leaf = chain.first().ok_or(PeerError::NoCertificate)?;
-    Ok(verifier::svid_identity(leaf)?)
+    Ok(svid_identity(leaf).map_err(PeerError::from)?)
 }
 
 fn owned(names: &[&[u8]]) -> Vec<Vec<u8>> {

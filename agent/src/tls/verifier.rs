@@ -13,10 +13,9 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, UnixTime},
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
-use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 use super::config::{Learned, provider};
-use crate::identity::{IdError, SpiffeId, Trust, TrustDomains};
+use crate::identity::{SpiffeId, SvidFault, Trust, TrustDomains, svid_identity};
 
 pub use explain::{PeerFailure, Reason, explain};
 
@@ -31,32 +30,9 @@ pub enum PeerError {
     )]
     ForeignTrustDomain { got: SpiffeId, trusted: TrustDomains },
     #[error("the peer's certificate is not a workload's: {0}")]
-    NotAnSvid(SvidFault),
+    NotAnSvid(#[from] SvidFault),
     #[error("the peer sent no certificate")]
     NoCertificate,
-}
-
-/// Which clause of the X.509-SVID standard a certificate fails.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum SvidFault {
-    #[error("it cannot be read")]
-    Unreadable,
-    #[error("it names no URI, so no identity")]
-    NoUri,
-    #[error("it names {0} URIs, a workload's certificate names exactly one")]
-    ManyUris(usize),
-    #[error(transparent)]
-    Uri(IdError),
-    #[error("it is the certificate of a CA")]
-    IsCa,
-    #[error("its key may sign certificates or revocation lists")]
-    MaySign,
-    #[error("its key may not be used for signatures (key usage), and so not for TLS")]
-    MayNotSpeak,
-    #[error("it has no subject, and its names are not marked critical")]
-    NamesNotCritical,
-    #[error("{0}")]
-    Other(String),
 }
 
 impl From<PeerError> for Error {
@@ -191,41 +167,6 @@ impl fmt::Debug for MeshClient {
     }
 }
 
-/// The identity that a leaf certificate names, if it is a leaf as X.509-SVID wants them: exactly one URI, no CA, and
-/// no right to sign. Says nothing about who signed it.
-pub fn svid_identity(leaf: &CertificateDer<'_>) -> Result<SpiffeId, PeerError> {
-    let fault = PeerError::NotAnSvid;
-    let (_, certificate) = X509Certificate::from_der(leaf).map_err(|_| fault(SvidFault::Unreadable))?;
-    // The parser's own `is_ca` reads a broken or repeated extension as "no": ask for the extension and its errors.
-    let constraints = certificate.basic_constraints().map_err(|_| fault(SvidFault::Unreadable))?;
-    if constraints.is_some_and(|constraints| constraints.value.ca) {
-        return Err(fault(SvidFault::IsCa));
-    }
-    let usage = certificate.key_usage().map_err(|_| fault(SvidFault::Unreadable))?;
-    if usage.as_ref().is_some_and(|usage| usage.value.key_cert_sign() || usage.value.crl_sign()) {
-        return Err(fault(SvidFault::MaySign));
-    }
-    // X.509-SVID, section 4.3; RFC 8446, section 4.4.2.2, of TLS.
-    if usage.is_some_and(|usage| !usage.value.digital_signature()) {
-        return Err(fault(SvidFault::MayNotSpeak));
-    }
-    let names = certificate.subject_alternative_name().map_err(|_| fault(SvidFault::Unreadable))?;
-    let uris: Vec<&str> = names
-        .iter()
-        .flat_map(|names| &names.value.general_names)
-        .filter_map(|name| if let GeneralName::URI(uri) = name { Some(*uri) } else { None })
-        .collect();
-    match uris.as_slice() {
-        [] => Err(fault(SvidFault::NoUri)),
-        // X.509-SVID, section 3.1.
-        [_] if certificate.subject().iter().next().is_none() && names.is_some_and(|names| !names.critical) => {
-            Err(fault(SvidFault::NamesNotCritical))
-        }
-        [uri] => uri.parse().map_err(|error| fault(SvidFault::Uri(error))),
-        many => Err(fault(SvidFault::ManyUris(many.len()))),
-    }
-}
-
 /// What the leaf says of itself comes first, as it names the trust domain whose roots are asked; it is believed when they agree.
 fn verified(
     trust: &Trust,
@@ -235,7 +176,7 @@ fn verified(
     usage: webpki::KeyUsage,
     learned: &Learned,
 ) -> Result<SpiffeId, Error> {
-    let claimed = svid_identity(end_entity)?;
+    let claimed = svid_identity(end_entity).map_err(PeerError::from)?;
     if trust.bundle(claimed.trust_domain()).is_none() {
         return Err(PeerError::ForeignTrustDomain { got: claimed, trusted: trust.domains().clone() }.into());
     }

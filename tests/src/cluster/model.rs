@@ -173,6 +173,9 @@ pub struct ClusterSpec {
     pub direct: Option<Direct>,
     /// How long workloads' certificates live, if not as long as is usual.
     pub leaf_lifetime: Option<String>,
+    /// Fields of `AgentConfig.spec.ca`, where certificates do not come from the cluster's directory of a CA. Paths are relative to each node's
+    /// configuration.
+    pub certificates: Option<Extra>,
     /// The agent's program, if it is not the one that `agent::binary` finds.
     pub program: Option<PathBuf>,
 }
@@ -188,7 +191,7 @@ impl ClusterSpec {
             PodSpec::new("client-b", Side::B, Membership::Mesh),
             PodSpec::new("server-b", Side::B, Membership::Mesh),
         ];
-        Self { mode, pods, extra: Vec::new(), direct: None, leaf_lifetime: None, program: None }
+        Self { mode, pods, extra: Vec::new(), direct: None, leaf_lifetime: None, certificates: None, program: None }
     }
 }
 

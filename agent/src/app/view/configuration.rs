@@ -2,7 +2,11 @@
 
 use serde_json::{Value, json};
 
-use crate::{config::AgentConfig, policy::Workload, state::Snapshot};
+use crate::{
+    config::{AgentConfig, CaConfig, CaSource},
+    policy::Workload,
+    state::Snapshot,
+};
 
 pub(super) fn workloads(snapshot: &Snapshot) -> Value {
     let workload = |workload: &Workload| {
@@ -37,6 +41,20 @@ pub(super) fn services(snapshot: &Snapshot) -> Value {
     json!({"generation": snapshot.generation, "services": services.collect::<Vec<_>>()})
 }
 
+/// Where certificates come from: of a token or a key only the file is told.
+fn ca(ca: &CaConfig) -> Value {
+    let mut shown = match &ca.source {
+        CaSource::Embedded(directory) => json!({"path": directory.display().to_string()}),
+        CaSource::WorkloadApi(socket) => json!({"workloadApi": format!("unix://{}", socket.display())}),
+        CaSource::Remote(remote, roots) => json!({
+            "address": format!("https://{}", remote.address), "serverName": remote.server_name, "clusterId": remote.cluster_id,
+            "tokenFile": remote.token.display().to_string(), "rootCert": roots.display().to_string(),
+        }),
+    };
+    shown["leafLifetime"] = json!(humantime::format_duration(ca.leaf_lifetime).to_string());
+    shown
+}
+
 /// Durations as people write them in YAML.
 pub(super) fn agent(agent: &AgentConfig) -> Value {
     // A path may hold what JSON has no letters for.
@@ -53,7 +71,7 @@ pub(super) fn agent(agent: &AgentConfig) -> Value {
             "crl": agent.trust.crl.as_deref().map(path),
         },
         "tls": {"pqcOnly": agent.tls.pqc_only},
-        "ca": {"path": path(&agent.ca.path), "leafLifetime": time(agent.ca.leaf_lifetime)},
+        "ca": ca(&agent.ca),
         "capture": {"cgroup": path(&agent.capture.cgroup), "pinPath": path(&agent.capture.pin_path)},
         "records": {
             "mode": format!("{:?}", agent.records.mode).to_lowercase(), "requireKtls": agent.records.require_ktls,

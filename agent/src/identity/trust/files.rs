@@ -7,7 +7,10 @@ use std::{
     sync::Arc,
 };
 
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemObject as _};
+use rustls::{
+    RootCertStore,
+    pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemObject as _},
+};
 
 use super::{RevocationList, Trust, TrustDomains};
 use crate::identity::{Ca, IdentityError, TrustDomain, ca};
@@ -25,21 +28,73 @@ pub struct TrustFiles {
     pub crl: Option<PathBuf>,
 }
 
+/// What comes from where our own roots come from.
+pub struct Supplied {
+    pub own: Arc<RootCertStore>,
+    /// Certificates of CAs, which revocation lists may be of.
+    pub known: Vec<CertificateDer<'static>>,
+    /// Bundles of other trust domains. Files go before them.
+    pub federated: Vec<(TrustDomain, RootCertStore)>,
+    pub lists: Vec<CertificateRevocationListDer<'static>>,
+    /// A directory that may hold more lists.
+    pub beside: Option<PathBuf>,
+}
+
+impl Supplied {
+    /// With the roots of `ca`, and with the lists in its directory if there are any.
+    pub fn by_ca(dir: &Path, ca: &Ca) -> Self {
+        Self {
+            own: ca.roots(),
+            known: ca.certificates().to_vec(),
+            federated: Vec::new(),
+            lists: Vec::new(),
+            beside: Some(dir.to_owned()),
+        }
+    }
+
+    /// Nothing: nobody is believed, until something is told.
+    pub fn nothing() -> Self {
+        let own = Arc::new(RootCertStore::empty());
+        Self { own, known: Vec::new(), federated: Vec::new(), lists: Vec::new(), beside: None }
+    }
+
+    /// With the roots in a file, and with the lists beside it if there are any.
+    pub fn by_file(path: &Path, domain: &TrustDomain) -> Result<Self, IdentityError> {
+        let (roots, known) = ca::read_roots(path, &Some(domain.clone()))?;
+        let beside = path.parent().map(Path::to_owned);
+        Ok(Self { own: Arc::new(roots), known, federated: Vec::new(), lists: Vec::new(), beside })
+    }
+}
+
 impl TrustFiles {
     /// Reads all, with the roots of `ca`, and with the lists in its directory if there are any.
     pub fn load(&self, dir: &Path, ca: &Ca) -> Result<Trust, IdentityError> {
-        let mut known = ca.certificates().to_vec();
-        let mut trust = Trust::new(&self.domains, ca.roots());
+        self.assemble(Supplied::by_ca(dir, ca))
+    }
+
+    /// Reads all, beside what is there already.
+    pub fn assemble(&self, supplied: Supplied) -> Result<Trust, IdentityError> {
+        let mut known = supplied.known;
+        let mut trust = Trust::new(&self.domains, supplied.own);
+        for (domain, roots) in supplied.federated {
+            trust = trust.federated(domain, Arc::new(roots));
+        }
         for (domain, path) in &self.federated {
             let (roots, certificates) = ca::read_roots(path, &Some(domain.clone()))?;
             known.extend(certificates);
             trust = trust.federated(domain.clone(), Arc::new(roots));
         }
-        let beside = dir.join(CA_CRL);
-        let mut lists = match read_lists(&beside, &known) {
-            Err(IdentityError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Vec::new(),
-            read => read?,
-        };
+        let mut lists = Vec::new();
+        for der in &supplied.lists {
+            let what = |what| IdentityError::Revocation { what };
+            lists.push(RevocationList::read(der, &known).map_err(what)?);
+        }
+        if let Some(beside) = supplied.beside {
+            match read_lists(&beside.join(CA_CRL), &known) {
+                Err(IdentityError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                read => lists.extend(read?),
+            }
+        }
         if let Some(path) = &self.crl {
             lists.extend(read_lists(path, &known)?);
         }
@@ -51,10 +106,10 @@ impl TrustFiles {
         self.domains.aliases() == other.domains.aliases() && self.federated == other.federated && self.crl == other.crl
     }
 
-    /// Every file that `load` reads beside the CA's own.
-    pub fn paths(&self, dir: &Path) -> Vec<PathBuf> {
+    /// Every file that is read beside the CA's own, with the lists in `beside`.
+    pub fn paths(&self, beside: Option<&Path>) -> Vec<PathBuf> {
         let bundles = self.federated.iter().map(|(_, path)| path.clone());
-        std::iter::once(dir.join(CA_CRL)).chain(bundles).chain(self.crl.clone()).collect()
+        beside.map(|dir| dir.join(CA_CRL)).into_iter().chain(bundles).chain(self.crl.clone()).collect()
     }
 }
 
