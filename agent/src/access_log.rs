@@ -6,27 +6,33 @@ use std::{
     io::{self, Write},
     net::SocketAddr,
     path::Path as FilePath,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::SystemTime,
 };
 
 use serde::{Serialize, Serializer};
 use tracing_appender::non_blocking::{NonBlocking, WorkerGuard};
 
-use crate::words::{Direction, Endpoint, Mode, Path, PumpKind, TlsFacts};
+mod keep;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Format {
-    #[default]
-    Json,
-    Text,
-}
+use crate::{
+    config::{AccessLogConfig, AccessLogFormat},
+    metrics::ResponseFlags,
+    words::{Direction, Endpoint, Mode, Path, PumpKind, TlsFacts},
+};
+use keep::Kept;
 
 /// One connection. Bytes are the application's, `sent` from the connection's source side of this agent to the wire's.
 #[derive(Serialize)]
 pub struct Record<'a> {
+    /// When it began.
     #[serde(serialize_with = "rfc3339")]
     pub time: SystemTime,
+    #[serde(serialize_with = "rfc3339")]
+    pub end: SystemTime,
     pub direction: Direction,
     pub source: &'a Endpoint,
     pub destination: &'a Endpoint,
@@ -50,6 +56,7 @@ pub struct Record<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dry_run: Option<&'a str>,
     pub close: &'a str,
+    pub response_flags: ResponseFlags,
     pub bytes_sent: u64,
     pub bytes_received: u64,
     pub duration_ms: u64,
@@ -61,28 +68,45 @@ pub struct Record<'a> {
 #[derive(Clone)]
 pub struct AccessLog {
     writer: NonBlocking,
-    format: Format,
+    config: Arc<AccessLogConfig>,
+    counts: Arc<Counts>,
     /// Writes what is left when the last clone goes.
     _flush: Arc<WorkerGuard>,
 }
 
+#[derive(Default)]
+struct Counts {
+    written: AtomicU64,
+    sampled_out: AtomicU64,
+    filtered: AtomicU64,
+}
+
 impl AccessLog {
-    pub fn open(path: &FilePath, format: Format) -> io::Result<Self> {
-        let (writer, guard) = if path == FilePath::new("-") {
-            tracing_appender::non_blocking(io::stdout())
-        } else {
-            tracing_appender::non_blocking(OpenOptions::new().create(true).append(true).open(path)?)
+    pub fn open(config: AccessLogConfig) -> io::Result<Self> {
+        let path = config.path.as_deref().filter(|path| *path != FilePath::new("-"));
+        let (writer, guard) = match path {
+            None => tracing_appender::non_blocking(io::stdout()),
+            Some(path) => tracing_appender::non_blocking(OpenOptions::new().create(true).append(true).open(path)?),
         };
-        Ok(Self { writer, format, _flush: Arc::new(guard) })
+        Ok(Self { writer, config: Arc::new(config), counts: Arc::default(), _flush: Arc::new(guard) })
     }
 
     pub fn write(&self, record: &Record<'_>) {
-        let mut line = match self.format {
-            Format::Json => match serde_json::to_vec(record) {
+        let counter = match keep::judge(&self.config, record, rand::random()) {
+            Kept::Written => &self.counts.written,
+            Kept::SampledOut => &self.counts.sampled_out,
+            Kept::Filtered => &self.counts.filtered,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        if !std::ptr::eq(counter, &self.counts.written) {
+            return;
+        }
+        let mut line = match self.config.format {
+            AccessLogFormat::Json => match serde_json::to_vec(record) {
                 Ok(line) => line,
                 Err(error) => return tracing::error!(%error, "an access record could not be written as JSON"),
             },
-            Format::Text => text(record).into_bytes(),
+            AccessLogFormat::Text => text(record).into_bytes(),
         };
         line.push(b'\n');
         if let Err(error) = self.writer.clone().write_all(&line) {
@@ -90,9 +114,16 @@ impl AccessLog {
         }
     }
 
-    /// Lines that were dropped.
-    pub fn dropped(&self) -> u64 {
-        self.writer.error_counter().dropped_lines() as u64
+    /// Lines by what became of them. Those that were dropped for want of room are among those that were written.
+    pub fn lines(&self) -> Vec<(&'static str, u64)> {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let dropped = self.writer.error_counter().dropped_lines() as u64;
+        vec![
+            ("written", read(&self.counts.written).saturating_sub(dropped)),
+            ("sampled_out", read(&self.counts.sampled_out)),
+            ("filtered", read(&self.counts.filtered)),
+            ("dropped", dropped),
+        ]
     }
 }
 
@@ -102,7 +133,7 @@ fn text(record: &Record<'_>) -> String {
         format!("{address} {}", end.identity.as_deref().unwrap_or("-"))
     };
     format!(
-        "{} {} {} -> {} {} {} {} {} sent={} received={} {}ms {} {}",
+        "{} {} {} -> {} {} {} {} {} {} sent={} received={} {}ms {} {} {}",
         timestamp(record.time),
         record.direction.as_str(),
         end(record.source),
@@ -111,12 +142,14 @@ fn text(record: &Record<'_>) -> String {
         record.path.map_or("-", Path::as_str),
         record.verdict,
         record.reason.unwrap_or("-"),
+        record.response_flags,
         record.bytes_sent,
         record.bytes_received,
         record.duration_ms,
         record
             .tls
             .map_or_else(|| "-".to_owned(), |tls| format!("{}/{}", tls.cipher, tls.group.as_deref().unwrap_or("-"))),
+        record.policy.unwrap_or("-"),
         record.close,
     )
 }

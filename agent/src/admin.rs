@@ -1,16 +1,24 @@
-//! What the agent shows over HTTP: readiness, metrics, and on loopback what it knows and does now. It changes nothing.
+//! What the agent shows over HTTP: readiness, metrics, and on loopback what it knows and does now. All that can be changed is what is
+//! logged.
 
 use std::{io, net::SocketAddr, sync::Arc};
 
 use axum::{
     Json, Router,
-    extract::{RawQuery, State},
-    http::StatusCode,
-    response::IntoResponse,
-    routing::get,
+    extract::{RawQuery, Request, State},
+    http::{StatusCode, header::ALLOW},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{MethodRouter, get},
 };
 use serde_json::Value;
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{
+    net::TcpListener,
+    task::{JoinSet, spawn_blocking},
+};
+
+mod guard;
+mod query;
 
 use crate::config::AgentConfig;
 
@@ -30,26 +38,48 @@ pub trait View: Send + Sync + 'static {
     fn pods(&self) -> Value;
     fn connections(&self) -> Value;
     fn workloads(&self) -> Value;
+    fn services(&self) -> Value;
+    fn policies(&self) -> Value;
     fn certs(&self) -> Value;
     /// The chain that peers are shown for an identity, in PEM.
     fn chain(&self, id: &str) -> Option<String>;
+    /// All that is in force.
+    fn config_dump(&self) -> Value;
+    /// The process as it runs: tasks, memory, descriptors.
+    fn runtime(&self) -> Value;
+    /// What is logged now.
+    fn logging(&self) -> Result<String, String>;
+    /// Adds levels, or takes back what was added where none are given. An error names what is wrong with them.
+    fn set_logging(&self, levels: Option<&str>) -> Result<String, String>;
 }
 
 type Shown = Arc<dyn View>;
 
+/// What the admin address has: path, and what it shows.
+const ENDPOINTS: [(&str, &str); 11] = [
+    ("/pods", "the pods of this node, and why those that are refused are"),
+    ("/connections", "the connections that are open now"),
+    ("/workloads", "the workloads of the mesh"),
+    ("/services", "the services, and the endpoints behind them"),
+    ("/policies", "the policies in force, the workloads that they select, and warnings"),
+    ("/certs", "the certificates of this node's workloads; never a key"),
+    ("/certs/chain?id=SPIFFE_ID", "the chain of one, in PEM"),
+    ("/config_dump", "all that is in force, and the files and lines where it was read"),
+    (
+        "/logging",
+        "what is logged; POST /logging?level=LEVEL or ?level=TARGET=LEVEL,... adds to it, POST /logging?reset takes it back",
+    ),
+    ("/debug/runtime", "tasks, threads, memory and descriptors of the agent"),
+    ("/help", "this list"),
+];
+
 /// Starts the three servers. Port 0 takes any free one; the log tells which.
 pub async fn serve(agent: &AgentConfig, shown: &Shown) -> Result<JoinSet<Result<(), AdminError>>, AdminError> {
-    let admin = Router::new()
-        .route("/pods", get(async |State(shown): State<Shown>| Json(shown.pods())))
-        .route("/connections", get(async |State(shown): State<Shown>| Json(shown.connections())))
-        .route("/workloads", get(async |State(shown): State<Shown>| Json(shown.workloads())))
-        .route("/certs", get(async |State(shown): State<Shown>| Json(shown.certs())))
-        .route("/certs/chain", get(chain));
     let metrics = Router::new().route("/metrics", get(render));
     let readiness = Router::new().route("/readyz", get(readyz)).route("/livez", get(|| async { "alive\n" }));
     let mut servers = JoinSet::new();
     for (field, address, router) in [
-        ("spec.admin.address", agent.admin, admin),
+        ("spec.admin.address", agent.admin, admin()),
         ("spec.metrics.address", agent.metrics, metrics),
         ("spec.readiness.address", agent.readiness, readiness),
     ] {
@@ -62,6 +92,50 @@ pub async fn serve(agent: &AgentConfig, shown: &Shown) -> Result<JoinSet<Result<
         });
     }
     Ok(servers)
+}
+
+fn admin() -> Router<Shown> {
+    Router::new()
+        .route("/", get(async || help()))
+        .route("/help", get(async || help()))
+        .route("/pods", json(|shown| shown.pods()))
+        .route("/connections", json(|shown| shown.connections()))
+        .route("/workloads", json(|shown| shown.workloads()))
+        .route("/services", json(|shown| shown.services()))
+        .route("/policies", json(|shown| shown.policies()))
+        .route("/certs", json(|shown| shown.certs()))
+        .route("/certs/chain", get(chain))
+        .route("/config_dump", json(|shown| shown.config_dump()))
+        .route("/debug/runtime", json(|shown| shown.runtime()))
+        .route("/logging", get(logging).post(set_logging).put(set_logging))
+        .fallback(async || (StatusCode::NOT_FOUND, format!("there is no such page\n\n{}", help())))
+        .layer(middleware::from_fn(only_from_here))
+}
+
+fn help() -> String {
+    let width = ENDPOINTS.iter().map(|(path, _)| path.len()).max().unwrap_or_default();
+    ENDPOINTS.iter().map(|(path, what)| format!("{path:<width$}  {what}\n")).collect()
+}
+
+/// A large mesh takes a moment to be written down: not on a thread that moves bytes.
+fn json(show: fn(&dyn View) -> Value) -> MethodRouter<Shown> {
+    get(async move |State(shown): State<Shown>| match spawn_blocking(move || show(&*shown)).await {
+        Ok(value) => Json(value).into_response(),
+        Err(error) => gone(&error),
+    })
+}
+
+fn gone(error: &tokio::task::JoinError) -> Response {
+    tracing::error!(%error, "what was asked for could not be shown");
+    (StatusCode::INTERNAL_SERVER_ERROR, "it could not be shown; the agent's log says why\n").into_response()
+}
+
+/// The address is loopback's, but a browser on this machine can be made to ask it by any page of the web.
+async fn only_from_here(request: Request, next: Next) -> Response {
+    match guard::check(request.method(), request.headers(), request.uri()) {
+        Ok(()) => next.run(request).await,
+        Err(why) => (StatusCode::FORBIDDEN, format!("{why}\n")).into_response(),
+    }
 }
 
 async fn readyz(State(shown): State<Shown>) -> impl IntoResponse {
@@ -80,7 +154,35 @@ async fn chain(State(shown): State<Shown>, RawQuery(query): RawQuery) -> impl In
     }
 }
 
-async fn render(State(shown): State<Shown>) -> impl IntoResponse {
+async fn logging(State(shown): State<Shown>, RawQuery(query): RawQuery) -> Response {
+    if query.is_some() {
+        let text =
+            "levels are changed by POST or PUT, as in curl -X POST 'http://127.0.0.1:15000/logging?level=debug'\n";
+        return (StatusCode::METHOD_NOT_ALLOWED, [(ALLOW, "POST, PUT")], text).into_response();
+    }
+    told(shown.logging(), StatusCode::INTERNAL_SERVER_ERROR)
+}
+
+async fn set_logging(State(shown): State<Shown>, RawQuery(query): RawQuery) -> Response {
+    match query::logging(query.as_deref().unwrap_or_default()) {
+        Ok(query::Logging::Show) => told(shown.logging(), StatusCode::INTERNAL_SERVER_ERROR),
+        Ok(query::Logging::Reset) => told(shown.set_logging(None), StatusCode::INTERNAL_SERVER_ERROR),
+        Ok(query::Logging::Add(levels)) => told(shown.set_logging(Some(&levels)), StatusCode::BAD_REQUEST),
+        Err(why) => (StatusCode::BAD_REQUEST, format!("{why}\n")).into_response(),
+    }
+}
+
+fn told(levels: Result<String, String>, otherwise: StatusCode) -> Response {
+    match levels {
+        Ok(levels) => format!("{levels}\n").into_response(),
+        Err(why) => (otherwise, format!("{why}\n")).into_response(),
+    }
+}
+
+async fn render(State(shown): State<Shown>) -> Response {
     let content_type = [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
-    (content_type, shown.metrics())
+    match spawn_blocking(move || shown.metrics()).await {
+        Ok(text) => (content_type, text).into_response(),
+        Err(error) => gone(&error),
+    }
 }

@@ -12,12 +12,13 @@ use tokio::{
 };
 
 use crate::{
-    access_log::{self, AccessLog},
+    access_log::AccessLog,
     admin,
     bpf::{BpfError, Capture, CaptureSettings},
-    config::{self, AccessLogFormat, AgentConfig, ConfigErrors, DirectConfig, DirectMode, PumpMode, RecordsMode},
+    config::{self, AgentConfig, ConfigErrors, DirectConfig, DirectMode, PumpMode, RecordsMode},
     control::files::{self, ReloadObserver, WatchSettings},
     identity::{IdentityError, SpiffeId, TrustDomain, ca::Ca},
+    logging::Levels,
     metrics::Metrics,
     proxy::{
         Parts, Proxy, Settings,
@@ -72,19 +73,17 @@ pub fn kernel_alone() -> Result<Capabilities, AppError> {
 }
 
 /// Runs the agent until SIGTERM or SIGINT.
-pub async fn run(dir: PathBuf) -> Result<(), AppError> {
+pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
     let loaded = config::load(&dir)?;
     files::log_warnings(&loaded.warnings);
     let agent = loaded.agent;
     raise_descriptor_limit();
 
     let metrics = Arc::new(Metrics::new());
-    let path = agent.access_log.path.clone().unwrap_or_else(|| "-".into());
-    let format = match agent.access_log.format {
-        AccessLogFormat::Json => access_log::Format::Json,
-        AccessLogFormat::Text => access_log::Format::Text,
-    };
-    let log = AccessLog::open(&path, format).map_err(|source| AppError::AccessLog { path, source })?;
+    let log = AccessLog::open(agent.access_log.clone()).map_err(|source| {
+        let path = agent.access_log.path.clone().unwrap_or_else(|| "-".into());
+        AppError::AccessLog { path, source }
+    })?;
     let certificates = certificates::Certificates::open(&agent)?;
     let kernel = kernel(&agent).await?;
     metrics
@@ -125,7 +124,8 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
     });
 
     let (stop, stopped) = watch::channel(false);
-    let shown: Arc<dyn admin::View> = Arc::new(view::Gathered { proxy: proxy.clone(), metrics: metrics.clone() });
+    let shown: Arc<dyn admin::View> =
+        Arc::new(view::Gathered::new(proxy.clone(), metrics.clone(), levels, agent.clone()));
     let mut servers = admin::serve(&agent, &shown).await?;
     certificates.run(&mut servers, &agent, &metrics, &stopped);
     servers.spawn({

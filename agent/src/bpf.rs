@@ -15,11 +15,15 @@ use std::{
 };
 
 use aya::{Ebpf, maps::MapError};
-use marline_common::{Address, Counter, Endpoint, POD_READY, POD_REFUSED, PodEndpoint, PodEntry};
+use marline_common::{
+    Address, Counter, Endpoint, MAX_ADDRESSES, MAX_CLIENTS, MAX_DIRECT, MAX_ORIGINS, MAX_PODS, MAX_REFUSED, POD_READY,
+    POD_REFUSED, PodEndpoint, PodEntry,
+};
 
 mod direct;
 mod entries;
 mod error;
+mod hooks;
 mod load;
 mod log;
 mod pins;
@@ -29,6 +33,7 @@ pub mod selftest;
 pub use direct::Gate;
 use entries::{absent_is_fine, addresses_of, close_all, forget_address, forget_listeners, forget_mapped};
 pub use error::BpfError;
+pub use hooks::Hook;
 use load::Maps;
 use pins::{Pins, inbound_link};
 
@@ -284,19 +289,19 @@ impl Capture {
         Counter::ALL.iter().map(sum).chain([Ok(own)]).collect()
     }
 
-    /// How many entries the maps hold now, by the map's name. Goes through all of them.
-    pub fn occupancy(&self) -> [(&'static str, u64); 6] {
+    /// How many entries the maps hold now and have room for, by the map's name. Goes through all of them.
+    pub fn occupancy(&self) -> [(&'static str, u64, u64); 6] {
         fn count<K>(keys: impl Iterator<Item = Result<K, MapError>>) -> u64 {
             keys.filter(Result::is_ok).count() as u64
         }
         let maps = self.maps();
         [
-            ("pods", count(maps.pods.keys())),
-            ("addresses", count(maps.addresses.keys())),
-            ("origins", count(maps.origins.keys())),
-            ("clients", count(maps.clients.keys())),
-            ("refused", count(maps.refused.keys())),
-            ("direct", count(maps.direct_facts.keys())),
+            ("pods", count(maps.pods.keys()), MAX_PODS.into()),
+            ("addresses", count(maps.addresses.keys()), MAX_ADDRESSES.into()),
+            ("origins", count(maps.origins.keys()), MAX_ORIGINS.into()),
+            ("clients", count(maps.clients.keys()), MAX_CLIENTS.into()),
+            ("refused", count(maps.refused.keys()), MAX_REFUSED.into()),
+            ("direct", count(maps.direct_facts.keys()), MAX_DIRECT.into()),
         ]
     }
 

@@ -7,11 +7,9 @@ mod keeper;
 mod policy;
 mod run;
 
-use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use tracing_appender::non_blocking::WorkerGuard;
-use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 
 use crate::{
     app,
@@ -20,6 +18,7 @@ use crate::{
         probe::{ProbeArgs, probe_main},
     },
     config,
+    logging::{self, Levels},
     words::{PumpKind, with_causes},
 };
 
@@ -97,15 +96,15 @@ pub fn run() -> ExitCode {
     if let Command::Run(args) = &cli.command {
         return run::run(args);
     }
-    let _flush = match log(&cli) {
-        Ok(guard) => guard,
+    let (levels, _flush) = match logging::init(&cli.log, cli.log_json) {
+        Ok(log) => log,
         Err(error) => {
-            eprintln!("marline: --log {:?}: {error}", cli.log);
+            eprintln!("marline: --log {:?}: {}", cli.log, with_causes(&error));
             return ExitCode::from(WRONG_CONFIGURATION);
         }
     };
     match cli.command {
-        Command::Agent { config } => agent(config),
+        Command::Agent { config } => agent(config, levels),
         Command::Keeper(args) => keeper::run(&args),
         Command::Run(args) => run::run(&args),
         Command::CheckConfig { dir, json } => check_config(&dir, json),
@@ -121,8 +120,8 @@ pub fn run() -> ExitCode {
     }
 }
 
-fn agent(dir: PathBuf) -> ExitCode {
-    match app::runtime().and_then(|runtime| runtime.block_on(app::run(dir))) {
+fn agent(dir: PathBuf, levels: Levels) -> ExitCode {
+    match app::runtime().and_then(|runtime| runtime.block_on(app::run(dir, levels))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(app::AppError::Config(errors)) => {
             eprintln!("{errors}");
@@ -194,19 +193,6 @@ fn told(text: &str, findings: &serde_json::Value, json: bool) {
     } else {
         println!("{text}");
     }
-}
-
-/// Written by a thread of its own: whoever does not read the log stops nothing.
-fn log(cli: &Cli) -> Result<WorkerGuard, Box<dyn std::error::Error>> {
-    let registry = tracing_subscriber::registry().with(EnvFilter::builder().parse(&cli.log)?);
-    let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
-    if cli.log_json {
-        registry.with(fmt::layer().json().with_writer(writer)).try_init()?;
-    } else {
-        let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        registry.with(fmt::layer().with_ansi(colour).with_writer(writer)).try_init()?;
-    }
-    Ok(guard)
 }
 
 fn failed(text: &str) -> ExitCode {

@@ -26,8 +26,8 @@ use std::{
 };
 
 pub use agent::{
-    AccessLogConfig, AccessLogFormat, AgentConfig, CaConfig, CaSource, CaptureConfig, DirectConfig, DirectMode,
-    PumpMode, RecordsConfig, RecordsMode, Timeouts, TlsConfig,
+    AccessLogConfig, AccessLogFilter, AccessLogFormat, AgentConfig, CaConfig, CaSource, CaptureConfig, DirectConfig,
+    DirectMode, PumpMode, RecordsConfig, RecordsMode, Timeouts, TlsConfig,
 };
 pub use ca_lists::{Network, Placements, TokenEntry, load_ca_nodes, load_ca_tokens};
 pub use ca_server::{ApiServer, CaLimits, CaServerConfig, KubernetesReview, load_ca_server};
@@ -39,7 +39,7 @@ use crate::{
         Authentication, Authorization, AuthorizationPolicy, DestinationRule, DestinationRules, PeerAuthentication,
         Policies, PolicyName,
     },
-    state::Snapshot,
+    state::{Snapshot, Source},
 };
 use document::{Node, Pair, Value};
 use finding::{Origin, Report, about_file};
@@ -120,8 +120,10 @@ pub(crate) fn read_file(file: &Path) -> io::Result<Vec<u8>> {
 
 fn read(dir: &Path, domains: Option<&TrustDomains>) -> Result<Loaded, ConfigErrors> {
     match read_all(dir, domains, Need::Agent) {
-        (Some(agent), snapshot, report) if report.errors.is_empty() => {
-            Ok(Loaded { agent, snapshot, warnings: report.into_warnings() })
+        (Some(agent), mut snapshot, report) if report.errors.is_empty() => {
+            let warnings = report.into_warnings();
+            snapshot.warnings = warnings.iter().map(ToString::to_string).collect();
+            Ok(Loaded { agent, snapshot, warnings })
         }
         (_, _, report) => Err(report.into_errors()),
     }
@@ -161,7 +163,9 @@ fn read_all(dir: &Path, domains: Option<&TrustDomains>, need: Need) -> (Option<A
     let domains = domains.or(agent.as_ref().map(|agent| &agent.trust.domains)).cloned().unwrap_or_default();
     documents.name_as_here(&domains);
     let policies = documents.policies(&domains, &names, &mut report);
-    let snapshot = assemble::snapshot(&domains, policies, &documents.workloads, &documents.services, &mut report);
+    let mut snapshot = assemble::snapshot(&domains, policies, &documents.workloads, &documents.services, &mut report);
+    let source = |Origin { file, line, resource }| Source { resource, file, line };
+    snapshot.sources = names.into_values().map(source).collect();
     (agent, snapshot, report)
 }
 

@@ -9,6 +9,7 @@ pub mod config;
 pub mod control;
 pub mod identity;
 pub mod keeper;
+pub mod logging;
 pub mod metrics;
 pub mod policy;
 pub mod proxy;

@@ -1,7 +1,10 @@
-//! Counters and gauges in OpenMetrics form. Names are Istio's where Istio has one, else `marline_`. Serving them is
-//! `admin`'s; the kernel program's counters are read when asked for.
+//! Counters and gauges in OpenMetrics form. Names and labels are Istio's where Istio has them, else `marline_`: what each means is in
+//! docs/observability.md. Serving them is `admin`'s; what others count is gathered by `app`.
 
-use std::sync::atomic::AtomicU64;
+use std::{
+    sync::{Arc, atomic::AtomicU64},
+    time::{Duration, Instant},
+};
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
@@ -10,11 +13,29 @@ use prometheus_client::{
         family::Family,
         gauge::Gauge,
         histogram::{Histogram, exponential_buckets},
+        info::Info,
     },
     registry::{Registry, Unit},
 };
 
-use crate::words::{Direction, Mode, Path};
+mod flags;
+mod labels;
+mod others;
+mod table;
+mod traffic;
+
+pub use flags::ResponseFlags;
+pub use labels::{Seen, counted_as};
+pub use others::{Others, Process};
+pub use traffic::{Open, Progress};
+
+use crate::{
+    state::Snapshot,
+    words::{Direction, Mode, Path},
+};
+use labels::Denial;
+use others::Latest;
+use traffic::Traffic;
 
 type Labels<const N: usize> = [(&'static str, &'static str); N];
 
@@ -23,50 +44,51 @@ struct Build {
     version: &'static str,
 }
 
-/// What is counted elsewhere and asked for when the metrics are read.
-pub struct Others<'a> {
-    pub capture_events: &'a [(&'static str, u64)],
-    pub map_entries: &'a [(&'static str, u64)],
-    pub log_lines_dropped: u64,
-    /// By identity, seconds to their end: less than nothing when that has passed.
-    pub certificates: &'a [(String, i64)],
-    /// Revocation lists whose next update is overdue.
-    pub stale_lists: usize,
-}
-
 pub struct Metrics {
     registry: Registry,
-    opened: Family<Labels<1>, Counter>,
-    closed: Family<Labels<4>, Counter>,
-    sent: Family<Labels<2>, Counter>,
-    received: Family<Labels<2>, Counter>,
+    traffic: Arc<Traffic>,
+    others: Latest,
+    ended: Family<Labels<4>, Counter>,
     carried: Family<Labels<5>, Counter>,
     handshakes: Family<Labels<3>, Counter>,
-    handshake_seconds: Histogram,
+    handshake_seconds: Family<Labels<1>, Histogram>,
     reloads: Family<Labels<1>, Counter>,
     trust_reloads: Family<Labels<1>, Counter>,
     trust_withdrawn: Family<Labels<2>, Counter>,
-    pub live: Gauge,
-    pub pods: Family<Labels<1>, Gauge<i64>>,
+    /// Captured, and not yet opened or refused.
+    pub pending: Gauge,
     pub kernel: Family<Labels<3>, Gauge<u64, AtomicU64>>,
+}
+
+/// How a connection ended, by the labels that Istio has no place for.
+#[derive(Debug, Clone, Copy)]
+pub struct Ended<'a> {
+    pub mode: Option<Mode>,
+    pub verdict: &'static str,
+    pub reason: Option<&'static str>,
+    /// The policy that refused it.
+    pub policy: Option<&'a str>,
 }
 
 impl Metrics {
     pub fn new() -> Self {
         let mut registry = Registry::default();
-        let (opened, closed, sent, received) = <(Family<_, _>, Family<_, _>, Family<_, _>, Family<_, _>)>::default();
-        let (carried, handshakes, reloads, pods, kernel) =
+        let (ended, carried, handshakes, reloads, kernel) =
             <(Family<_, _>, Family<_, _>, Family<_, _>, Family<_, _>, Family<_, _>)>::default();
         let (trust_reloads, trust_withdrawn) = <(Family<_, _>, Family<_, _>)>::default();
-        let handshake_seconds = Histogram::new(exponential_buckets(0.000_5, 2.0, 14));
-        let live = Gauge::default();
-        let build: Family<Build, Gauge> = Family::default();
-        build.get_or_create(&Build { version: env!("CARGO_PKG_VERSION") }).set(1);
+        let handshake_seconds = Family::<Labels<1>, Histogram>::new_with_constructor(|| {
+            Histogram::new(exponential_buckets(0.000_5, 2.0, 14))
+        });
+        let pending = Gauge::default();
+        let (traffic, others) = (Arc::new(Traffic::new()), Latest::default());
 
-        registry.register("istio_tcp_connections_opened", "Connections captured", opened.clone());
-        registry.register("istio_tcp_connections_closed", "Connections ended, by verdict and reason", closed.clone());
-        registry.register("istio_tcp_sent_bytes", "Application bytes sent to the peer", sent.clone());
-        registry.register("istio_tcp_received_bytes", "Application bytes received from the peer", received.clone());
+        registry.register_collector(Box::new(traffic.clone()));
+        registry.register(
+            "marline_connections_ended",
+            "Connections that ended or were refused, by verdict and reason",
+            ended.clone(),
+        );
+        registry.register("marline_connections_pending", "Connections that are being made", pending.clone());
         registry.register(
             "marline_connections_carried",
             "Connections by who keeps their records and by the path of their bytes",
@@ -90,49 +112,40 @@ impl Metrics {
             "Live connections that were reset because nobody vouches for their peer any more",
             trust_withdrawn.clone(),
         );
-        registry.register("marline_connections_live", "Connections that are open now", live.clone());
-        registry.register("marline_pods", "Local pods by state", pods.clone());
         registry.register("marline_kernel", "What this kernel was seen to do, as labels", kernel.clone());
-        registry.register("marline_build", "Build information, as labels", build);
+        let build = Info::new(Build { version: env!("CARGO_PKG_VERSION") });
+        registry.register("marline_build", "Build information", build);
+        registry.register_collector(Box::new(others.clone()));
         Self {
             registry,
-            opened,
-            closed,
-            sent,
-            received,
+            traffic,
+            others,
+            ended,
             carried,
             handshakes,
             handshake_seconds,
             reloads,
             trust_reloads,
             trust_withdrawn,
-            live,
-            pods,
+            pending,
             kernel,
         }
     }
 
-    pub fn opened(&self, direction: Direction) {
-        self.opened.get_or_create(&[reporter(direction)]).inc();
-        self.live.inc();
+    /// It is known who talks to whom; `established` is the mode of one whose bytes may flow now.
+    pub fn opened(&self, snapshot: &Snapshot, seen: &Seen<'_>, established: Option<Mode>, since: Progress) -> Open {
+        self.traffic.open(snapshot, seen, established, since)
     }
 
-    pub fn closed(
-        &self,
-        direction: Direction,
-        mode: Option<Mode>,
-        verdict: &'static str,
-        reason: Option<&'static str>,
-        sent: u64,
-        received: u64,
-    ) {
-        self.live.dec();
-        let policy = security_policy(mode);
-        self.closed
-            .get_or_create(&[reporter(direction), policy, ("verdict", verdict), ("reason", reason.unwrap_or("none"))])
-            .inc();
-        self.sent.get_or_create(&[reporter(direction), policy]).inc_by(sent);
-        self.received.get_or_create(&[reporter(direction), policy]).inc_by(received);
+    pub fn ended(&self, direction: Direction, ended: &Ended<'_>) {
+        let Ended { mode, verdict, reason, policy } = *ended;
+        let labels =
+            [reporter(direction), security_policy(mode), ("verdict", verdict), ("reason", reason.unwrap_or("none"))];
+        self.ended.get_or_create(&labels).inc();
+        if let Some(reason @ ("policy" | "plaintext_under_strict")) = reason {
+            let policy = policy.unwrap_or("none").to_owned();
+            self.traffic.denied(Denial { reporter: labels::reporter(direction), policy, reason });
+        }
     }
 
     /// `why` is the reason for which a proxied connection is not direct.
@@ -154,10 +167,10 @@ impl Metrics {
         self.carried.get_or_create(&labels).inc();
     }
 
-    pub fn handshake(&self, direction: Direction, result: Result<std::time::Duration, &'static str>) {
+    pub fn handshake(&self, direction: Direction, result: Result<Duration, &'static str>) {
         let (outcome, reason) = match result {
             Ok(took) => {
-                self.handshake_seconds.observe(took.as_secs_f64());
+                self.handshake_seconds.get_or_create(&[reporter(direction)]).observe(took.as_secs_f64());
                 ("ok", "none")
             }
             Err(reason) => ("failed", reason),
@@ -177,47 +190,17 @@ impl Metrics {
         self.trust_withdrawn.get_or_create(&[reporter(direction), ("reason", reason)]).inc();
     }
 
+    /// Forgets what is counted of workloads that have left the mesh some time ago.
+    pub fn forget(&self, now: Instant, known: &dyn Fn(&str, &str) -> bool) {
+        self.traffic.forget(now, known);
+    }
+
     /// The whole exposition, with what others count.
-    pub fn render(&self, others: &Others<'_>) -> String {
+    pub fn render(&self, others: Others) -> String {
+        self.others.set(others);
         let mut text = String::new();
         if let Err(error) = encode(&mut text, &self.registry) {
             tracing::error!(%error, "metrics could not be encoded");
-        }
-        // The kernel counts these itself; they go before the end mark that `encode` has written.
-        let mut events = String::from(
-            "# HELP marline_capture_events What the kernel program did, by event.\n# TYPE marline_capture_events counter\n",
-        );
-        for (event, count) in others.capture_events {
-            events.push_str(&format!("marline_capture_events_total{{event=\"{event}\"}} {count}\n"));
-        }
-        events.push_str("# HELP marline_access_log_dropped Access log lines that nobody took in time.\n");
-        events.push_str("# TYPE marline_access_log_dropped counter\n");
-        events.push_str(&format!("marline_access_log_dropped_total {}\n", others.log_lines_dropped));
-        events.push_str(
-            "# HELP marline_capture_map_entries Entries in the maps that the kernel program and the agent share.\n",
-        );
-        events.push_str("# TYPE marline_capture_map_entries gauge\n");
-        for (map, entries) in others.map_entries {
-            events.push_str(&format!("marline_capture_map_entries{{map=\"{map}\"}} {entries}\n"));
-        }
-        events.push_str(
-            "# HELP marline_certificate_expiry_seconds Time to the end of each certificate of a local workload.\n",
-        );
-        events.push_str(
-            "# TYPE marline_certificate_expiry_seconds gauge\n# UNIT marline_certificate_expiry_seconds seconds\n",
-        );
-        for (identity, seconds) in others.certificates {
-            // What a SPIFFE ID is made of needs no escape.
-            events.push_str(&format!("marline_certificate_expiry_seconds{{identity=\"{identity}\"}} {seconds}\n"));
-        }
-        events.push_str("# HELP marline_trust_overdue_lists Revocation lists whose next update has passed.\n");
-        events.push_str(&format!(
-            "# TYPE marline_trust_overdue_lists gauge\nmarline_trust_overdue_lists {}\n",
-            others.stale_lists
-        ));
-        match text.rfind("# EOF") {
-            Some(end) => text.insert_str(end, &events),
-            None => text.push_str(&events),
         }
         text
     }
@@ -229,16 +212,10 @@ impl Default for Metrics {
     }
 }
 
-/// Istio's label: the source's side reports outbound connections, the destination's inbound ones.
 fn reporter(direction: Direction) -> (&'static str, &'static str) {
-    ("reporter", if direction == Direction::Outbound { "source" } else { "destination" })
+    ("reporter", labels::reporter(direction))
 }
 
 fn security_policy(mode: Option<Mode>) -> (&'static str, &'static str) {
-    let value = match mode {
-        Some(Mode::Mtls) => "mutual_tls",
-        Some(Mode::Plaintext) => "none",
-        None => "unknown",
-    };
-    ("connection_security_policy", value)
+    ("connection_security_policy", labels::security_policy(mode))
 }

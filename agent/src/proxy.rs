@@ -3,7 +3,7 @@
 //! the mesh comes from `state`; who may talk to whom is `policy`'s.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex, atomic::Ordering},
@@ -14,7 +14,7 @@ use tokio::{net::TcpStream, sync::watch};
 
 use crate::{
     access_log::AccessLog,
-    bpf::{Capture, selftest::SelfTest},
+    bpf::{Capture, Hook, selftest::SelfTest},
     identity::{SpiffeId, Svid, Trust, manager::Manager},
     metrics::Metrics,
     state::{LocalPod, Snapshot, State},
@@ -32,6 +32,7 @@ mod capture;
 pub mod connections;
 pub mod direct;
 pub mod handshake;
+mod hooks;
 pub mod identify;
 mod inbound;
 pub mod offload;
@@ -84,6 +85,10 @@ pub struct Context {
     pods_changed: watch::Sender<u64>,
     /// Which pod, by its path, each namespace is served for: two paths may lead to one namespace.
     served: Mutex<HashMap<NetnsCookie, PathBuf>>,
+    /// The namespaces whose pods are ready.
+    captured: Mutex<HashSet<NetnsCookie>>,
+    /// As they were found last.
+    hooks: Mutex<Vec<Hook>>,
 }
 
 /// Everything that is needed to make a proxy.
@@ -131,6 +136,8 @@ impl Proxy {
             runtime: tokio::runtime::Handle::current(),
             pods_changed: watch::Sender::new(0),
             served: Mutex::default(),
+            captured: Mutex::default(),
+            hooks: Mutex::default(),
         };
         Self { ctx: Arc::new(ctx), pods: Arc::default() }
     }
@@ -138,6 +145,7 @@ impl Proxy {
     /// Follows the state until its sender is gone.
     pub async fn run(&self) {
         tokio::spawn(vital(watchdog::run(self.ctx.clone())));
+        tokio::spawn(vital(hooks::run(self.ctx.clone())));
         tokio::spawn(vital(direct::run(self.ctx.clone())));
         let mut changes = self.ctx.state.subscribe();
         let mut trust = self.ctx.identities.trust_store().subscribe();
@@ -163,8 +171,16 @@ impl Proxy {
         pods
     }
 
-    /// Every local pod of the present state is captured and has a certificate that is valid now.
+    /// The kernel programs, as they were found a moment ago.
+    pub fn hooks(&self) -> Vec<Hook> {
+        lock(&self.ctx.hooks).clone()
+    }
+
+    /// The kernel programs are attached, and every local pod of the present state is captured and has a certificate that is valid now.
     pub fn ready(&self) -> Result<(), String> {
+        if let Some((name, why)) = hooks::missing(&lock(&self.ctx.hooks)).first() {
+            return Err(format!("the kernel program {name} does not capture any more: {why}; restart the agent"));
+        }
         let wanted = self.ctx.state.load();
         let pods = lock(&self.pods);
         for local in &wanted.local {
@@ -261,6 +277,10 @@ impl Proxy {
 }
 
 impl Context {
+    pub fn runtime(&self) -> &tokio::runtime::Handle {
+        &self.runtime
+    }
+
     /// After a connection to, or at, this end.
     fn learn_from(&self, result: &Result<(), PumpError>, direction: Direction, end: SocketAddr) {
         if let (Some(direct), Err(PumpError::KeySpent)) = (&self.direct, result) {

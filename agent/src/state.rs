@@ -5,7 +5,7 @@
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -27,9 +27,21 @@ pub struct LocalPod {
     pub zone: Option<String>,
 }
 
+/// Where a resource stands in the configuration.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Source {
+    /// `KIND NAMESPACE/NAME`.
+    pub resource: Arc<str>,
+    pub file: Arc<Path>,
+    pub line: u64,
+}
+
 /// Everything the agent knows at one moment.
 #[derive(Debug)]
 pub struct Snapshot {
+    /// For people who look at what is in force: where it was read, and what was remarked then.
+    pub sources: Vec<Source>,
+    pub warnings: Vec<String>,
     pub policies: Policies,
     /// Ours, and those that mean the same.
     pub trust_domains: TrustDomains,
@@ -44,6 +56,9 @@ pub struct Snapshot {
     headless: HashMap<SocketAddr, Vec<Arc<Service>>>,
     /// Endpoints of services which DestinationRules ask plaintext for, and the services' ports.
     disabled: HashMap<SocketAddr, Vec<(Arc<Service>, u16)>>,
+    by_host: HashMap<String, Arc<Service>>,
+    /// The first service, by its host, that has this endpoint.
+    behind: HashMap<SocketAddr, Arc<Service>>,
 }
 
 impl Snapshot {
@@ -61,8 +76,11 @@ impl Snapshot {
                 by_address.entry(address.to_canonical()).or_insert_with(|| Arc::clone(workload));
             }
         }
-        let (services, by_virtual_address, headless, disabled) = Default::default();
+        let (services, by_virtual_address, headless, disabled, by_host, behind) = Default::default();
+        let (sources, warnings) = Default::default();
         Self {
+            sources,
+            warnings,
             policies,
             trust_domains: trust_domains.into(),
             local,
@@ -73,6 +91,8 @@ impl Snapshot {
             by_virtual_address,
             headless,
             disabled,
+            by_host,
+            behind,
         }
     }
 
@@ -80,6 +100,13 @@ impl Snapshot {
     pub fn with_services(mut self, services: Vec<Arc<Service>>) -> Self {
         let disabling = self.policies.destinations.disabling();
         for service in &services {
+            self.by_host.insert(service.host.clone(), Arc::clone(service));
+            for endpoint in service.ports.values().flatten() {
+                let first = self.behind.entry(endpoint.address).or_insert_with(|| Arc::clone(service));
+                if service.host < first.host {
+                    *first = Arc::clone(service);
+                }
+            }
             for address in &service.addresses {
                 self.by_virtual_address.insert(address.to_canonical(), Arc::clone(service));
             }
@@ -101,6 +128,16 @@ impl Snapshot {
     /// The service with this virtual address.
     pub fn service(&self, address: IpAddr) -> Option<&Arc<Service>> {
         self.by_virtual_address.get(&address.to_canonical())
+    }
+
+    /// The service of this host.
+    pub fn service_called(&self, host: &str) -> Option<&Arc<Service>> {
+        self.by_host.get(host)
+    }
+
+    /// A service that the endpoint at this address is one of: of several, the first by its host.
+    pub fn service_behind(&self, endpoint: SocketAddr) -> Option<&Arc<Service>> {
+        self.behind.get(&SocketAddr::new(endpoint.ip().to_canonical(), endpoint.port()))
     }
 
     /// The service that a client's connection to an address is for, and what DestinationRules say of it.
@@ -142,7 +179,7 @@ impl Snapshot {
         &self.workloads
     }
 
-    /// Whether both say the same, whatever their generations.
+    /// Whether both say the same, whatever their generations and the places in which they say it.
     pub fn describes_the_same_as(&self, other: &Self) -> bool {
         self.policies == other.policies
             && self.trust_domains == other.trust_domains

@@ -1,6 +1,8 @@
 //! Socket and kernel calls, behind safe functions.
+pub mod bpf_link;
 pub mod clock;
 pub mod diag;
+pub mod memory;
 pub mod netns;
 pub mod options;
 pub mod pass;

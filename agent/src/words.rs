@@ -29,6 +29,15 @@ pub enum Mode {
     Plaintext,
 }
 
+impl Mode {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Mtls => "mtls",
+            Self::Plaintext => "plaintext",
+        }
+    }
+}
+
 /// Which way a connection's bytes take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]

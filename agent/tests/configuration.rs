@@ -4,7 +4,7 @@
 use std::{fs, net::IpAddr, path::Path, time::Duration};
 
 use marline::{
-    config::{self, AccessLogFormat, CaSource, ConfigErrors, Finding, Loaded, PumpMode, RecordsMode},
+    config::{self, AccessLogFilter, AccessLogFormat, CaSource, ConfigErrors, Finding, Loaded, PumpMode, RecordsMode},
     policy::MtlsMode,
 };
 use proptest::prelude::*;
@@ -89,7 +89,19 @@ spec:
   admin: {address: \"[::1]:1\"}
   metrics: {address: \"0.0.0.0:2\"}
   readiness: {address: \"127.0.0.1:3\"}
-  accessLog: {path: /var/log/x, format: text}
+  accessLog:
+    path: /var/log/x
+    format: text
+    sample: 2.5%
+    filter:
+      directions: [inbound]
+      verdicts: [allowed, refused]
+      modes: [mtls]
+      paths: [proxied, direct]
+      namespaces: [shop]
+      workloads: [shop/web, db]
+      minDuration: 1s
+      minBytes: 1Ki
   timeouts: {connect: 1s, handshake: 2500ms, deadPeer: 3m}
 ",
     )]);
@@ -104,7 +116,18 @@ spec:
     );
     assert_eq!((agent.admin.port(), agent.metrics.port(), agent.readiness.port()), (1, 2, 3));
     assert_eq!(agent.access_log.path.as_deref(), Some(Path::new("/var/log/x")));
-    assert_eq!(agent.access_log.format, AccessLogFormat::Text);
+    assert_eq!((agent.access_log.format, agent.access_log.sample), (AccessLogFormat::Text, 0.025));
+    let filter = AccessLogFilter {
+        directions: vec!["inbound"],
+        verdicts: vec!["allowed", "refused"],
+        modes: vec!["mtls"],
+        paths: vec!["proxied", "direct"],
+        namespaces: vec!["shop".into()],
+        workloads: vec!["shop/web".into(), "db".into()],
+        min_duration: Duration::from_secs(1),
+        min_bytes: 1024,
+    };
+    assert_eq!(agent.access_log.filter, filter);
     assert_eq!(agent.timeouts.connect, Duration::from_secs(1));
     assert_eq!(agent.timeouts.handshake, Duration::from_millis(2_500));
     assert_eq!(agent.timeouts.dead_peer, Duration::from_secs(180));
@@ -382,6 +405,25 @@ fn every_fault_is_named_with_file_line_field_and_reason() {
         (
             agent("  metrics: {address: \"127.0.0.1:15000\"}\n"),
             vec![(6, "spec.metrics", "is the address of admin too")],
+        ),
+        (agent("  admin: {address: \"0.0.0.0:15000\"}\n"), vec![(6, "spec.admin", "can be reached from other hosts")]),
+        (agent("  admin: {address: \"10.0.0.1:15000\"}\n"), vec![(6, "spec.admin", "can be reached from other hosts")]),
+        (agent("  admin: {address: \"[::]:15000\"}\n"), vec![(6, "spec.admin", "can be reached from other hosts")]),
+        (agent("  accessLog: {sample: 10}\n"), vec![(6, "spec.accessLog.sample", "must be a text")]),
+        (agent("  accessLog: {sample: 101%}\n"), vec![(6, "spec.accessLog.sample", "is not a share")]),
+        (agent("  accessLog: {sample: NaN%}\n"), vec![(6, "spec.accessLog.sample", "is not a share")]),
+        (agent("  accessLog: {smaple: 10%}\n"), vec![(6, "spec.accessLog.smaple", "not known")]),
+        (agent("  accessLog: {filter: {mode: [mtls]}}\n"), vec![(6, "spec.accessLog.filter.mode", "not known")]),
+        (
+            agent("  accessLog: {filter: {verdicts: [denied]}}\n"),
+            vec![(6, "spec.accessLog.filter.verdicts", "\"denied\" is not known")],
+        ),
+        (
+            agent("  accessLog: {filter: {minBytes: lots, minDuration: 5}}\n"),
+            vec![
+                (6, "spec.accessLog.filter.minDuration", "must be a text"),
+                (6, "spec.accessLog.filter.minBytes", "not a number of bytes"),
+            ],
         ),
         (agent("  accessLog: {path: log.json}\n"), vec![(6, "spec.accessLog.path", "not an absolute path")]),
         (agent("  timeouts:\n    connect: 10\n"), vec![(7, "spec.timeouts.connect", "must be a text")]),

@@ -379,16 +379,9 @@ async fn files_that_do_not_prove_themselves_are_refused_and_good_ones_take_their
             let count = |text: &str, result: &str, wanted: u32| {
                 wanted == 0 || text.contains(&format!("marline_trust_reloads_total{{result=\"{result}\"}} {wanted}"))
             };
-            let others = marline::metrics::Others {
-                capture_events: &[],
-                map_entries: &[],
-                log_lines_dropped: 0,
-                certificates: &[],
-                stale_lists: 0,
-            };
             let told = async {
                 loop {
-                    let text = metrics.render(&others);
+                    let text = metrics.render(Default::default());
                     if count(&text, "accepted", accepted) && count(&text, "rejected", rejected) {
                         return;
                     }

@@ -62,7 +62,11 @@ pub struct Entry {
     pub path_reason: Option<String>,
     pub verdict: Verdict,
     pub reason: Option<String>,
+    pub policy: Option<String>,
     pub close: Option<String>,
+    /// In Envoy's letters.
+    #[serde(default)]
+    pub response_flags: String,
     pub bytes_sent: u64,
     pub bytes_received: u64,
     pub duration_ms: serde_json::Value,

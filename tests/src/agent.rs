@@ -19,6 +19,7 @@ use crate::{
     cluster::{Side, remains},
     config::{Settings, TRUST_DOMAIN},
     http,
+    metrics::Exposition,
     process::{Place, Process, output, succeed},
     wait::{Look, seconds, wait_for},
 };
@@ -205,6 +206,27 @@ impl Agent {
     /// All metrics in their text form.
     pub fn metrics(&self) -> Result<String> {
         Ok(self.get(METRICS, "/metrics")?.body)
+    }
+
+    /// All metrics, as a strict reader finds them.
+    pub fn exposition(&self) -> Result<Exposition> {
+        let text = self.metrics()?;
+        Exposition::parse(&text).with_context(|| format!("the metrics of agent {}", self.side.letter()))
+    }
+
+    /// The answer of its admin address.
+    pub fn admin(&self, path: &str) -> Result<http::Response> {
+        self.get(ADMIN, path)
+    }
+
+    /// Sends bytes to its admin address from inside the node, and gives all that comes back.
+    pub fn admin_raw(&self, request: &str) -> Result<String> {
+        http::raw(&self.place.netns, SocketAddr::from((Ipv4Addr::LOCALHOST, ADMIN)), request)
+    }
+
+    /// What its readiness address says.
+    pub fn readiness(&self) -> Result<http::Response> {
+        self.get(READINESS, "/readyz")
     }
 
     /// How far it has come with its configuration.

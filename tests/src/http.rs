@@ -24,12 +24,22 @@ pub fn get(netns: &Path, address: SocketAddr, path: &str) -> Result<Response> {
     parse(&text).ok_or_else(|| anyhow!("GET http://{address}{path} was not answered in HTTP: {text:?}"))
 }
 
+/// Sends a request as it is, to `address` in the namespace, and gives all that comes back.
+pub fn raw(netns: &Path, address: SocketAddr, request: &str) -> Result<String> {
+    let text = crate::netns::inside(netns, || send(address, request))?;
+    text.with_context(|| format!("asking {address} in {}", netns.display()))
+}
+
 fn exchange(address: SocketAddr, path: &str) -> std::io::Result<String> {
+    // HTTP/1.0: the answer ends where the connection ends, without chunks.
+    send(address, &format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n"))
+}
+
+fn send(address: SocketAddr, request: &str) -> std::io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
-    // HTTP/1.0: the answer ends where the connection ends, without chunks.
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
+    stream.write_all(request.as_bytes())?;
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())

@@ -17,6 +17,7 @@ pub mod direct;
 pub mod flow;
 pub mod http;
 pub mod keeper;
+pub mod metrics;
 pub mod netns;
 pub mod process;
 pub mod rotation;

@@ -48,11 +48,8 @@ fn ten_thousand_connections_leave_no_descriptor_no_map_entry_and_no_memory_behin
             let found = clients(&maps(cluster, cluster.agent(server.side)?))?;
             Ok(if found == 1 { Look::Done(()) } else { Look::NotYet(format!("{found} entries")) })
         })?;
-        let shown = cluster.agent(server.side)?.metrics()?;
-        ensure!(
-            shown.contains("marline_capture_map_entries{map=\"clients\"} 1\n"),
-            "the metrics say otherwise: {shown}"
-        );
+        let shown = cluster.agent(server.side)?.exposition()?.sum("marline_capture_map_entries", &[("map", "clients")]);
+        ensure!(shown == 1.0, "the metrics say otherwise: {shown}");
         drop(drinker);
         spout.kill()?;
 

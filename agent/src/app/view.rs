@@ -1,19 +1,81 @@
 //! What `admin` shows, gathered from the rooms that know it.
 
-use std::sync::{Arc, atomic::Ordering};
+mod configuration;
+mod policies;
+mod process;
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    time::Instant,
+};
 
 use serde_json::{Value, json};
 
 use crate::{
     admin::View,
-    metrics::{Metrics, Others},
+    config::AgentConfig,
+    logging::Levels,
+    metrics::{Metrics, Others, counted_as},
     proxy::{PodState, Proxy},
     words::with_causes,
 };
 
 pub(super) struct Gathered {
-    pub(super) proxy: Proxy,
-    pub(super) metrics: Arc<Metrics>,
+    proxy: Proxy,
+    metrics: Arc<Metrics>,
+    levels: Levels,
+    /// As it was at the start, which is what it runs with.
+    agent: AgentConfig,
+    started: Instant,
+    /// One at a time: what is counted elsewhere is put beside the metrics and then written with them.
+    rendering: Mutex<()>,
+}
+
+impl Gathered {
+    pub(super) fn new(proxy: Proxy, metrics: Arc<Metrics>, levels: Levels, agent: AgentConfig) -> Self {
+        Self { proxy, metrics, levels, agent, started: Instant::now(), rendering: Mutex::new(()) }
+    }
+
+    /// Takes what live connections have moved until now, and lets go of what is counted of workloads that have left.
+    fn catch_up(&self) {
+        let ctx = self.proxy.context();
+        for live in ctx.connections.all() {
+            live.report();
+        }
+        let snapshot = ctx.state.load();
+        let known: HashSet<(&str, &str)> =
+            snapshot.workloads().iter().map(|workload| (workload.namespace.as_str(), counted_as(workload))).collect();
+        self.metrics.forget(Instant::now(), &|namespace, workload| known.contains(&(namespace, workload)));
+    }
+
+    fn others(&self) -> Others {
+        let ctx = self.proxy.context();
+        let capture_events = ctx.capture.counters().unwrap_or_else(|error| {
+            tracing::error!("the kernel program's counters cannot be read: {}", with_causes(&error));
+            Vec::new()
+        });
+        let pods = self.proxy.pods();
+        let pods_in = |state| pods.iter().filter(|pod| pod.state == state).count() as u64;
+        let certificates = ctx.identities.list().into_iter();
+        let (trust, now) = (ctx.identities.trust(), std::time::SystemTime::now());
+        let asked = ctx.identities.counters();
+        Others {
+            certificates: certificates
+                .filter_map(|info| Some((info.id.to_string(), info.seconds_to_expiry?)))
+                .collect(),
+            certificates_issued: asked.issued,
+            certificate_failures: asked.failures,
+            stale_lists: trust.revoked().iter().filter(|list| list.is_stale(now)).count(),
+            capture_events,
+            maps: ctx.capture.occupancy().to_vec(),
+            log_lines: ctx.log.lines(),
+            ready: self.proxy.ready().is_ok(),
+            pods: vec![("ready", pods_in(PodState::Ready)), ("refused", pods_in(PodState::Refused))],
+            hooks: self.proxy.hooks().into_iter().map(|hook| (hook.name, hook.missing.is_none())).collect(),
+            process: process::metrics(),
+        }
+    }
 }
 
 impl View for Gathered {
@@ -22,28 +84,9 @@ impl View for Gathered {
     }
 
     fn metrics(&self) -> String {
-        let ctx = self.proxy.context();
-        let capture_events = ctx.capture.counters().unwrap_or_else(|error| {
-            tracing::error!("the kernel program's counters cannot be read: {}", with_causes(&error));
-            Vec::new()
-        });
-        let pods = self.proxy.pods();
-        for (label, state) in [("ready", PodState::Ready), ("refused", PodState::Refused)] {
-            let count = pods.iter().filter(|pod| pod.state == state).count();
-            self.metrics.pods.get_or_create(&[("state", label)]).set(i64::try_from(count).unwrap_or(i64::MAX));
-        }
-        let certificates = ctx.identities.list().into_iter();
-        let certificates: Vec<_> =
-            certificates.filter_map(|info| Some((info.id.to_string(), info.seconds_to_expiry?))).collect();
-        let trust = ctx.identities.trust();
-        let now = std::time::SystemTime::now();
-        self.metrics.render(&Others {
-            certificates: &certificates,
-            stale_lists: trust.revoked().iter().filter(|list| list.is_stale(now)).count(),
-            capture_events: &capture_events,
-            map_entries: &ctx.capture.occupancy(),
-            log_lines_dropped: ctx.log.dropped(),
-        })
+        let _turn = self.rendering.lock().unwrap_or_else(PoisonError::into_inner);
+        self.catch_up();
+        self.metrics.render(self.others())
     }
 
     fn pods(&self) -> Value {
@@ -67,18 +110,15 @@ impl View for Gathered {
     }
 
     fn workloads(&self) -> Value {
-        let snapshot = self.proxy.context().state.load();
-        let workload = |workload: &Arc<crate::policy::Workload>| {
-            json!({
-                "namespace": workload.namespace, "name": workload.name, "identity": workload.id.to_string(),
-                "addresses": workload.addresses, "in_mesh": workload.in_mesh,
-            })
-        };
-        json!({
-            "generation": snapshot.generation,
-            "mode": snapshot.policies.authentication.mesh_mode(),
-            "workloads": snapshot.workloads().iter().map(workload).collect::<Vec<_>>(),
-        })
+        configuration::workloads(&self.proxy.context().state.load())
+    }
+
+    fn services(&self) -> Value {
+        configuration::services(&self.proxy.context().state.load())
+    }
+
+    fn policies(&self) -> Value {
+        policies::policies(&self.proxy.context().state.load())
     }
 
     fn certs(&self) -> Value {
@@ -87,5 +127,47 @@ impl View for Gathered {
 
     fn chain(&self, id: &str) -> Option<String> {
         self.proxy.context().identities.chain_pem(&id.parse().ok()?)
+    }
+
+    fn config_dump(&self) -> Value {
+        let snapshot = self.proxy.context().state.load();
+        let mut sources: Vec<_> = snapshot.sources.iter().collect();
+        sources.sort_unstable_by_key(|source| (&source.file, source.line));
+        let source = |source: &&crate::state::Source| json!({"file": source.file.display().to_string(), "line": source.line, "resource": &*source.resource});
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "generation": snapshot.generation,
+            "agent": configuration::agent(&self.agent),
+            "resources": sources.iter().map(source).collect::<Vec<_>>(),
+            "workloads": configuration::workloads(&snapshot),
+            "services": configuration::services(&snapshot),
+            "policies": policies::policies(&snapshot),
+            "certificates": self.certs(),
+            "pods": self.pods(),
+            "hooks": self.proxy.hooks().iter().map(|hook| json!({
+                "name": hook.name, "attached": hook.missing.is_none(), "missing": hook.missing,
+            })).collect::<Vec<_>>(),
+            "logging": self.logging().unwrap_or_default(),
+        })
+    }
+
+    fn runtime(&self) -> Value {
+        let ctx = self.proxy.context();
+        process::runtime(self.started, ctx.runtime(), ctx.connections.all().len())
+    }
+
+    fn logging(&self) -> Result<String, String> {
+        self.levels.now().map_err(|error| with_causes(&error))
+    }
+
+    fn set_logging(&self, levels: Option<&str>) -> Result<String, String> {
+        let set = levels.map_or_else(|| self.levels.reset(), |levels| self.levels.add(levels));
+        match set {
+            Ok(now) => {
+                tracing::info!(levels = now, "what is logged was changed");
+                Ok(now)
+            }
+            Err(error) => Err(with_causes(&error)),
+        }
     }
 }

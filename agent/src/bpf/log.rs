@@ -8,10 +8,10 @@ use tracing::{Level, debug, enabled, error, info, trace, warn};
 
 use super::error::BpfError;
 
-/// Which statements the kernel programs carry out at all; fixed when they are loaded.
+/// Which statements the kernel programs carry out at all. That is fixed when they are loaded, and the log's level may be changed after; at
+/// `debug` they tell of refused connections only, so nothing is lost for those that are not.
 pub(super) fn level() -> u8 {
-    let level = if enabled!(target: "ebpf", Level::DEBUG) { aya_log::Level::Debug } else { aya_log::Level::Info };
-    level as u8
+    aya_log::Level::Debug as u8
 }
 
 /// Reads until the runtime ends or the handle is dropped.
@@ -47,8 +47,14 @@ impl Drop for LogReader {
 struct ToTracing;
 
 impl log::Log for ToTracing {
-    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
-        true
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        match metadata.level() {
+            log::Level::Error => enabled!(target: "ebpf", Level::ERROR),
+            log::Level::Warn => enabled!(target: "ebpf", Level::WARN),
+            log::Level::Info => enabled!(target: "ebpf", Level::INFO),
+            log::Level::Debug => enabled!(target: "ebpf", Level::DEBUG),
+            log::Level::Trace => enabled!(target: "ebpf", Level::TRACE),
+        }
     }
 
     fn log(&self, record: &log::Record<'_>) {

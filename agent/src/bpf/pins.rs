@@ -64,7 +64,7 @@ impl Pins {
         remove_if_there(&self.link(name))
     }
 
-    fn link(&self, name: &str) -> PathBuf {
+    pub(super) fn link(&self, name: &str) -> PathBuf {
         self.root.join("links").join(name)
     }
 }

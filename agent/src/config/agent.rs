@@ -14,7 +14,7 @@ use super::{
 use crate::identity::{TrustDomain, TrustDomains, TrustFiles, remote::RemoteSettings};
 
 /// What the agent is told about itself. Changes take a restart; `changed_fields` names them.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct AgentConfig {
     pub trust_domain: TrustDomain,
     /// Whom to believe beside the CA's own roots, by which names.
@@ -109,11 +109,30 @@ pub enum DirectMode {
     Off,
 }
 
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct AccessLogConfig {
     /// Standard output if there is none.
     pub path: Option<PathBuf>,
     pub format: AccessLogFormat,
+    /// The share of connections that ended well which are logged; all others are.
+    pub sample: f64,
+    pub filter: AccessLogFilter,
+}
+
+/// What is logged at all. An empty list is no condition.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct AccessLogFilter {
+    pub directions: Vec<&'static str>,
+    pub verdicts: Vec<&'static str>,
+    pub modes: Vec<&'static str>,
+    pub paths: Vec<&'static str>,
+    /// Of either end.
+    pub namespaces: Vec<String>,
+    /// Of either end: `NAME` or `NAMESPACE/NAME`.
+    pub workloads: Vec<String>,
+    /// These two do not hold back what was refused or failed.
+    pub min_duration: Duration,
+    pub min_bytes: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -193,6 +212,10 @@ pub(super) fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut 
     let pump = spec.choice(report, "pump", &pumps).unwrap_or_default();
     let direct = read_direct(&mut spec, report);
     let admin = read_address(&mut spec, report, "admin", (Ipv4Addr::LOCALHOST, 15000));
+    if !admin.ip().to_canonical().is_loopback() {
+        let message = format!("{admin} can be reached from other hosts, and whoever reaches it rules the agent");
+        spec.error(report, "admin", message, "write a loopback address, as in 127.0.0.1:15000 or [::1]:15000");
+    }
     let metrics = read_address(&mut spec, report, "metrics", (Ipv4Addr::UNSPECIFIED, 15020));
     let readiness = read_address(&mut spec, report, "readiness", (Ipv4Addr::UNSPECIFIED, 15021));
     for (name, address, others) in [
@@ -400,17 +423,64 @@ fn read_address(spec: &mut Fields<'_>, report: &mut Report, key: &'static str, d
 }
 
 fn read_access_log(spec: &mut Fields<'_>, report: &mut Report) -> AccessLogConfig {
-    let Some(mut fields) = spec.fields(report, "accessLog") else {
-        return AccessLogConfig { path: None, format: AccessLogFormat::default() };
+    let mut read = AccessLogConfig {
+        path: None,
+        format: AccessLogFormat::default(),
+        sample: 1.0,
+        filter: AccessLogFilter::default(),
     };
-    let path = match fields.text(report, "path") {
+    let Some(mut fields) = spec.fields(report, "accessLog") else { return read };
+    read.path = match fields.text(report, "path") {
         None | Some("-") => None,
         Some(path) => absolute(&fields, report, "path", path),
     };
     let formats = [("json", AccessLogFormat::Json), ("text", AccessLogFormat::Text)];
-    let format = fields.choice(report, "format", &formats).unwrap_or_default();
+    read.format = fields.choice(report, "format", &formats).unwrap_or_default();
+    if let Some(text) = fields.text(report, "sample") {
+        match parse_share(text) {
+            Some(share) => read.sample = share,
+            None => {
+                let message = format!("{text:?} is not a share");
+                fields.error(report, "sample", message, "write it from 0% to 100%, as in 10% or 0.5%");
+            }
+        }
+    }
+    if let Some(mut filter) = fields.fields(report, "filter") {
+        read.filter = AccessLogFilter {
+            directions: words(&mut filter, report, "directions", &["inbound", "outbound"]),
+            verdicts: words(&mut filter, report, "verdicts", &["allowed", "refused"]),
+            modes: words(&mut filter, report, "modes", &["mtls", "plaintext"]),
+            paths: words(&mut filter, report, "paths", &["direct", "proxied"]),
+            namespaces: filter.strings(report, "namespaces").into_iter().map(str::to_owned).collect(),
+            workloads: filter.strings(report, "workloads").into_iter().map(str::to_owned).collect(),
+            min_duration: filter.duration(report, "minDuration", Duration::ZERO).unwrap_or_default(),
+            min_bytes: filter.quantity(report, "minBytes").unwrap_or_default(),
+        };
+        filter.finish(report, Unknown::Error);
+    }
     fields.finish(report, Unknown::Error);
-    AccessLogConfig { path, format }
+    read
+}
+
+/// Some of a few words.
+fn words(fields: &mut Fields<'_>, report: &mut Report, key: &'static str, known: &[&'static str]) -> Vec<&'static str> {
+    let mut found = Vec::new();
+    for text in fields.strings(report, key) {
+        match known.iter().find(|known| **known == text) {
+            Some(known) => found.push(*known),
+            None => {
+                let hint = format!("write one of {}", known.join(", "));
+                fields.error(report, key, format!("{text:?} is not known here"), hint);
+            }
+        }
+    }
+    found
+}
+
+/// `10%` is a tenth.
+fn parse_share(text: &str) -> Option<f64> {
+    let percent: f64 = text.strip_suffix('%')?.trim_end().parse().ok()?;
+    (0.0..=100.0).contains(&percent).then_some(percent / 100.0)
 }
 
 fn read_timeouts(spec: &mut Fields<'_>, report: &mut Report) -> Timeouts {

@@ -90,6 +90,16 @@ impl Authentication {
         compiled
     }
 
+    /// All that have an effect.
+    pub fn written(&self) -> impl Iterator<Item = &PeerAuthentication> {
+        self.mesh.iter().chain(self.namespaces.values()).chain(self.workloads.iter())
+    }
+
+    /// The name of the one that selects a workload by its labels.
+    pub fn selecting(&self, workload: &Workload) -> Option<&PolicyName> {
+        self.of_workload(workload).map(|policy| &policy.header.name)
+    }
+
     pub(super) fn len(&self) -> usize {
         usize::from(self.mesh.is_some()) + self.namespaces.len() + self.workloads.len()
     }

@@ -106,6 +106,11 @@ impl DestinationRules {
         Self(namespaces)
     }
 
+    /// All rules.
+    pub fn written(&self) -> impl Iterator<Item = &DestinationRule> {
+        self.0.values().flatten()
+    }
+
     /// The rules with a say on a client's connections to a service, in order of precedence: the first counts, and it alone.
     pub fn asked<'a>(
         &'a self,

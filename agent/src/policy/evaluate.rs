@@ -68,6 +68,17 @@ struct Compiled {
     action: Action,
     dry_run: bool,
     rules: Vec<CompiledRule>,
+    /// As they were written.
+    written: Vec<Rule>,
+}
+
+/// A policy as it was written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Written<'a> {
+    pub header: &'a Header,
+    pub action: Action,
+    pub dry_run: bool,
+    pub rules: &'a [Rule],
 }
 
 #[derive(PartialEq, Debug)]
@@ -111,6 +122,7 @@ impl Authorization {
         let compile = |policy: AuthorizationPolicy| Compiled {
             action: policy.action,
             dry_run: policy.dry_run,
+            written: policy.rules.clone(),
             rules: policy
                 .rules
                 .into_iter()
@@ -124,6 +136,21 @@ impl Authorization {
 
     pub(super) fn len(&self) -> usize {
         self.index.len()
+    }
+
+    /// All policies, the oldest first.
+    pub fn written(&self) -> impl Iterator<Item = Written<'_>> {
+        self.index.iter().map(|policy| Written {
+            header: &policy.header,
+            action: policy.action,
+            dry_run: policy.dry_run,
+            rules: &policy.written,
+        })
+    }
+
+    /// The names of those that apply to a workload.
+    pub fn applying(&self, workload: &Workload) -> impl Iterator<Item = &PolicyName> {
+        self.index.applying(workload).into_iter().map(|policy| &policy.header.name)
     }
 
     pub fn decide(&self, destination: &Workload, attempt: &Attempt<'_>) -> Decision<'_> {

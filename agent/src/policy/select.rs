@@ -116,6 +116,10 @@ impl<T: Selective> Index<T> {
         found.into_iter().filter_map(|at| self.items.get(at)).collect()
     }
 
+    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
+        self.items.iter()
+    }
+
     pub(super) fn len(&self) -> usize {
         self.items.len()
     }

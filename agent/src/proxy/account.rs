@@ -1,10 +1,7 @@
 //! One record per connection, written when its account is dropped, whatever the way it ended: to the metrics and to the access
 //! log. The facts are gathered by the stages as they learn them.
 
-use std::{
-    sync::{Arc, atomic::Ordering},
-    time::SystemTime,
-};
+use std::{sync::Arc, time::SystemTime};
 
 use super::{
     Context,
@@ -16,13 +13,15 @@ use super::{
 };
 use crate::{
     access_log::{AccessLog, Record},
-    metrics::Metrics,
+    metrics::{Ended, Metrics, Progress, ResponseFlags, Seen},
+    state::State,
     words::{Direction, Endpoint, Mode, Path, with_causes},
 };
 
 pub struct Account {
     pub live: Arc<Live>,
     connections: Connections,
+    state: State,
     metrics: Arc<Metrics>,
     log: AccessLog,
     end: End,
@@ -47,30 +46,25 @@ enum End {
 }
 
 impl Account {
-    pub fn open(connections: &Connections, metrics: &Arc<Metrics>, log: &AccessLog, direction: Direction) -> Self {
-        let mut account = Self::attempt(connections, metrics, log, direction);
+    pub fn open(ctx: &Context, direction: Direction) -> Self {
+        let mut account = Self::attempt(ctx, direction);
         account.count();
         account
     }
 
     /// Of something that may give way to the proxied path, which then has an account of its own.
-    pub fn attempt(connections: &Connections, metrics: &Arc<Metrics>, log: &AccessLog, direction: Direction) -> Self {
-        Self::resume(connections, metrics, log, direction, SystemTime::now())
+    pub fn attempt(ctx: &Context, direction: Direction) -> Self {
+        Self::resume(ctx, direction, SystemTime::now())
     }
 
     /// Of a connection that an earlier agent has made.
-    pub fn resume(
-        connections: &Connections,
-        metrics: &Arc<Metrics>,
-        log: &AccessLog,
-        direction: Direction,
-        since: SystemTime,
-    ) -> Self {
+    pub fn resume(ctx: &Context, direction: Direction, since: SystemTime) -> Self {
         Self {
-            live: connections.open(direction, since),
-            connections: connections.clone(),
-            metrics: metrics.clone(),
-            log: log.clone(),
+            live: ctx.connections.open(direction, since),
+            connections: ctx.connections.clone(),
+            state: ctx.state.clone(),
+            metrics: ctx.metrics.clone(),
+            log: ctx.log.clone(),
             end: End::Abandoned,
             load: None,
             counted: false,
@@ -80,8 +74,33 @@ impl Account {
     /// An attempt has become a connection.
     pub fn count(&mut self) {
         if !std::mem::replace(&mut self.counted, true) {
-            self.metrics.opened(self.live.direction);
+            self.metrics.pending.inc();
         }
+    }
+
+    /// It is known who talks to whom: from here on it counts as opened. What was moved until now was counted by an earlier agent.
+    fn opened(&self, established: bool) {
+        if self.live.is_counted() {
+            return;
+        }
+        let facts = self.live.facts();
+        let seen = Seen {
+            direction: self.live.direction,
+            source: &facts.source,
+            destination: &facts.destination,
+            service: facts.service.as_deref(),
+            mode: facts.mode.or(facts.tls.as_ref().map(|_| Mode::Mtls)),
+            proved: facts.proved.as_ref(),
+        };
+        let since = Progress { updates_sent: 0, updates_received: 0, ..self.live.progress() };
+        let established = facts.mode.filter(|_| established);
+        self.live.count(self.metrics.opened(&self.state.load(), &seen, established, since));
+        self.metrics.pending.dec();
+    }
+
+    /// A direct connection that an earlier agent has made, and of which all is known that it left.
+    pub fn adopted(&self) {
+        self.opened(true);
     }
 
     /// It is on its way there. An endpoint of a service counts it for as long as this lives.
@@ -103,6 +122,7 @@ impl Account {
             facts.path = Some(Path::Direct);
             facts.path_reason = None;
         });
+        self.opened(true);
         self.metrics.carried(self.live.direction, Mode::Mtls, records, Path::Direct, None);
     }
 
@@ -122,6 +142,10 @@ impl Account {
             facts.path = Some(Path::Proxied);
             why = facts.path_reason;
         });
+        if let Some(session) = records.session() {
+            self.live.keyed_by(session);
+        }
+        self.opened(true);
         self.metrics.carried(self.live.direction, mode, records.name_in(mode), Path::Proxied, why);
     }
 
@@ -172,11 +196,19 @@ impl Drop for Account {
             End::Closed => ("allowed", None, "closed".to_owned()),
             End::Failed { reason, text } => ("allowed", Some(*reason), text.clone()),
         };
-        let sent = self.live.moved.sent.load(Ordering::Relaxed);
-        let received = self.live.moved.received.load(Ordering::Relaxed);
-        self.metrics.closed(self.live.direction, facts.mode, verdict, reason, sent, received);
+        let (direction, refused) = (self.live.direction, verdict == "refused");
+        let flags = ResponseFlags::of(direction, refused, reason);
+        // What was refused is opened and closed at once.
+        self.opened(false);
+        let progress = self.live.progress();
+        if let Some(open) = self.live.counted() {
+            open.close(flags, progress);
+        }
+        let policy = facts.policy.as_deref();
+        self.metrics.ended(direction, &Ended { mode: facts.mode, verdict, reason, policy });
         self.log.write(&Record {
             time: self.live.since,
+            end: SystemTime::now(),
             direction: self.live.direction,
             source: &facts.source,
             destination: &facts.destination,
@@ -192,8 +224,9 @@ impl Drop for Account {
             audit: facts.audit.as_deref(),
             dry_run: facts.dry_run.as_deref(),
             close: &close,
-            bytes_sent: sent,
-            bytes_received: received,
+            response_flags: flags,
+            bytes_sent: progress.sent,
+            bytes_received: progress.received,
             duration_ms: u64::try_from(self.live.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             tls: facts.tls.as_ref(),
         });

@@ -17,7 +17,9 @@ use tokio::{net::TcpStream, sync::watch};
 use super::pump::Moved;
 use crate::{
     identity::{SpiffeId, trust::Voucher},
+    metrics::{Open, Progress},
     policy::Workload,
+    tls::records::Session,
     words::{Direction, Endpoint, Mode, Path, PumpKind, TlsFacts},
 };
 
@@ -71,6 +73,9 @@ pub struct Live {
     facts: Mutex<Facts>,
     revoke: watch::Sender<Option<&'static str>>,
     wire: Mutex<Option<std::sync::Weak<TcpStream>>>,
+    /// From when it is counted as opened until it is as closed.
+    counted: Mutex<Option<Open>>,
+    session: OnceLock<Arc<Session>>,
     /// How a connection is ended that the agent does not hold.
     sever: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
@@ -90,6 +95,40 @@ impl Live {
 
     pub fn wire(&self) -> Option<Arc<TcpStream>> {
         lock(&self.wire).as_ref().and_then(std::sync::Weak::upgrade)
+    }
+
+    /// Counts what it has moved since the last time, if it is counted.
+    pub fn report(&self) {
+        if let Some(open) = &*lock(&self.counted) {
+            open.report(self.progress());
+        }
+    }
+
+    pub fn count(&self, open: Open) {
+        *lock(&self.counted) = Some(open);
+    }
+
+    pub fn counted(&self) -> Option<Open> {
+        lock(&self.counted).take()
+    }
+
+    pub fn is_counted(&self) -> bool {
+        lock(&self.counted).is_some()
+    }
+
+    /// Where changes of its keys are counted.
+    pub fn keyed_by(&self, session: &Arc<Session>) {
+        let _ = self.session.set(session.clone());
+    }
+
+    pub fn progress(&self) -> Progress {
+        let (updates_sent, updates_received) = self.session.get().map(|session| session.updates()).unwrap_or_default();
+        Progress {
+            sent: self.moved.sent.load(Ordering::Relaxed),
+            received: self.moved.received.load(Ordering::Relaxed),
+            updates_sent,
+            updates_received,
+        }
     }
 
     /// Ends the connection by a reset, for the reason given.
@@ -139,6 +178,8 @@ impl Connections {
             facts: Mutex::default(),
             revoke: watch::Sender::new(None),
             wire: Mutex::new(None),
+            counted: Mutex::new(None),
+            session: OnceLock::new(),
             sever: OnceLock::new(),
         });
         lock(&self.live).insert(live.id, live.clone());

@@ -41,7 +41,7 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
         Ok(local) => local,
         Err(error) => return tracing::debug!(%error, "an accepted connection was gone at once"),
     };
-    let account = Account::open(&ctx.connections, &ctx.metrics, &ctx.log, Direction::Inbound);
+    let account = Account::open(&ctx, Direction::Inbound);
     account.live.learn(|facts| {
         facts.destination = identify::of(Some(&pod.workload), local);
         facts.served = Some(pod.workload.clone());

@@ -76,6 +76,13 @@ impl Records {
         }
     }
 
+    pub fn session(&self) -> Option<&Arc<Session>> {
+        match self {
+            Self::Plain(_) => None,
+            Self::Kernel { session, .. } | Self::Userspace { session, .. } => Some(session),
+        }
+    }
+
     /// How the two ends tell each other that a stream is over.
     pub fn ending(&self) -> Ending {
         match self {

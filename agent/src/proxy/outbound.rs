@@ -34,7 +34,7 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, app: TcpStream, clie
         Ok((origin, _)) if ctx.selftest.claim_outbound(pod.netns.cookie(), origin.0) => return,
         origin => origin,
     };
-    let mut account = Account::open(&ctx.connections, &ctx.metrics, &ctx.log, Direction::Outbound);
+    let mut account = Account::open(&ctx, Direction::Outbound);
     account.live.learn(|facts| facts.source = identify::of(Some(&pod.workload), seen_by_app(&pod, client)));
     if let (Some(direct), Ok((_, socket))) = (&ctx.direct, &origin) {
         let why = direct.why(pod.netns.cookie(), *socket);

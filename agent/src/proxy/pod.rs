@@ -242,6 +242,7 @@ async fn serve(
     }
     enrolment.ready()?;
     let enrolled = Enrolled::new(ctx, &pod).await;
+    let captured = Captured::new(ctx, pod.netns.cookie());
     status.set(PodState::Ready, None);
     ctx.pods_changed.send_modify(|count| *count += 1);
     tracing::info!(pod = %local.netns.display(), identity = %local.workload.id, "pod is captured");
@@ -258,7 +259,7 @@ async fn serve(
             }
         }
     };
-    drop(enrolled);
+    drop((enrolled, captured));
     status.set(PodState::Refused, Some("being enrolled anew".into()));
     enrolment.hold()?;
     Ok(left)
@@ -296,6 +297,22 @@ impl<'a> Served<'a> {
 impl Drop for Served<'_> {
     fn drop(&mut self) {
         lock(&self.0.served).remove(&self.1);
+    }
+}
+
+/// That a pod is ready, and its namespace's hook must be there, as long as it lives.
+struct Captured<'a>(&'a Context, NetnsCookie);
+
+impl<'a> Captured<'a> {
+    fn new(ctx: &'a Context, cookie: NetnsCookie) -> Self {
+        lock(&ctx.captured).insert(cookie);
+        Self(ctx, cookie)
+    }
+}
+
+impl Drop for Captured<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.captured).remove(&self.1);
     }
 }
 

@@ -32,7 +32,8 @@ pub const DEAD_PEER: &str = "the peer's host does not answer any more";
 /// How long an application may take to read what came before a reset.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// Bytes moved so far, as the application counts them.
+/// Bytes moved so far, as the application counts them: `received` what its socket has taken, `sent` what the wire's has (where records are
+/// made here, in whole records). So after any end the receiver's agent has not counted more than the sender's.
 #[derive(Debug, Default)]
 pub struct Moved {
     pub sent: AtomicU64,
@@ -248,11 +249,45 @@ impl Budget {
     }
 }
 
+/// What is counted of what a socket takes, part by part: the counts are right also if the rest never goes.
+enum Taken<'a> {
+    Nothing,
+    Bytes(&'a AtomicU64),
+    /// Whole records, by their length and that of their plaintext; the last first.
+    Records {
+        counter: &'a AtomicU64,
+        left: Vec<(usize, usize)>,
+        partly: usize,
+    },
+}
+
+impl Taken<'_> {
+    fn took(&mut self, bytes: usize) {
+        match self {
+            Self::Nothing => {}
+            Self::Bytes(counter) => add(counter, bytes),
+            Self::Records { counter, left, partly } => {
+                *partly += bytes;
+                while let Some((_, plaintext)) = left.pop_if(|(record, _)| {
+                    let whole = *record <= *partly;
+                    *partly -= if whole { *record } else { 0 };
+                    whole
+                }) {
+                    add(counter, plaintext);
+                }
+            }
+        }
+    }
+}
+
 /// Writes all of `data`, waiting where the socket takes no more.
-async fn send_all(to: &TcpStream, mut data: &[u8]) -> io::Result<()> {
+async fn send_all(to: &TcpStream, mut data: &[u8], mut taken: Taken<'_>) -> io::Result<()> {
     while !data.is_empty() {
         match to.try_io(Interest::WRITABLE, || socket::send(to, data)) {
-            Ok(sent) => data = &data[sent..],
+            Ok(sent) => {
+                taken.took(sent);
+                data = &data[sent..];
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
@@ -262,10 +297,13 @@ async fn send_all(to: &TcpStream, mut data: &[u8]) -> io::Result<()> {
 }
 
 /// As `send_all`, for several pieces at once.
-async fn send_all_vectored(to: &TcpStream, mut pieces: &mut [io::IoSlice<'_>]) -> io::Result<()> {
+async fn send_all_vectored(to: &TcpStream, mut pieces: &mut [io::IoSlice<'_>], mut taken: Taken<'_>) -> io::Result<()> {
     while !pieces.is_empty() {
         match to.try_write_vectored(pieces) {
-            Ok(sent) => io::IoSlice::advance_slices(&mut pieces, sent),
+            Ok(sent) => {
+                taken.took(sent);
+                io::IoSlice::advance_slices(&mut pieces, sent);
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),

@@ -4,7 +4,7 @@
 
 use std::sync::{
     Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use rustls::{
@@ -148,19 +148,23 @@ pub struct Session {
     schedule: Mutex<Schedule>,
     /// The peer asked for new keys from us: sent before the next application data.
     update_wanted: AtomicBool,
+    updates_sent: AtomicU64,
+    updates_received: AtomicU64,
 }
 
 impl Session {
     pub fn new(suite: SupportedCipherSuite, ending: Ending, schedule: Schedule) -> Self {
-        Self { suite, ending, schedule: Mutex::new(schedule), update_wanted: AtomicBool::new(false) }
+        let (update_wanted, updates_sent, updates_received) = Default::default();
+        Self { suite, ending, schedule: Mutex::new(schedule), update_wanted, updates_sent, updates_received }
     }
 
     pub fn next_transmit(&self) -> Result<(u64, ConnectionTrafficSecrets), RecordError> {
-        match &mut *self.schedule() {
+        let secrets = match &mut *self.schedule() {
             Schedule::Client(connection) => connection.update_tx_secret(),
             Schedule::Server(connection) => connection.update_tx_secret(),
-        }
-        .map_err(RecordError::KeyUpdate)
+        };
+        self.updates_sent.fetch_add(u64::from(secrets.is_ok()), Ordering::Relaxed);
+        secrets.map_err(RecordError::KeyUpdate)
     }
 
     /// After the peer's KeyUpdate.
@@ -168,11 +172,17 @@ impl Session {
         if self.ending == Ending::Fin {
             return Err(RecordError::KeyUpdateNotAgreed);
         }
-        match &mut *self.schedule() {
+        let secrets = match &mut *self.schedule() {
             Schedule::Client(connection) => connection.update_rx_secret(),
             Schedule::Server(connection) => connection.update_rx_secret(),
-        }
-        .map_err(RecordError::KeyUpdate)
+        };
+        self.updates_received.fetch_add(u64::from(secrets.is_ok()), Ordering::Relaxed);
+        secrets.map_err(RecordError::KeyUpdate)
+    }
+
+    /// How often the keys were changed: ours, and the peer's.
+    pub fn updates(&self) -> (u64, u64) {
+        (self.updates_sent.load(Ordering::Relaxed), self.updates_received.load(Ordering::Relaxed))
     }
 
     pub fn want_update(&self) {

@@ -14,15 +14,16 @@ pub(crate) struct Finding {
 }
 
 /// The agent's rooms and those that each may use. Dependencies point one way; nobody but `app` uses `proxy`.
-const ROOMS: [(&str, &[&str]); 17] = [
+const ROOMS: [(&str, &[&str]); 18] = [
     ("words", &[]),
+    ("logging", &[]),
     ("sys", &[]),
     ("identity", &["words"]),
     ("policy", &["identity"]),
     ("state", &["policy", "identity"]),
     ("config", &["state", "policy", "identity"]),
     ("metrics", &["words", "state", "policy", "identity", "sys"]),
-    ("access_log", &["words", "state", "policy", "identity", "metrics", "sys"]),
+    ("access_log", &["words", "config", "state", "policy", "identity", "metrics", "sys"]),
     ("tls", &["sys", "identity"]),
     ("keeper", &["words", "sys"]),
     ("control", &["words", "config", "state", "policy", "identity", "metrics"]),
@@ -41,6 +42,7 @@ const ROOMS: [(&str, &[&str]); 17] = [
             "control",
             "identity",
             "keeper",
+            "logging",
             "metrics",
             "policy",
             "proxy",
@@ -49,7 +51,10 @@ const ROOMS: [(&str, &[&str]); 17] = [
             "tls",
         ],
     ),
-    ("cli", &["words", "app", "bpf", "ca", "config", "control", "identity", "keeper", "policy", "state", "sys"]),
+    (
+        "cli",
+        &["words", "app", "bpf", "ca", "config", "control", "identity", "keeper", "logging", "policy", "state", "sys"],
+    ),
 ];
 
 /// What a pure room must not touch: decisions are made from what they are given.

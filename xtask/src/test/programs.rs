@@ -38,7 +38,10 @@ const SUITES: &[(&str, &[Need])] = &[
     ("direct_limits", &[PYTHON]),
     ("direct_programs_sockets", &[PYTHON]),
     ("direct_transfer", &[PYTHON]),
+    ("mesh_counters", &[PYTHON]),
+    ("native_monitoring", &[PYTHON, need("prometheus", "prometheus"), need("promtool", "prometheus")]),
     ("native_reloads", &[PYTHON]),
+    ("native_visibility", &[PYTHON]),
     (
         "direct_web",
         &[need("wrk", "wrk"), need("h2load", "nghttp2-client"), need("haproxy", "haproxy"), need("curl", "curl")],

@@ -199,7 +199,7 @@ impl Try<'_> {
         let last = targets.len() - 1;
         let Ok(until) = self.deadline(&socket) else { return Outcome::Left(Why::Agent) };
         for (number, target) in targets.iter().enumerate() {
-            let mut account = Account::attempt(&ctx.connections, &ctx.metrics, &ctx.log, Direction::Outbound);
+            let mut account = Account::attempt(ctx, Direction::Outbound);
             account.aims_at(ctx, target);
             let Some(asked) = parts::like(self.asked, target.address) else {
                 return Outcome::Left(Why::AddressFamily);

@@ -148,11 +148,12 @@ pub(super) async fn adopt(ctx: &Arc<Context>, pod: &Arc<Pod>) -> io::Result<()> 
         let served = (kept.direction == Direction::Inbound).then(|| pod.workload.clone());
         let account = kept.account(ctx);
         account.live.learn(|facts| facts.served = served);
-        if socket.is_none() {
+        let Some(socket) = socket else {
             forget(ctx, cookie);
             account.unobserved();
             continue;
-        }
+        };
+        ends.adopt(&account, socket);
         let live = account.live.clone();
         direct.watch.enter(Live::new(account, pod.netns.cookie(), ends));
         watch::supervise(ctx, pod, &live, ends);
@@ -188,7 +189,7 @@ impl Kept {
     /// The account goes on where the earlier agent has left it.
     fn account(self, ctx: &Context) -> Account {
         let since = SystemTime::UNIX_EPOCH + Duration::from_secs(self.since);
-        let mut account = Account::resume(&ctx.connections, &ctx.metrics, &ctx.log, self.direction, since);
+        let mut account = Account::resume(ctx, self.direction, since);
         account.count();
         account.live.learn(|facts| self.teach(facts));
         account

@@ -51,6 +51,14 @@ impl Ends {
         moved.received.store(payload.received.saturating_sub(self.received), Ordering::Relaxed);
     }
 
+    /// Goes on counting where an earlier agent may have left it.
+    pub fn adopt(&self, account: &Account, socket: &DiagSocket) {
+        if let Some(payload) = socket.counts.and_then(|counts| counts.payload(self.opening, None)) {
+            self.count(account, payload);
+        }
+        account.adopted();
+    }
+
     fn id(&self) -> SocketId {
         SocketId { local: self.local, remote: self.remote, cookie: self.cookie }
     }

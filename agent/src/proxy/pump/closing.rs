@@ -14,7 +14,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use rustls::SupportedCipherSuite;
 use tokio::net::TcpStream;
 
-use super::{Out, PumpError, send_all, shut, wire_lost};
+use super::{Out, PumpError, Taken, send_all, shut, wire_lost};
 use crate::{
     sys::{options, socket, tcp_info::Opening},
     tls::{
@@ -40,7 +40,7 @@ pub(super) async fn close(wire: &TcpStream, out: Out) -> Result<(), PumpError> {
         Out::Userspace { session, .. } if session.ending == Ending::Fin => {}
         Out::Userspace { mut sealer, .. } => {
             let record = sealer.seal(ALERT, &CLOSE_NOTIFY)?;
-            send_all(wire, &record).await.map_err(wire_lost)?;
+            send_all(wire, &record, Taken::Nothing).await.map_err(wire_lost)?;
         }
         Out::Kernel { session, start, given, .. } if session.ending == Ending::Fin => {
             drained(wire, session.suite, start, given).await.map_err(wire_lost)?;

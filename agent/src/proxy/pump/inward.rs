@@ -6,7 +6,7 @@ use std::io;
 use tokio::{io::Interest, net::TcpStream};
 
 use super::{
-    Budget, Burst, In, Moved, PumpError, PumpKind, READ, add,
+    Budget, Burst, In, Moved, PumpError, PumpKind, READ, Taken, add,
     buffer::{Buffer, RECORDS},
     send_all, send_all_vectored, shut, try_read, wire_lost,
 };
@@ -49,8 +49,7 @@ async fn plain(wire: &TcpStream, app: &TcpStream, moved: &Moved) -> Result<Burst
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(wire_lost(error)),
         };
-        send_all(app, &buffer[..read]).await.map_err(PumpError::Application)?;
-        add(&moved.received, read);
+        send_all(app, &buffer[..read], Taken::Bytes(&moved.received)).await.map_err(PumpError::Application)?;
         budget.spend(read).await;
     }
 }
@@ -96,7 +95,7 @@ async fn splice(
         while !pipe.is_empty() {
             match app.try_io(Interest::WRITABLE, || pipe.drain(app)) {
                 Ok(0) => return Err(PumpError::Application(io::ErrorKind::WriteZero.into())),
-                Ok(_) => {}
+                Ok(taken) => add(&moved.received, taken),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     app.writable().await.map_err(PumpError::Application)?;
                 }
@@ -104,7 +103,6 @@ async fn splice(
                 Err(error) => return Err(PumpError::Application(error)),
             }
         }
-        add(&moved.received, read);
         budget.spend(read).await;
     }
 }
@@ -129,8 +127,7 @@ async fn record(
             _ => Err(PumpError::Truncated),
         },
         Ok(Received { len, content_type: Some(APPLICATION_DATA) }) => {
-            send_all(app, &buffer[..len]).await.map_err(PumpError::Application)?;
-            add(&moved.received, len);
+            send_all(app, &buffer[..len], Taken::Bytes(&moved.received)).await.map_err(PumpError::Application)?;
             Ok(Step::Data(len))
         }
         Ok(Received { len, content_type: Some(content_type) }) => match read_control(content_type, &buffer[..len])? {
@@ -182,8 +179,8 @@ async fn userspace(
         let mut pieces: Vec<_> =
             opened.plaintext.iter().map(|range| io::IoSlice::new(&buffer[range.clone()])).collect();
         let bytes = pieces.iter().map(|piece| piece.len()).sum();
-        send_all_vectored(app, &mut pieces).await.map_err(PumpError::Application)?;
-        add(&moved.received, bytes);
+        let taken = Taken::Bytes(&moved.received);
+        send_all_vectored(app, &mut pieces, taken).await.map_err(PumpError::Application)?;
         opened.end?;
         if opened.closed {
             return Ok(Burst::Ended);

@@ -5,7 +5,7 @@ use std::io;
 use tokio::{io::Interest, net::TcpStream};
 
 use super::{
-    Budget, Burst, Moved, Out, PumpError, PumpKind, READ, add,
+    Budget, Burst, Moved, Out, PumpError, PumpKind, READ, Taken, add,
     buffer::{Buffer, PLAINTEXT},
     closing, send_all, send_all_vectored, try_read, wire_lost,
 };
@@ -43,16 +43,16 @@ async fn copy(app: &TcpStream, wire: &TcpStream, out: &mut Out, moved: &Moved) -
             Err(error) => return Err(PumpError::Application(error)),
         };
         let data = &buffer[..read];
+        let taken = Taken::Bytes(&moved.sent);
         match out {
-            Out::Plain(_) => send_all(wire, data).await.map_err(wire_lost)?,
+            Out::Plain(_) => send_all(wire, data, taken).await.map_err(wire_lost)?,
             Out::Kernel { session, sealed, given, .. } => {
                 keep_key_fresh(wire, session, sealed, read).await?;
-                send_all(wire, data).await.map_err(wire_lost)?;
+                send_all(wire, data, taken).await.map_err(wire_lost)?;
                 *given += read as u64;
             }
-            Out::Userspace { sealer, session } => seal_and_send(wire, sealer, session, data).await?,
+            Out::Userspace { sealer, session } => seal_and_send(wire, sealer, session, data, moved).await?,
         }
-        add(&moved.sent, read);
         budget.spend(read).await;
     }
 }
@@ -73,7 +73,7 @@ async fn splice(app: &TcpStream, wire: &TcpStream, out: &mut Out, moved: &Moved)
         while !pipe.is_empty() {
             match wire.try_io(Interest::WRITABLE, || pipe.drain(wire)) {
                 Ok(0) => return Err(PumpError::Wire(io::ErrorKind::WriteZero.into())),
-                Ok(_) => {}
+                Ok(taken) => add(&moved.sent, taken),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     wire.writable().await.map_err(wire_lost)?;
                 }
@@ -84,26 +84,33 @@ async fn splice(app: &TcpStream, wire: &TcpStream, out: &mut Out, moved: &Moved)
         if let Out::Kernel { given, .. } = out {
             *given += read as u64;
         }
-        add(&moved.sent, read);
         budget.spend(read).await;
     }
 }
 
-async fn seal_and_send(wire: &TcpStream, sealer: &mut Sealer, session: &Session, data: &[u8]) -> Result<(), PumpError> {
+async fn seal_and_send(
+    wire: &TcpStream,
+    sealer: &mut Sealer,
+    session: &Session,
+    data: &[u8],
+    moved: &Moved,
+) -> Result<(), PumpError> {
     let mut records = Vec::with_capacity(data.len() / MAX_PLAINTEXT + 2);
     let spent = sealer.sealed() >= session.block_limit();
     if spent && session.ending == Ending::Fin {
         return Err(PumpError::KeySpent);
     }
     if spent || session.take_update_wanted() {
-        records.push(sealer.seal(HANDSHAKE, &key_update_message(false))?);
+        records.push((sealer.seal(HANDSHAKE, &key_update_message(false))?, 0));
         *sealer = Sealer::new(session.suite, session.next_transmit()?)?;
     }
     for piece in data.chunks(MAX_PLAINTEXT) {
-        records.push(sealer.seal(APPLICATION_DATA, piece)?);
+        records.push((sealer.seal(APPLICATION_DATA, piece)?, piece.len()));
     }
-    let mut pieces: Vec<_> = records.iter().map(|record| io::IoSlice::new(record)).collect();
-    send_all_vectored(wire, &mut pieces).await.map_err(wire_lost)
+    let mut pieces: Vec<_> = records.iter().map(|(record, _)| io::IoSlice::new(record)).collect();
+    let left = records.iter().rev().map(|(record, plaintext)| (record.len(), *plaintext)).collect();
+    let taken = Taken::Records { counter: &moved.sent, left, partly: 0 };
+    send_all_vectored(wire, &mut pieces, taken).await.map_err(wire_lost)
 }
 
 /// Changes the kernel's key where the peer asked for it or the key has sealed enough. `sealed` counts cipher blocks, and rather too
