@@ -1,5 +1,7 @@
 //! What the agent shows over HTTP: readiness, metrics, and on loopback what it knows and does now. It changes nothing.
 
+pub mod status;
+
 use std::{io, net::SocketAddr, sync::Arc};
 
 use axum::{
@@ -12,7 +14,7 @@ use axum::{
 use serde_json::Value;
 use tokio::{net::TcpListener, task::JoinSet};
 
-use crate::config::AgentConfig;
+use crate::{config::AgentConfig, state::explain::Question};
 
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
@@ -29,6 +31,11 @@ pub trait View: Send + Sync + 'static {
     fn metrics(&self) -> String;
     fn pods(&self) -> Value;
     fn connections(&self) -> Value;
+    /// The last that have ended.
+    fn ended(&self) -> Value;
+    fn status(&self) -> Value;
+    /// What becomes of a connection, by what is in force now, or what is wrong with the question.
+    fn explain(&self, question: Question<'_>) -> Result<Value, String>;
     fn workloads(&self) -> Value;
     fn certs(&self) -> Value;
     /// The chain that peers are shown for an identity, in PEM.
@@ -42,6 +49,9 @@ pub async fn serve(agent: &AgentConfig, shown: &Shown) -> Result<JoinSet<Result<
     let admin = Router::new()
         .route("/pods", get(async |State(shown): State<Shown>| Json(shown.pods())))
         .route("/connections", get(async |State(shown): State<Shown>| Json(shown.connections())))
+        .route("/connections/ended", get(async |State(shown): State<Shown>| Json(shown.ended())))
+        .route("/status", get(async |State(shown): State<Shown>| Json(shown.status())))
+        .route("/explain", get(explain))
         .route("/workloads", get(async |State(shown): State<Shown>| Json(shown.workloads())))
         .route("/certs", get(async |State(shown): State<Shown>| Json(shown.certs())))
         .route("/certs/chain", get(chain));
@@ -77,6 +87,20 @@ async fn chain(State(shown): State<Shown>, RawQuery(query): RawQuery) -> impl In
     match shown.chain(id) {
         Some(pem) => (StatusCode::OK, pem),
         None => (StatusCode::NOT_FOUND, format!("no certificate is held for {id:?}; /certs lists them\n")),
+    }
+}
+
+/// `?source=WHO&destination=WHO:PORT`, and `&plaintext` for a source that speaks plaintext although it is in the mesh.
+async fn explain(State(shown): State<Shown>, RawQuery(query): RawQuery) -> impl IntoResponse {
+    let query = query.unwrap_or_default();
+    let field = |name: &str| query.split('&').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
+    let (Some(source), Some(destination)) = (field("source"), field("destination")) else {
+        return (StatusCode::BAD_REQUEST, Json(Value::from("write ?source=NAMESPACE/NAME&destination=NAME:PORT")));
+    };
+    let plaintext = query.split('&').any(|part| part == "plaintext");
+    match shown.explain(Question { source, destination, plaintext, strangers: true }) {
+        Ok(answer) => (StatusCode::OK, Json(answer)),
+        Err(what) => (StatusCode::NOT_FOUND, Json(Value::from(what))),
     }
 }
 

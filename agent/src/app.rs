@@ -16,8 +16,8 @@ use crate::{
     bpf::{BpfError, Capture, CaptureSettings},
     config::{self, AccessLogFormat, AgentConfig, ConfigErrors, DirectConfig, DirectMode, PumpMode, RecordsMode},
     control::{
-        files::{self, ReloadObserver, WatchSettings},
-        trust::{self, Followed},
+        files::{self, WatchSettings},
+        trust::{self, Followed, LastRefusal},
     },
     identity::{
         IdentityError, LiveCa, SpiffeId, TrustDomain, TrustStore,
@@ -35,6 +35,7 @@ use crate::{
     tls::{config::WITHOUT_RECORDS, records::AES_GCM_BYTES},
     words::PumpKind,
 };
+use view::status::{About, Reloads};
 
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
@@ -91,6 +92,7 @@ pub fn kernel_alone() -> Result<Capabilities, AppError> {
 
 /// Runs the agent until SIGTERM or SIGINT.
 pub async fn run(dir: PathBuf) -> Result<(), AppError> {
+    let started = std::time::SystemTime::now();
     let loaded = config::load(&dir)?;
     files::log_warnings(&loaded.warnings);
     let agent = loaded.agent;
@@ -145,11 +147,20 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
     });
 
     let (stop, stopped) = watch::channel(false);
-    let shown: Arc<dyn admin::View> = Arc::new(view::Gathered { proxy: proxy.clone(), metrics: metrics.clone() });
+    let (reloads, refusal) = (Arc::new(Reloads::new(metrics.clone(), &loaded.warnings)), LastRefusal::default());
+    let about = About {
+        started,
+        directory: dir.clone(),
+        agent: agent.clone(),
+        reloads: reloads.clone(),
+        refusal: refusal.clone(),
+    };
+    let shown: Arc<dyn admin::View> =
+        Arc::new(view::Gathered { proxy: proxy.clone(), metrics: metrics.clone(), about });
     let mut servers = admin::serve(&agent, &shown).await?;
     servers.spawn({
         let (dir, files, identities) = (agent.ca.path.clone(), agent.trust.clone(), identities.clone());
-        let followed = Followed { dir, files, ca, identities, metrics: metrics.clone() };
+        let followed = Followed { dir, files, ca, identities, metrics, refusal };
         let stopped = stopped.clone();
         async move {
             trust::watch(followed, WatchSettings::default(), stopped).await;
@@ -164,9 +175,8 @@ pub async fn run(dir: PathBuf) -> Result<(), AppError> {
         }
     });
     servers.spawn({
-        let observer = Arc::new(CountReloads(metrics));
         async move {
-            files::watch(dir, agent, state, observer, WatchSettings::default(), stopped).await;
+            files::watch(dir, agent, state, reloads, WatchSettings::default(), stopped).await;
             Ok(())
         }
     });
@@ -277,17 +287,5 @@ fn raise_descriptor_limit() {
         getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
         tracing::warn!(%error, "the limit of open files cannot be raised");
-    }
-}
-
-struct CountReloads(Arc<Metrics>);
-
-impl ReloadObserver for CountReloads {
-    fn accepted(&self, _generation: u64) {
-        self.0.reloaded(true);
-    }
-
-    fn rejected(&self, _errors: &ConfigErrors) {
-        self.0.reloaded(false);
     }
 }

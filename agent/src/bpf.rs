@@ -20,6 +20,7 @@ use marline_common::{Address, Counter, Endpoint, POD_READY, POD_REFUSED, PodEndp
 mod direct;
 mod entries;
 mod error;
+pub mod facts;
 mod load;
 mod log;
 mod pins;

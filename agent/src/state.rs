@@ -2,6 +2,8 @@
 //!
 //! Readers never see half of a change. `control` makes the snapshots; `bpf`, `proxy` and `identity` follow them.
 
+pub mod explain;
+
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},

@@ -1,8 +1,10 @@
 //! Socket and kernel calls, behind safe functions.
 pub mod clock;
 pub mod diag;
+pub mod links;
 pub mod netns;
 pub mod options;
+pub mod packet;
 pub mod pass;
 pub mod process;
 pub mod seccomp;
@@ -14,3 +16,8 @@ pub mod unsent;
 pub mod vital;
 pub mod wakeup;
 pub mod watched;
+
+/// The kernel's, as `uname -r` prints it.
+pub fn release() -> String {
+    nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default()
+}

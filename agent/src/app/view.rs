@@ -1,5 +1,7 @@
 //! What `admin` shows, gathered from the rooms that know it.
 
+pub(super) mod status;
+
 use std::sync::{Arc, atomic::Ordering};
 
 use serde_json::{Value, json};
@@ -8,12 +10,14 @@ use crate::{
     admin::View,
     metrics::{Metrics, Others},
     proxy::{PodState, Proxy},
+    state::explain::Question,
     words::with_causes,
 };
 
 pub(super) struct Gathered {
     pub(super) proxy: Proxy,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) about: status::About,
 }
 
 impl View for Gathered {
@@ -61,17 +65,36 @@ impl View for Gathered {
                     "bytes_sent": live.moved.sent.load(Ordering::Relaxed),
                     "bytes_received": live.moved.received.load(Ordering::Relaxed),
                     "facts": live.facts(),
+                    "wire": live.wire().and_then(|wire| Some([wire.local_addr().ok()?, wire.peer_addr().ok()?])),
                 })
             })
             .collect()
     }
 
+    fn ended(&self) -> Value {
+        status::ended(self)
+    }
+
+    fn status(&self) -> Value {
+        status::status(self)
+    }
+
+    fn explain(&self, question: Question<'_>) -> Result<Value, String> {
+        status::explain(self, question)
+    }
+
     fn workloads(&self) -> Value {
         let snapshot = self.proxy.context().state.load();
+        let local: std::collections::HashSet<_> =
+            snapshot.local.iter().map(|pod| (&pod.workload.namespace, &pod.workload.name)).collect();
+        let mode = |workload: &crate::policy::Workload| {
+            workload.in_mesh.then(|| snapshot.policies.authentication.mode(workload, 0))
+        };
         let workload = |workload: &Arc<crate::policy::Workload>| {
             json!({
                 "namespace": workload.namespace, "name": workload.name, "identity": workload.id.to_string(),
                 "addresses": workload.addresses, "in_mesh": workload.in_mesh,
+                "local": local.contains(&(&workload.namespace, &workload.name)), "mode": mode(workload),
             })
         };
         json!({

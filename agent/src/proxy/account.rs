@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     Context,
-    connections::{Connections, Live},
+    connections::{Connections, Ended, Live},
     identify,
     offload::Records,
     pump::PumpError,
@@ -158,8 +158,8 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
-        self.connections.close(&self.live);
         if !self.counted {
+            self.connections.close(&self.live);
             return;
         }
         let facts = self.live.facts();
@@ -174,6 +174,21 @@ impl Drop for Account {
         };
         let sent = self.live.moved.sent.load(Ordering::Relaxed);
         let received = self.live.moved.received.load(Ordering::Relaxed);
+        let duration_ms = u64::try_from(self.live.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        // Remembered before it is gone from those that live: who asks for both in this order misses none.
+        self.connections.remember(Ended {
+            id: self.live.id,
+            direction: self.live.direction,
+            started_ms: since_epoch_ms(self.live.since),
+            duration_ms,
+            bytes_sent: sent,
+            bytes_received: received,
+            verdict,
+            reason,
+            close: close.clone(),
+            facts: facts.clone(),
+        });
+        self.connections.close(&self.live);
         self.metrics.closed(self.live.direction, facts.mode, verdict, reason, sent, received);
         self.log.write(&Record {
             time: self.live.since,
@@ -194,10 +209,15 @@ impl Drop for Account {
             close: &close,
             bytes_sent: sent,
             bytes_received: received,
-            duration_ms: u64::try_from(self.live.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            duration_ms,
             tls: facts.tls.as_ref(),
         });
     }
+}
+
+fn since_epoch_ms(time: SystemTime) -> u64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn describe(end: &Endpoint) -> String {

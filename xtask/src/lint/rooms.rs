@@ -26,7 +26,7 @@ const ROOMS: [(&str, &[&str]); 16] = [
     ("tls", &["sys", "identity"]),
     ("keeper", &["words", "sys"]),
     ("control", &["config", "state", "policy", "identity", "metrics"]),
-    ("bpf", &["state", "policy", "identity", "sys", "metrics"]),
+    ("bpf", &["words", "state", "policy", "identity", "sys", "metrics"]),
     ("admin", &["words", "state", "policy", "identity", "metrics", "access_log", "config", "sys"]),
     ("proxy", &["words", "state", "policy", "identity", "sys", "tls", "bpf", "keeper", "metrics", "access_log"]),
     (
@@ -48,7 +48,7 @@ const ROOMS: [(&str, &[&str]); 16] = [
             "tls",
         ],
     ),
-    ("cli", &["words", "app", "bpf", "config", "control", "identity", "keeper", "policy", "state", "sys"]),
+    ("cli", &["words", "admin", "app", "bpf", "config", "control", "identity", "keeper", "policy", "state", "sys"]),
 ];
 
 /// What a pure room must not touch: decisions are made from what they are given.
