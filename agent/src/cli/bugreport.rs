@@ -26,13 +26,13 @@ use redact::redact;
 #[derive(Args)]
 #[command(after_long_help = "\
 In the archive: what the agent's addresses answer, marline status, facts of the kernel, the configuration files, and the last lines of the
-access log and of --log. Taken out are private keys, the values of fields that are named like secrets, Secret resources, tokens,
+access log and of --log-file. Taken out are private keys, the values of fields that are named like secrets, Secret resources, tokens,
 passwords in URLs and Authorization headers; the CA's files are not read at all. MANIFEST.json lists each file and how much was taken out of it.
 What remains are names, addresses and identities of workloads: look through it before you give it away.
 
 Without an agent the archive has what can be seen from outside. Exit codes: 0 written, 1 not.
 
-  marline bugreport --config /etc/marline --log /var/log/marline.log
+  marline bugreport --config /etc/marline --log-file /var/log/marline.log
   marline bugreport --output /tmp/report.tar.gz && tar tzf /tmp/report.tar.gz")]
 pub(super) struct BugreportArgs {
     #[command(flatten)]
@@ -45,7 +45,7 @@ pub(super) struct BugreportArgs {
     config: Option<PathBuf>,
     /// A log of the agent's, of which the end is taken; may be given more than once
     #[arg(long, value_name = "FILE")]
-    log: Vec<PathBuf>,
+    log_file: Vec<PathBuf>,
 }
 
 /// Something that goes into the archive.
@@ -82,7 +82,7 @@ pub(super) fn run(args: &BugreportArgs) -> ExitCode {
         format!("marline-bugreport-{time}.tar.gz").into()
     });
     let written = Client::new(args.admin.admin).map_err(|error| error.to_string()).and_then(|client| {
-        let gathered = gather::all(&client, args.config.as_deref(), &args.log);
+        let gathered = gather::all(&client, args.config.as_deref(), &args.log_file);
         write(&output, made, gathered).map_err(|error| format!("{}: {error}", output.display()))
     });
     match written {

@@ -29,8 +29,8 @@ A process of this command enters the pod's network namespace and a cgroup beside
 the way of the pod's own, as those of programs without the seccomp filter do. Meanwhile a packet socket in the pod's namespace looks at
 what leaves and enters on its links, for this one connection. What is reported as seen was seen; what was not is said to be unknown.
 
-SOURCE is a pod of this node, NAMESPACE/NAME or NAME; or the path of a network namespace, for one that is not enrolled. DESTINATION is a
-workload, a service (NAME.NAMESPACE) or an address.
+SOURCE is a pod of this node, NAMESPACE/NAME or NAME, where the service account will do for the name; or the path of a network namespace,
+for one that is not enrolled. DESTINATION is a workload, a service (NAME.NAMESPACE) or an address.
 
 Nothing is sent to the application unless --send says what: then the text is looked for on the wire.
 
@@ -111,7 +111,16 @@ fn source(client: &Client, status: &Status, text: &str) -> Result<From, String> 
         return Ok(From { netns: text.into(), pod: status.pods.iter().find(same).cloned() });
     }
     let named = |pod: &&Pod| pod.name == text || format!("{}/{}", pod.namespace, pod.name) == text;
-    let found: Vec<&Pod> = status.pods.iter().filter(named).collect();
+    let account = |pod: &&Pod| {
+        let rest = pod.identity.split_once("/ns/").map(|(_, rest)| rest).unwrap_or_default();
+        rest.split_once("/sa/").is_some_and(|(namespace, account)| {
+            account == text || text.split_once('/').is_some_and(|(n, a)| n == namespace && a == account)
+        })
+    };
+    let mut found: Vec<&Pod> = status.pods.iter().filter(named).collect();
+    if found.is_empty() {
+        found = status.pods.iter().filter(account).collect();
+    }
     match found.as_slice() {
         [pod] => return Ok(From { netns: pod.netns.clone(), pod: Some((*pod).clone()) }),
         [_, _, ..] => return Err(format!("SOURCE {text}: there are several pods of this name; write NAMESPACE/NAME")),

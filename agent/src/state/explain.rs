@@ -121,13 +121,30 @@ impl Snapshot {
         self.services().iter().map(|service| &**service).find(called)
     }
 
+    /// The first of the workloads of a service account, ACCOUNT or NAMESPACE/ACCOUNT, if that is one identity's: by policy they are alike.
+    fn by_account(&self, text: &str) -> Option<&Workload> {
+        let of = |workload: &&Workload| {
+            let (namespace, account) = (&workload.namespace, &workload.service_account);
+            account == text || text.split_once('/').is_some_and(|(n, a)| n == namespace && a == account)
+        };
+        let mut found = self.workloads().iter().map(|workload| &**workload).filter(of);
+        let first = found.next()?;
+        found.all(|other| other.id == first.id).then_some(first)
+    }
+
     /// A workload by its name or one of its addresses; an address may be nobody's.
     fn find(&self, text: &str, option: &str) -> Result<(IpAddr, Option<&Workload>), String> {
         if let Ok(address) = text.parse::<IpAddr>() {
             return Ok((address.to_canonical(), self.workload(address).map(|workload| &**workload)));
         }
         let named = |workload: &&Workload| workload.name == text || workload.to_string() == text;
-        let mut found = self.workloads().iter().map(|workload| &**workload).filter(named);
+        let all = || self.workloads().iter().map(|workload| &**workload);
+        if let Some(workload) = self.by_account(text).filter(|_| !all().any(|one| named(&one)))
+            && let Some(address) = workload.addresses.first()
+        {
+            return Ok((*address, Some(workload)));
+        }
+        let mut found = all().filter(named);
         match (found.next(), found.next()) {
             (Some(workload), None) => match workload.addresses.first() {
                 Some(address) => Ok((*address, Some(workload))),

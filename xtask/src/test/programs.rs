@@ -39,6 +39,8 @@ const SUITES: &[(&str, &[Need])] = &[
     ("direct_programs_sockets", &[PYTHON]),
     ("direct_transfer", &[PYTHON]),
     ("native_reloads", &[PYTHON]),
+    ("native_commands", &[need("tmux", "tmux")]),
+    ("native_status", &[need("bpftool", "bpftool")]),
     (
         "direct_web",
         &[need("wrk", "wrk"), need("h2load", "nghttp2-client"), need("haproxy", "haproxy"), need("curl", "curl")],

@@ -60,7 +60,7 @@ pub(super) fn all(client: &Client, config: Option<&Path>, logs: &[PathBuf]) -> G
         gathered.log(log);
     }
     if logs.is_empty() {
-        gathered.missing.push("the agent's log: --log FILE adds it".into());
+        gathered.missing.push("the agent's log: --log-file FILE adds it".into());
     }
     gathered
 }

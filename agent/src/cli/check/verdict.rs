@@ -141,7 +141,9 @@ impl Report {
             let part = |text: &Option<String>| text.as_ref().map_or_else(String::new, |text| format!(", {text}"));
             format!(", {}{}{}", tls.cipher, part(&tls.group), part(&tls.alpn))
         });
-        line("mode", &format!("{}{tls}", self.mode.as_deref().unwrap_or("none: it did not come so far")));
+        let none =
+            if self.captured { "none: it did not come so far" } else { "unknown: it is not in this agent's hands" };
+        line("mode", &format!("{}{tls}", self.mode.as_deref().unwrap_or(none)));
         if let Some(proved) = &self.proved {
             line("proved", &format!("{proved}, by its certificate"));
         }
@@ -260,6 +262,15 @@ fn judge(report: &Report, closed: Option<&Pod>, enrolled: bool, failure: &str) -
         return not(
             "connected, and this node's agent did NOT capture it: it goes by the agent, and nobody encrypts it".into(),
             "marline status tells which hook is not in force",
+        );
+    }
+    if !policy.allowed && report.mode.as_deref() != Some("mtls") {
+        return not(
+            format!(
+                "TCP is connected, and policy refuses what is not mTLS, as soon as something is sent: {}",
+                policy.reason
+            ),
+            "enrol the source, or let the destination's PeerAuthentication be PERMISSIVE; --send TEXT shows the end",
         );
     }
     match (report.mode.as_deref(), report.wire.encrypted) {
