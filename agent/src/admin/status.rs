@@ -72,6 +72,7 @@ pub struct Pod {
     pub netns: PathBuf,
     /// `ready` or `refused`.
     pub state: String,
+    /// Why it is refused; of one that is ready, what is the matter with it all the same.
     pub reason: Option<String>,
 }
 

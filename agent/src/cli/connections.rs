@@ -17,7 +17,7 @@ use model::{Connection, Fetched};
 #[derive(Args)]
 #[command(after_long_help = "\
 Like ss(8), for what goes through this node's agent. PEER is the identity that the other end's certificate has proved; there is none in
-plaintext. Bytes are the application's, SENT from the source's side; of direct connections they are counted at the end.
+plaintext. Bytes are the application's, SENT by this node's pod; of direct connections they are counted at the end.
 
 --ended shows the last 512 that are over, with the reason in words (the access log has all of them); --refused those of them that were
 refused. --watch prints a line for each connection that comes (+) and goes (-); with --json one object a line.
@@ -56,7 +56,7 @@ pub(super) struct Filter {
     /// With an end in this namespace
     #[arg(short, long)]
     namespace: Option<String>,
-    /// With this workload at an end: NAME or NAMESPACE/NAME
+    /// With this workload at an end: NAME or NAMESPACE/NAME, or its service account
     #[arg(short, long)]
     workload: Option<String>,
     /// In this direction
@@ -90,7 +90,11 @@ impl Filter {
                     end.namespace.as_deref().unwrap_or_default(),
                     end.workload.as_deref().unwrap_or_default()
                 );
-                end.workload.as_ref() == Some(wanted) || full == *wanted
+                let account = end.identity.as_deref().and_then(|id| id.split_once("/ns/")?.1.split_once("/sa/"));
+                let accounts = account.is_some_and(|(namespace, account)| {
+                    account == wanted || wanted.split_once('/') == Some((namespace, account))
+                });
+                end.workload.as_ref() == Some(wanted) || full == *wanted || accounts
             })
         };
         let direction = match self.direction {
@@ -226,6 +230,12 @@ mod tests {
         assert!(!filter(|f| f.namespace = Some("other".into())));
         assert!(filter(|f| f.workload = Some("demo/server".into())) && filter(|f| f.workload = Some("client".into())));
         assert!(!filter(|f| f.workload = Some("other/server".into())));
+        let renamed = |name: &str| {
+            let mut one = sample();
+            one.destination.workload = Some("server-7d9f".into());
+            Filter { workload: Some(name.into()), ..Filter::default() }.lets(&one)
+        };
+        assert!(renamed("server") && renamed("demo/server") && !renamed("other/server"), "by the service account");
         assert!(filter(|f| f.port = Some(80)) && !filter(|f| f.port = Some(81)));
         assert!(filter(|f| f.mtls = true) && !filter(|f| f.plaintext = true));
         assert!(filter(|f| f.direction = Some(Way::Outbound)) && !filter(|f| f.direction = Some(Way::Inbound)));

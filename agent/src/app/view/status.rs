@@ -160,13 +160,17 @@ fn capture(shown: &Gathered) -> Capture {
 }
 
 fn pods(shown: &Gathered) -> Vec<Pod> {
-    let pod = |pod: crate::proxy::PodStatus| Pod {
-        namespace: pod.namespace,
-        name: pod.name,
-        identity: pod.identity,
-        netns: pod.netns.into(),
-        state: if pod.state == PodState::Ready { "ready" } else { "refused" }.to_owned(),
-        reason: pod.reason,
+    let pod = |pod: crate::proxy::PodStatus| {
+        let (ready, netns) = (pod.state == PodState::Ready, PathBuf::from(pod.netns));
+        let gone = (ready && !netns.exists()).then(|| format!("its network namespace {} is gone", netns.display()));
+        Pod {
+            namespace: pod.namespace,
+            name: pod.name,
+            identity: pod.identity,
+            netns,
+            state: if ready { "ready" } else { "refused" }.to_owned(),
+            reason: pod.reason.or(gone),
+        }
     };
     shown.proxy.pods().into_iter().map(pod).collect()
 }

@@ -110,7 +110,7 @@ impl Attempt {
         before: &BTreeSet<u64>,
     ) -> Result<(), String> {
         let began = Instant::now();
-        let (mut connected, mut decided, mut over) = (None, None, None);
+        let (mut connected, mut decided, mut over, mut settled) = (None, None, None, None);
         loop {
             watch.drain()?;
             for event in probe.events.try_iter() {
@@ -132,10 +132,13 @@ impl Attempt {
             if known && decided.is_none() {
                 decided = Some(Instant::now());
             }
-            let ended = self.outbound.as_ref().is_some_and(|one| one.verdict.is_some());
+            if settled.is_none() && self.outbound.as_ref().is_some_and(|one| one.verdict.is_some()) {
+                settled = Some(Instant::now());
+            }
             let since = |moment: Option<Instant>| moment.map(|moment: Instant| moment.elapsed());
-            let done = ended
-                || since(decided).is_some_and(|since| since >= plan.wait)
+            // The agent knows of an end before the program does, or after it.
+            let done = since(settled).is_some_and(|since| over.is_some() || since >= KNOWN)
+                || (settled.is_none() && over.is_none() && since(decided).is_some_and(|since| since >= plan.wait))
                 || (!plan.enrolled && since(connected).is_some_and(|since| since >= plan.wait))
                 || (self.outbound.is_none() && since(connected).is_some_and(|since| since >= KNOWN))
                 || since(over).is_some_and(|since| since >= KNOWN || !plan.enrolled || connected.is_none())

@@ -83,6 +83,7 @@ impl Report {
         let one = attempt.outbound.as_ref();
         let outcome = match (attempt.connected(), attempt.end()) {
             (false, _) => "failed",
+            (true, None) if one.is_some_and(|one| one.reason.is_some()) => "reset",
             (true, None) => "open",
             (true, Some(Event::Ended)) => "closed",
             (true, Some(_)) => "reset",
@@ -247,7 +248,7 @@ fn encrypted(sent: &Flow, received: &Flow, marker_readable: Option<bool>, whole:
 fn judge(report: &Report, closed: Option<&Pod>, enrolled: bool, failure: &str) -> (bool, String, Option<String>) {
     let not = |reason: String, way_out: &str| (false, reason, Some(way_out.to_owned()));
     let policy = &report.policy;
-    let stands = report.outcome == "open" || (report.outcome == "closed" && report.said.is_none());
+    let stands = report.said.is_none() && matches!(report.outcome, "open" | "closed");
     if let Some(pod) = closed {
         let reason = pod.reason.as_deref().unwrap_or("no reason is known");
         return not(

@@ -95,6 +95,11 @@ fn pods(status: &Status) -> Vec<Check> {
             Check::fail("pods", format!("{}/{} is refused: {reason}", pod.namespace, pod.name), way_out)
         })
         .collect();
+    let troubled = status.pods.iter().filter(|pod| pod.state == "ready");
+    checks.extend(troubled.filter_map(|pod| Some((pod, pod.reason.as_ref()?))).take(NAMED).map(|(pod, reason)| {
+        let way_out = "remove its WorkloadEntry, or start it again: it is captured anew by itself";
+        Check::warn("pods", format!("{}/{}: {reason}", pod.namespace, pod.name), way_out)
+    }));
     if refused.len() > NAMED {
         let more = format!("{} more are refused", refused.len() - NAMED);
         checks.push(Check::fail("pods", more, "marline status --json names all"));

@@ -49,7 +49,7 @@ pub(in crate::cli) enum Grouping {
     Workload,
 }
 
-/// One line. Bytes per second; `sent` is from the source's side.
+/// One line. Bytes per second; `sent` is what this node's pod has sent.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(super) struct Row {
     pub(super) direction: String,
@@ -220,9 +220,9 @@ fn row(key: &Key) -> Row {
 fn by_workload<'a>(rows: impl Iterator<Item = &'a Row>) -> Vec<Row> {
     let mut all: BTreeMap<String, Row> = BTreeMap::new();
     for one in rows {
-        let (local, inbound) = match one.direction.as_str() {
-            "in" => (one.destination.rsplit_once(':').map_or(one.destination.as_str(), |(name, _)| name), true),
-            _ => (one.source.as_str(), false),
+        let local = match one.direction.as_str() {
+            "in" => one.destination.rsplit_once(':').map_or(one.destination.as_str(), |(name, _)| name),
+            _ => one.source.as_str(),
         };
         let row = all.entry(local.to_owned()).or_insert_with(|| Row {
             direction: "-".into(),
@@ -237,15 +237,11 @@ fn by_workload<'a>(rows: impl Iterator<Item = &'a Row>) -> Vec<Row> {
         if row.path != one.path {
             row.path = "mixed".into();
         }
-        // From the workload's side.
-        let (sent, received) = if inbound { (one.received, one.sent) } else { (one.sent, one.received) };
-        let (sent_rate, received_rate) =
-            if inbound { (one.received_rate, one.sent_rate) } else { (one.sent_rate, one.received_rate) };
         row.connections += one.connections;
-        row.sent += sent;
-        row.received += received;
-        row.sent_rate += sent_rate;
-        row.received_rate += received_rate;
+        row.sent += one.sent;
+        row.received += one.received;
+        row.sent_rate += one.sent_rate;
+        row.received_rate += one.received_rate;
         row.refused += one.refused;
     }
     all.into_values().collect()
@@ -309,7 +305,7 @@ pub(super) mod tests {
         model.take(Instant::now(), &[one(1, 10, 1), inbound], &[], true);
         let rows = model.rows(Sort::Name, false, "client");
         assert_eq!(rows.len(), 1, "{rows:?}");
-        assert_eq!((rows[0].sent, rows[0].received, rows[0].mode.as_str()), (15, 8, "mixed"));
+        assert_eq!((rows[0].sent, rows[0].received, rows[0].mode.as_str()), (17, 6, "mixed"));
         assert!((model.coverage().unwrap() - 11.0 / 23.0).abs() < 1e-9);
     }
 
