@@ -67,7 +67,7 @@ impl Snapshot {
             let first = explanation.endpoints.first().map(|endpoint| &endpoint.explanation);
             let none = "the service has no endpoints";
             let endpoints: Vec<_> = explanation.endpoints.iter().map(|endpoint| endpoint.address).collect();
-            let virtual_address = service.addresses.iter().next().map(|address| SocketAddr::new(*address, port));
+            let virtual_address = service.addresses.first().map(|address| SocketAddr::new(*address, port));
             let address = match name.parse::<IpAddr>() {
                 Ok(address) => SocketAddr::new(address, port),
                 Err(_) => virtual_address.or_else(|| endpoints.first().copied()).ok_or_else(|| {
