@@ -51,7 +51,7 @@ fn kernel(status: &Status) -> Check {
         _ => Check::warn(
             NAME,
             format!("{text} ({}): no connection is direct", kernel.why),
-            "run a newer kernel: from 6.6 on splice is sound as a rule (marline kernel tells)",
+            "run a newer kernel: on 6.12 splice was seen to be sound (marline kernel tells)",
         ),
     }
 }

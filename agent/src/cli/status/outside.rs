@@ -103,7 +103,7 @@ fn kernel(outside: &Outside, pin_path: &Path) -> Vec<Check> {
         (_, missing @ [_, ..]) => Check::fail(
             "programs",
             format!("this kernel lacks {}", missing.join(", ")),
-            "run a kernel with CONFIG_CGROUP_BPF and BPF socket lookup (5.15 or newer has all)",
+            "run a kernel with CONFIG_CGROUP_BPF and BPF socket lookup (Debian 6.1 has all)",
         ),
         (Some(why), []) => Check::warn("programs", format!("the kernel cannot be asked: {why}"), "run it as root"),
         (None, []) => Check::ok("programs", "the kernel has every kind of BPF program and map that is needed"),
