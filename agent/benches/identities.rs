@@ -93,7 +93,8 @@ fn serve(dir: &Path, count: usize) -> (Child, String) {
     let (address, status) = (port(), port());
     let program = env!("CARGO_BIN_EXE_marline");
     if !dir.join("token").exists() {
-        let token = Command::new(program).args(["ca", "token", "--node", "here", "--out"]).arg(dir.join("token"));
+        let mut token = Command::new(program);
+        token.args(["ca", "token", "--node", "here", "--out"]).arg(dir.join("token"));
         let entry = String::from_utf8(token.output().unwrap().stdout).unwrap();
         let head = "apiVersion: marline.io/v1alpha1\nkind: CaTokens\nspec:\n  tokens:\n";
         fs::write(dir.join("tokens.yaml"), format!("{head}{entry}")).unwrap();

@@ -1,6 +1,8 @@
 //! What the agent shows over HTTP: readiness, metrics, and on loopback what it knows and does now. All that can be changed is what is
 //! logged.
 
+pub mod status;
+
 use std::{io, net::SocketAddr, sync::Arc};
 
 use axum::{
@@ -20,7 +22,7 @@ use tokio::{
 mod guard;
 mod query;
 
-use crate::config::AgentConfig;
+use crate::{config::AgentConfig, state::explain::Question};
 
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
@@ -37,6 +39,11 @@ pub trait View: Send + Sync + 'static {
     fn metrics(&self) -> String;
     fn pods(&self) -> Value;
     fn connections(&self) -> Value;
+    /// The last that have ended.
+    fn ended(&self) -> Value;
+    fn status(&self) -> Value;
+    /// What becomes of a connection, by what is in force now, or what is wrong with the question.
+    fn explain(&self, question: Question<'_>) -> Result<Value, String>;
     fn workloads(&self) -> Value;
     fn services(&self) -> Value;
     fn policies(&self) -> Value;
@@ -56,9 +63,15 @@ pub trait View: Send + Sync + 'static {
 type Shown = Arc<dyn View>;
 
 /// What the admin address has: path, and what it shows.
-const ENDPOINTS: [(&str, &str); 11] = [
+const ENDPOINTS: [(&str, &str); 14] = [
+    ("/status", "how this node is, part by part; `marline status` judges it"),
     ("/pods", "the pods of this node, and why those that are refused are"),
     ("/connections", "the connections that are open now"),
+    ("/connections/ended", "the last that have ended, and how"),
+    (
+        "/explain?source=WHO&destination=WHO:PORT",
+        "what becomes of a connection by what is in force; &plaintext for a source that speaks it",
+    ),
     ("/workloads", "the workloads of the mesh"),
     ("/services", "the services, and the endpoints behind them"),
     ("/policies", "the policies in force, the workloads that they select, and warnings"),
@@ -99,7 +112,10 @@ fn admin() -> Router<Shown> {
         .route("/", get(async || help()))
         .route("/help", get(async || help()))
         .route("/pods", json(|shown| shown.pods()))
+        .route("/status", json(|shown| shown.status()))
         .route("/connections", json(|shown| shown.connections()))
+        .route("/connections/ended", json(|shown| shown.ended()))
+        .route("/explain", get(explain))
         .route("/workloads", json(|shown| shown.workloads()))
         .route("/services", json(|shown| shown.services()))
         .route("/policies", json(|shown| shown.policies()))
@@ -151,6 +167,20 @@ async fn chain(State(shown): State<Shown>, RawQuery(query): RawQuery) -> impl In
     match shown.chain(id) {
         Some(pem) => (StatusCode::OK, pem),
         None => (StatusCode::NOT_FOUND, format!("no certificate is held for {id:?}; /certs lists them\n")),
+    }
+}
+
+/// `?source=WHO&destination=WHO:PORT`, and `&plaintext` for a source that speaks plaintext although it is in the mesh.
+async fn explain(State(shown): State<Shown>, RawQuery(query): RawQuery) -> impl IntoResponse {
+    let query = query.unwrap_or_default();
+    let field = |name: &str| query.split('&').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
+    let (Some(source), Some(destination)) = (field("source"), field("destination")) else {
+        return (StatusCode::BAD_REQUEST, Json(Value::from("write ?source=NAMESPACE/NAME&destination=NAME:PORT")));
+    };
+    let plaintext = query.split('&').any(|part| part == "plaintext");
+    match shown.explain(Question { source, destination, plaintext, strangers: true }) {
+        Ok(answer) => (StatusCode::OK, Json(answer)),
+        Err(what) => (StatusCode::NOT_FOUND, Json(Value::from(what))),
     }
 }
 

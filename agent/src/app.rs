@@ -16,7 +16,10 @@ use crate::{
     admin,
     bpf::{BpfError, Capture, CaptureSettings},
     config::{self, AgentConfig, ConfigErrors, DirectConfig, DirectMode, PumpMode, RecordsMode},
-    control::files::{self, ReloadObserver, WatchSettings},
+    control::{
+        files::{self, WatchSettings},
+        trust::LastRefusal,
+    },
     identity::{IdentityError, SpiffeId, TrustDomain, ca::Ca},
     logging::Levels,
     metrics::Metrics,
@@ -30,6 +33,7 @@ use crate::{
     tls::{config::WITHOUT_RECORDS, records::AES_GCM_BYTES},
     words::PumpKind,
 };
+use view::status::{About, Reloads};
 
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
@@ -74,6 +78,7 @@ pub fn kernel_alone() -> Result<Capabilities, AppError> {
 
 /// Runs the agent until SIGTERM or SIGINT.
 pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
+    let started = std::time::SystemTime::now();
     let loaded = config::load(&dir)?;
     files::log_warnings(&loaded.warnings);
     let agent = loaded.agent;
@@ -124,14 +129,20 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
     });
 
     let (stop, stopped) = watch::channel(false);
-    let shown: Arc<dyn admin::View> =
-        Arc::new(view::Gathered::new(proxy.clone(), metrics.clone(), levels, agent.clone()));
+    let (reloads, refusal) = (Arc::new(Reloads::new(metrics.clone(), &loaded.warnings)), LastRefusal::default());
+    let about = About {
+        started,
+        directory: dir.clone(),
+        agent: agent.clone(),
+        reloads: reloads.clone(),
+        refusal: refusal.clone(),
+    };
+    let shown: Arc<dyn admin::View> = Arc::new(view::Gathered::new(proxy.clone(), metrics.clone(), levels, about));
     let mut servers = admin::serve(&agent, &shown).await?;
-    certificates.run(&mut servers, &agent, &metrics, &stopped);
+    certificates.run(&mut servers, &agent, &metrics, refusal, &stopped);
     servers.spawn({
-        let observer = Arc::new(CountReloads(metrics));
         async move {
-            files::watch(dir, agent, state, observer, WatchSettings::default(), stopped).await;
+            files::watch(dir, agent, state, reloads, WatchSettings::default(), stopped).await;
             Ok(())
         }
     });
@@ -244,17 +255,5 @@ fn raise_descriptor_limit() {
         getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
         tracing::warn!(%error, "the limit of open files cannot be raised");
-    }
-}
-
-struct CountReloads(Arc<Metrics>);
-
-impl ReloadObserver for CountReloads {
-    fn accepted(&self, _generation: u64) {
-        self.0.reloaded(true);
-    }
-
-    fn rejected(&self, _errors: &ConfigErrors) {
-        self.0.reloaded(false);
     }
 }

@@ -23,6 +23,7 @@ use marline_common::{
 mod direct;
 mod entries;
 mod error;
+pub mod facts;
 mod hooks;
 mod load;
 mod log;

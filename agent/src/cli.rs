@@ -1,11 +1,21 @@
-//! What people type: `marline agent`, `marline keeper`, `marline run`, `marline check-config`, `marline policy`, `marline ca`, `marline certs`.
-//! Exit codes: 0 done, 1 failed, 2 the command line or the configuration is wrong; `marline run` has its command's.
+//! What people type: the programs of a node (`agent`, `keeper`, `run`), what asks a running agent (`status`, `workloads`, `connections`,
+//! `top`, `check`, `certs`, `bugreport`), and what asks files (`check-config`, `policy`, `ca`). Exit codes: 0 done and well, 1 failed or not
+//! well, 2 the command line or the configuration is wrong, or no agent answers; `marline run` has its command's.
 
+mod bugreport;
 mod ca;
 mod certs;
+mod check;
+mod client;
+mod connections;
+mod generate;
 mod keeper;
 mod policy;
 mod run;
+mod status;
+mod table;
+mod top;
+mod workloads;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -44,6 +54,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run the agent of this node until it is told to stop (SIGTERM, SIGINT)
+    #[command(after_long_help = "  marline agent --config /etc/marline")]
     Agent {
         /// The directory with the AgentConfig and Istio's resources; changes are followed while running
         #[arg(long)]
@@ -53,6 +64,7 @@ enum Command {
     Keeper(keeper::Args),
     /// Run a command whose connections in the mesh need no proxy between
     Run(run::Args),
+    #[command(after_long_help = "  marline check-config /etc/marline")]
     /// Read a configuration directory (or the file of a CA service), list everything that is wrong with it, and exit with 2 if the agent
     /// (or the service) would refuse it
     CheckConfig {
@@ -63,18 +75,39 @@ enum Command {
         json: bool,
     },
     /// Ask the policies of a directory, without an agent
+    #[command(after_long_help = "\
+  marline policy check /etc/marline
+  marline policy explain --config /etc/marline --source shop/web --destination shop/db:5432")]
     Policy {
         #[command(subcommand)]
         command: policy::PolicyCommand,
     },
+    #[command(after_long_help = "  marline ca init /etc/marline/ca --trust-domain cluster.local")]
     /// The certificate authority: make one, or run the service that signs for agents
     Ca {
         #[command(subcommand)]
         command: ca::CaCommand,
     },
+    /// Is this node healthy? One line for each part, with the way out where something is not
+    Status(status::StatusArgs),
+    /// List the workloads that a running agent knows
+    Workloads(workloads::WorkloadsArgs),
+    /// List who talks to whom through a running agent, or did a moment ago, and how
+    Connections(connections::ConnectionsArgs),
+    /// Watch a running agent's flows: rates, totals, mTLS or not
+    Top(top::TopArgs),
+    /// Try a connection from a pod of this node, and look at the wire: which mode, which identities, which policy, encrypted or not
+    Check(check::CheckArgs),
     /// List the certificates that a running agent holds, and how they stand
     Certs(certs::CertsArgs),
+    /// Gather what somebody who is to help must know into one archive, without secrets
+    Bugreport(bugreport::BugreportArgs),
+    /// Print what completes this program's command line in a shell
+    Completions(generate::CompletionsArgs),
+    /// Print this program's manual page, or write those of all its commands
+    Man(generate::ManArgs),
     /// Try what this kernel can do for Marline, by a real handshake and transfer over loopback
+    #[command(after_long_help = "  marline kernel --json")]
     Kernel {
         /// Print the answer as JSON
         #[arg(long)]
@@ -82,12 +115,15 @@ enum Command {
     },
     /// Let go of every pod that an agent left captured: remove the kernel programs, links and maps pinned at PIN_PATH. Traffic of
     /// those pods flows in the clear afterwards
+    #[command(after_long_help = "  marline unload /sys/fs/bpf/marline")]
     Unload {
         #[arg(default_value = "/sys/fs/bpf/marline")]
         pin_path: PathBuf,
     },
     #[command(hide = true)]
     InternalProbe(ProbeArgs),
+    #[command(hide = true)]
+    InternalCheck(check::probe::CheckProbeArgs),
 }
 
 pub fn run() -> ExitCode {
@@ -111,6 +147,15 @@ pub fn run() -> ExitCode {
         Command::Policy { command } => policy::run(&command),
         Command::Certs(args) => certs::run(&args),
         Command::Ca { command } => ca::run(command),
+        Command::Status(args) => status::run(&args),
+        Command::Workloads(args) => workloads::run(&args),
+        Command::Connections(args) => connections::run(&args),
+        Command::Top(args) => top::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Bugreport(args) => bugreport::run(&args),
+        Command::Completions(args) => generate::completions(&args),
+        Command::Man(args) => generate::man(&args),
+        Command::InternalCheck(args) => check::probe::main(&args),
         Command::Kernel { json } => kernel(json),
         Command::Unload { pin_path } => match Capture::unload(&pin_path) {
             Ok(()) => ExitCode::SUCCESS,
@@ -193,6 +238,27 @@ fn told(text: &str, findings: &serde_json::Value, json: bool) {
     } else {
         println!("{text}");
     }
+}
+
+/// Prints what a command has to say. What cannot be asked is an error of the command line, as no agent is.
+fn finish(answer: Result<(String, bool), String>) -> ExitCode {
+    match answer {
+        Ok((text, well)) => {
+            print(&text);
+            if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            eprintln!("marline: {error}");
+            ExitCode::from(WRONG_CONFIGURATION)
+        }
+    }
+}
+
+/// To standard output. A reader who has seen enough (`| head`) is no failure.
+fn print(text: &str) {
+    use std::io::Write as _;
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
 fn failed(text: &str) -> ExitCode {

@@ -2,6 +2,8 @@
 //!
 //! Readers never see half of a change. `control` makes the snapshots; `bpf`, `proxy` and `identity` follow them.
 
+pub mod explain;
+
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
@@ -131,7 +133,7 @@ impl Snapshot {
     }
 
     /// The service of this host.
-    pub fn service_called(&self, host: &str) -> Option<&Arc<Service>> {
+    pub fn service_of_host(&self, host: &str) -> Option<&Arc<Service>> {
         self.by_host.get(host)
     }
 

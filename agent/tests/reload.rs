@@ -13,7 +13,7 @@ use std::{
 };
 
 use marline::{
-    config::{self, ConfigErrors},
+    config::{self, ConfigErrors, Finding},
     control::files::{ReloadObserver, WatchSettings, watch},
     state::State,
 };
@@ -48,7 +48,7 @@ enum Event {
 struct Observer(mpsc::UnboundedSender<Event>);
 
 impl ReloadObserver for Observer {
-    fn accepted(&self, generation: u64) {
+    fn accepted(&self, generation: u64, _warnings: &[Finding], _restart: &[&'static str]) {
         self.0.send(Event::Accepted(generation)).unwrap();
     }
 

@@ -351,7 +351,7 @@ fn a_signing_certificate_is_held_to_each_clause_of_x509_svid() {
 async fn files_that_do_not_prove_themselves_are_refused_and_good_ones_take_their_place() {
     use marline::control::{
         files::WatchSettings,
-        trust::{Followed, Origin, watch},
+        trust::{Followed, LastRefusal, Origin, watch},
     };
     let (mesh, next) = (Mesh::of("cluster.local"), Mesh::of("cluster.local"));
     let (ca, trust) = load(mesh.dir.path(), &files(&mesh)).unwrap();
@@ -366,6 +366,7 @@ async fn files_that_do_not_prove_themselves_are_refused_and_good_ones_take_their
         files: files(&mesh),
         identities: identities.clone(),
         metrics: metrics.clone(),
+        refusal: LastRefusal::default(),
     };
     let settings = WatchSettings { quiet: Duration::from_millis(20), poll: Duration::from_millis(100) };
     let following = tokio::spawn(watch(followed, settings, stopped.clone()));

@@ -258,7 +258,7 @@ fn an_agent_whose_hook_was_taken_away_is_not_ready_and_names_it() -> Result<()> 
         let program = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("programs/detach.py");
         let mut detach = Command::new("python3");
         succeed(detach.arg(program).arg(links(Side::A).join("connect4")), seconds(20))?;
-        not_ready(Side::A, "connect4", "was detached")?;
+        not_ready(Side::A, "connect4", "has detached it")?;
         let links_b = links(Side::B);
         let inbound = std::fs::read_dir(&links_b)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let inbound = inbound.into_iter().find(|name| name.starts_with("inbound-")).context("no inbound hook")?;

@@ -57,14 +57,15 @@ pub(crate) struct UpArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 The command runs in the pod's network namespace and cgroup, as root, with this terminal; names of pods resolve. In client-a and
-server-b it is under the seccomp filter. The exit code is
-the command's own, or 125 if it could not be started.
+server-b it is under the seccomp filter. In node-a and node-b, which are no pods, it is where the agent of that node is: there `marline`
+asks that agent. The exit code is the command's own, or 125 if it could not be started.
 
   cargo xtask exec client-a -- curl -s http://server-b/
   cargo xtask exec client-b -- redis-cli -h server-a SET greeting hello
-  cargo xtask exec server-a -- bash")]
+  cargo xtask exec server-a -- bash
+  cargo xtask exec node-a -- marline status")]
 pub(crate) struct ExecArgs {
-    /// client-a, server-a, client-b, server-b or outside
+    /// client-a, server-a, client-b, server-b, outside, node-a or node-b
     pod: String,
     /// The command and its arguments
     #[arg(last = true, required = true)]
@@ -135,13 +136,27 @@ pub(crate) fn up(args: &UpArgs) -> Result<()> {
 pub(crate) fn exec(args: &ExecArgs) -> Result<i32> {
     require_root()?;
     let cluster = met()?;
-    let pod = pod_of(&cluster, &args.pod).with_context(|| {
-        let names: Vec<&str> = cluster.pods().map(|pod| pod.name.as_str()).collect();
-        format!("the pods are {}", names.join(", "))
-    })?;
+    let node = Side::BOTH.into_iter().find(|side| args.pod == format!("node-{}", side.letter()));
+    let place = match node {
+        Some(side) => cluster.node(side),
+        None => {
+            let pod = pod_of(&cluster, &args.pod).with_context(|| {
+                let names: Vec<&str> = cluster.pods().map(|pod| pod.name.as_str()).collect();
+                format!("the pods are {}, the nodes node-a and node-b", names.join(", "))
+            });
+            pod?.place
+        }
+    };
     let (program, arguments) = args.command.split_first().context("no command is given")?;
-    let mut command = pod.place.command_with_hosts(&Path::new(DIRECTORY).join("hosts"), program);
-    Err(command.args(arguments).exec()).with_context(|| format!("cannot run {program} in {}", pod.name))
+    let mut command = place.command_with_hosts(&Path::new(DIRECTORY).join("hosts"), program);
+    // So that `marline` is the mesh's own.
+    if let Some(own) = cluster.program()?.parent() {
+        let mut path = own.as_os_str().to_owned();
+        path.push(":");
+        path.push(std::env::var_os("PATH").unwrap_or_default());
+        command.env("PATH", path);
+    }
+    Err(command.args(arguments).exec()).with_context(|| format!("cannot run {program} in {}", args.pod))
 }
 
 pub(crate) fn status() -> Result<()> {
@@ -339,10 +354,16 @@ fn hints(cluster: &Cluster) -> String {
         ),
         ("cargo xtask exec client-b -- redis-cli -h server-a PING", "the other way"),
         (&format!("ip netns exec {NAME}-a tcpdump -ni link0 -A tcp port 80"), "what a stranger on the link sees"),
+        ("cargo xtask exec node-a -- marline status", "is node a well"),
+        (
+            "cargo xtask exec node-a -- marline check client-a server-b:80",
+            "one connection, and what the wire carries of it",
+        ),
+        ("cargo xtask exec node-b -- marline top", "the flows through node b, live"),
         (&format!("tail -f {DIRECTORY}/b/access.log"), "one line per connection: who, how, and by which path"),
         (&format!("cargo xtask up --mode {other}"), "another mode, while running"),
         ("cargo xtask down", "remove all of it"),
     ];
-    let lines = lines.map(|(command, what)| format!("  {command:<61} {what}\n"));
+    let lines = lines.map(|(command, what)| format!("  {command:<63} {what}\n"));
     format!("\nWhat to try:\n{}", lines.concat())
 }

@@ -10,7 +10,7 @@ use crate::{
     config::{AgentConfig, CaSource},
     control::{
         files::WatchSettings,
-        trust::{self, Followed, Origin},
+        trust::{self, Followed, LastRefusal, Origin},
     },
     identity::{
         IdentityError, LiveCa, Manager, ManagerSettings, TrustStore, remote::RemoteCa, trust::files::Supplied,
@@ -54,6 +54,7 @@ impl Certificates {
         servers: &mut JoinSet<Result<(), AdminError>>,
         agent: &AgentConfig,
         metrics: &Arc<Metrics>,
+        refusal: LastRefusal,
         stopped: &watch::Receiver<bool>,
     ) {
         if let Origin::Told(api) = &self.origin {
@@ -69,6 +70,7 @@ impl Certificates {
             files: agent.trust.clone(),
             identities: self.manager,
             metrics: metrics.clone(),
+            refusal,
         };
         servers.spawn({
             let stopped = stopped.clone();

@@ -3,6 +3,7 @@
 mod configuration;
 mod policies;
 mod process;
+pub(super) mod status;
 
 use std::{
     collections::HashSet,
@@ -14,10 +15,10 @@ use serde_json::{Value, json};
 
 use crate::{
     admin::View,
-    config::AgentConfig,
     logging::Levels,
     metrics::{Metrics, Others, counted_as},
     proxy::{PodState, Proxy},
+    state::explain::Question,
     words::with_causes,
 };
 
@@ -25,16 +26,15 @@ pub(super) struct Gathered {
     proxy: Proxy,
     metrics: Arc<Metrics>,
     levels: Levels,
-    /// As it was at the start, which is what it runs with.
-    agent: AgentConfig,
+    about: status::About,
     started: Instant,
     /// One at a time: what is counted elsewhere is put beside the metrics and then written with them.
     rendering: Mutex<()>,
 }
 
 impl Gathered {
-    pub(super) fn new(proxy: Proxy, metrics: Arc<Metrics>, levels: Levels, agent: AgentConfig) -> Self {
-        Self { proxy, metrics, levels, agent, started: Instant::now(), rendering: Mutex::new(()) }
+    pub(super) fn new(proxy: Proxy, metrics: Arc<Metrics>, levels: Levels, about: status::About) -> Self {
+        Self { proxy, metrics, levels, about, started: Instant::now(), rendering: Mutex::new(()) }
     }
 
     /// Takes what live connections have moved until now, and lets go of what is counted of workloads that have left.
@@ -104,9 +104,22 @@ impl View for Gathered {
                     "bytes_sent": live.moved.sent.load(Ordering::Relaxed),
                     "bytes_received": live.moved.received.load(Ordering::Relaxed),
                     "facts": live.facts(),
+                    "wire": live.wire().and_then(|wire| Some([wire.local_addr().ok()?, wire.peer_addr().ok()?])),
                 })
             })
             .collect()
+    }
+
+    fn ended(&self) -> Value {
+        status::ended(self)
+    }
+
+    fn status(&self) -> Value {
+        status::status(self)
+    }
+
+    fn explain(&self, question: Question<'_>) -> Result<Value, String> {
+        status::explain(self, question)
     }
 
     fn workloads(&self) -> Value {
@@ -137,7 +150,7 @@ impl View for Gathered {
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "generation": snapshot.generation,
-            "agent": configuration::agent(&self.agent),
+            "agent": configuration::agent(&self.about.agent),
             "resources": sources.iter().map(source).collect::<Vec<_>>(),
             "workloads": configuration::workloads(&snapshot),
             "services": configuration::services(&snapshot),

@@ -20,21 +20,9 @@ use crate::sys::netns::{Netns, NetnsCookie};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/marline-ebpf.o"));
 
-const ADDRESS_HOOKS: [&str; 6] =
+pub(super) const ADDRESS_HOOKS: [&str; 6] =
     ["connect4", "connect6", "getpeername4", "getpeername6", "getsockname4", "getsockname6"];
-const INBOUND: &str = "inbound";
-/// All that hang on the pods' cgroup, by the names of their pins.
-pub(super) const CGROUP_LINKS: [&str; 9] = [
-    "connecting",
-    "create",
-    "egress",
-    "connect4",
-    "connect6",
-    "getpeername4",
-    "getpeername6",
-    "getsockname4",
-    "getsockname6",
-];
+pub(super) const INBOUND: &str = "inbound";
 
 /// The shape of a map that outlives its agent: name, type, size of key and value, capacity.
 type Layout = (&'static str, MapType, usize, usize, u32);

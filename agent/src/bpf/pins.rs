@@ -21,7 +21,7 @@ use super::error::BpfError;
 use crate::sys::netns::NetnsCookie;
 
 const BPFFS: &str = "/sys/fs/bpf";
-const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
+pub(super) const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 
 /// The pins of one agent. Held exclusively for as long as this lives.
 #[derive(Debug)]

@@ -204,10 +204,14 @@ impl Drop for Arrival<'_> {
 }
 
 /// A cgroup below the pods' for one probe, so that the probe is subject to the same hooks and to no pod's limits.
-struct ProbeCgroup(PathBuf);
+pub struct ProbeCgroup(PathBuf);
 
 impl ProbeCgroup {
-    fn create(pods: &Path) -> io::Result<Self> {
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub fn create(pods: &Path) -> io::Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let path = pods.join(format!("marline-probe-{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
         fs::create_dir(&path)?;

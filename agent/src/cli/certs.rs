@@ -1,29 +1,26 @@
 //! `marline certs`: the certificates that a running agent holds, as its admin address tells them. Keys are never told.
 
-use std::{fmt::Write as _, net::SocketAddr, process::ExitCode, time::Duration};
+use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use http_body_util::{BodyExt as _, Empty};
-use hyper::{Request, StatusCode, body::Bytes};
-use hyper_util::rt::TokioIo;
+use hyper::StatusCode;
 use serde_json::Value;
-use tokio::net::TcpStream;
 
-use super::WRONG_CONFIGURATION;
-use crate::app;
-
-const PATIENCE: Duration = Duration::from_secs(10);
+use super::{
+    client::{AdminArgs, Client},
+    finish,
+    table::{Cell, Colour, Paint, plain, table, time},
+};
 
 /// Exit codes: 0 all is well, 1 a certificate is missing, has expired, is about to, or could not be renewed; 2 the command line is wrong
 /// or no agent answers.
 #[derive(Args)]
+#[command(after_long_help = "\
+  marline certs
+  marline certs show spiffe://cluster.local/ns/shop/sa/web --pem | openssl x509 -noout -text")]
 pub(super) struct CertsArgs {
-    /// The agent's admin address (spec.admin.address)
-    #[arg(long, global = true, default_value = "127.0.0.1:15000")]
-    admin: SocketAddr,
-    /// Print what the agent says, as JSON
-    #[arg(long, global = true)]
-    json: bool,
+    #[command(flatten)]
+    admin: AdminArgs,
     #[command(subcommand)]
     command: Option<CertsCommand>,
 }
@@ -41,106 +38,67 @@ enum CertsCommand {
 }
 
 pub(super) fn run(args: &CertsArgs) -> ExitCode {
-    match answer(args) {
-        Ok((text, well)) => {
-            print!("{text}");
-            if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-        }
-        Err(error) => {
-            eprintln!("marline: {error}");
-            ExitCode::from(WRONG_CONFIGURATION)
-        }
-    }
+    finish(answer(args))
 }
 
 fn answer(args: &CertsArgs) -> Result<(String, bool), String> {
-    let runtime = app::runtime().map_err(|error| error.to_string())?;
-    let get = |path: &str| {
-        let answer = runtime.block_on(async { tokio::time::timeout(PATIENCE, get(args.admin, path)).await });
-        let slow = || Err(format!("it did not answer within {PATIENCE:?}").into());
-        answer.unwrap_or_else(|_| slow()).map_err(|error| {
-            format!(
-                "no agent answers at {}: {error}; is one running, and is --admin its spec.admin.address?",
-                args.admin
-            )
-        })
-    };
+    let client = Client::new(args.admin.admin).map_err(|error| error.to_string())?;
     if let Some(CertsCommand::Show { id, pem: true }) = &args.command {
-        let (status, text) = get(&format!("/certs/chain?id={id}"))?;
+        let (status, text) = client.get(&format!("/certs/chain?id={id}")).map_err(|error| error.to_string())?;
         return match status {
             StatusCode::OK => Ok((text, true)),
-            _ => Err(format!("the agent holds no certificate for {id}; `marline certs` lists those that it holds")),
+            _ => Err(unknown(id)),
         };
     }
-    let (status, text) = get("/certs")?;
-    let all: Vec<Value> = serde_json::from_str(&text)
-        .ok()
-        .filter(|_| status == StatusCode::OK)
-        .ok_or_else(|| format!("what answers at {} is no agent of Marline: {status}", args.admin))?;
+    let all: Vec<Value> = client.json("/certs").map_err(|error| error.to_string())?;
     let chosen: Vec<Value> = match &args.command {
         Some(CertsCommand::Show { id, .. }) => {
             let found: Vec<_> = all.into_iter().filter(|one| one["id"] == id.as_str()).collect();
             if found.is_empty() {
-                return Err(format!(
-                    "the agent holds no certificate for {id}; `marline certs` lists those that it holds"
-                ));
+                return Err(unknown(id));
             }
             found
         }
         None => all,
     };
     let well = chosen.iter().all(is_well);
-    let text = if args.json { format!("{}\n", Value::Array(chosen)) } else { table(&chosen) };
+    let text =
+        if args.admin.json { format!("{}\n", Value::Array(chosen)) } else { listed(&chosen, Colour::of_stdout()) };
     Ok((text, well))
 }
 
-async fn get(
-    address: SocketAddr,
-    path: &str,
-) -> Result<(StatusCode, String), Box<dyn std::error::Error + Send + Sync>> {
-    let stream = TcpStream::connect(address).await?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let request = Request::get(path).header("host", address.to_string()).body(Empty::<Bytes>::new())?;
-    tokio::spawn(connection);
-    let response = sender.send_request(request).await?;
-    let status = response.status();
-    let body = response.into_body().collect().await?.to_bytes();
-    Ok((status, String::from_utf8_lossy(&body).into_owned()))
+fn unknown(id: &str) -> String {
+    format!("the agent holds no certificate for {id}; `marline certs` lists those that it holds")
 }
 
 fn is_well(one: &Value) -> bool {
     matches!(one["state"].as_str(), Some("valid" | "due")) && one["last_error"].is_null()
 }
 
-fn table(all: &[Value]) -> String {
+fn listed(all: &[Value], colour: Colour) -> String {
     const HEADER: [&str; 7] = ["STATE", "IDENTITY", "SERIAL", "NOT BEFORE", "NOT AFTER", "ISSUER", "SOURCE"];
-    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
-    let time = |value: &Value| {
-        let since = value.as_u64().map(|seconds| std::time::UNIX_EPOCH + Duration::from_secs(seconds));
-        since.map_or_else(|| "-".to_owned(), |time| humantime::format_rfc3339_seconds(time).to_string())
-    };
+    let text = |value: &Value| Cell::from(value.as_str().unwrap_or("-"));
+    let when = |value: &Value| Cell::from(value.as_u64().map_or_else(|| "-".to_owned(), time));
     let row = |one: &Value| {
-        let (from, to) = (time(&one["not_before"]), time(&one["not_after"]));
-        [
-            text(&one["state"]),
+        let paint = if is_well(one) { Paint::Good } else { Paint::Bad };
+        vec![
+            Cell::new(one["state"].as_str().unwrap_or("-"), paint),
             text(&one["id"]),
             text(&one["serial"]),
-            from,
-            to,
+            when(&one["not_before"]),
+            when(&one["not_after"]),
             text(&one["issuer"]),
             text(&one["source"]),
         ]
     };
-    let rows: Vec<[String; 7]> = std::iter::once(HEADER.map(str::to_owned)).chain(all.iter().map(row)).collect();
-    let width = |column: usize| rows.iter().map(|row| row.get(column).map_or(0, |cell| cell.chars().count())).max();
-    let widths: Vec<usize> = (0..HEADER.len()).map(|column| width(column).unwrap_or_default()).collect();
+    let rows: Vec<_> = all.iter().map(row).collect();
     let mut out = String::new();
-    for (number, row) in rows.iter().enumerate() {
-        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        let _ = writeln!(out, "{}", cells.join("  ").trim_end());
+    for (number, line) in table(&HEADER, &rows, colour).lines().enumerate() {
+        out.push_str(line);
+        out.push('\n');
         let one = number.checked_sub(1).and_then(|at| all.get(at));
         if let Some(error) = one.and_then(|one| one["last_error"].as_str()) {
-            let _ = writeln!(out, "    could not be renewed: {error}");
+            out.push_str(&format!("    could not be renewed: {}\n", plain(error)));
         }
     }
     out
@@ -160,7 +118,7 @@ mod tests {
             json!({"id": "spiffe://cluster.local/ns/a/sa/db", "serial": null, "not_before": null, "not_after": null,
                    "state": "missing", "issuer": null, "source": "embedded CA", "last_error": "the CA is away"}),
         ];
-        let text = table(&all);
+        let text = listed(&all, Colour::OFF);
         let lines: Vec<&str> = text.lines().collect();
         assert!(
             lines[1].starts_with("valid    spiffe://cluster.local/ns/a/sa/web  0A      1970-01-01T00:00:00Z"),

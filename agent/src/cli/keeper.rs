@@ -19,7 +19,9 @@ Files in DIR, all root's alone:
   keeper.sock   where the agent fetches them; of several agents the first has its turn until it ends
   keeper.lock   held by the keeper of this directory
 
-Exit codes: 1 failed, 2 the command line is wrong; it does not end otherwise. SIGTERM ends it at once.")]
+Exit codes: 1 failed, 2 the command line is wrong; it does not end otherwise. SIGTERM ends it at once.
+
+  marline keeper --dir /run/marline")]
 pub(super) struct Args {
     /// The directory of its sockets; made if it does not exist
     #[arg(long, default_value = keeper::DIRECTORY)]

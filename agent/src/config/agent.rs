@@ -1,6 +1,7 @@
 //! The agent's own settings: the resource of kind AgentConfig.
 
 use std::{
+    fmt,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
@@ -47,6 +48,17 @@ pub enum CaSource {
     Remote(RemoteSettings, PathBuf),
     /// The Unix socket of a SPIFFE Workload API.
     WorkloadApi(PathBuf),
+}
+
+/// For people.
+impl fmt::Display for CaSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Embedded(directory) => write!(f, "the CA in {}", directory.display()),
+            Self::Remote(remote, _) => write!(f, "the CA at https://{}", remote.address),
+            Self::WorkloadApi(socket) => write!(f, "the Workload API at unix://{}", socket.display()),
+        }
+    }
 }
 
 /// How keys are agreed on.

@@ -16,9 +16,10 @@ use crate::{
     state::State,
 };
 
-/// Told of each reload, for the metrics.
+/// Told of each reload, for the metrics and for those who ask how it went.
 pub trait ReloadObserver: Send + Sync {
-    fn accepted(&self, generation: u64);
+    /// `restart` names the fields of the agent's own settings that have changed and wait for a restart.
+    fn accepted(&self, generation: u64, warnings: &[Finding], restart: &[&'static str]);
     fn rejected(&self, errors: &ConfigErrors);
 }
 
@@ -122,14 +123,14 @@ impl Follower {
         }
         let current = self.state.load();
         if current.describes_the_same_as(&loaded.snapshot) {
-            self.observer.accepted(current.generation);
+            self.observer.accepted(current.generation, &loaded.warnings, &self.announced);
             return;
         }
         let (workloads, local) = (loaded.snapshot.workloads().len(), loaded.snapshot.local.len());
         let mode = loaded.snapshot.policies.authentication.mesh_mode();
         let generation = self.state.replace(loaded.snapshot);
         tracing::info!(generation, workloads, local, %mode, "configuration accepted");
-        self.observer.accepted(generation);
+        self.observer.accepted(generation, &loaded.warnings, &self.announced);
     }
 
     fn reject(&self, errors: &ConfigErrors) {

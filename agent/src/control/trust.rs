@@ -10,7 +10,7 @@ use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
     io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -47,7 +47,11 @@ pub struct Followed {
     pub files: TrustFiles,
     pub identities: Manager,
     pub metrics: Arc<Metrics>,
+    pub refusal: LastRefusal,
 }
+
+/// Why the files as they are now were refused, if they were.
+pub type LastRefusal = Arc<Mutex<Option<String>>>;
 
 /// Reads the CA in `dir` and all else that trust is made from.
 pub fn load(dir: &Path, files: &TrustFiles) -> Result<(Ca, Trust), IdentityError> {
@@ -212,6 +216,7 @@ impl Follower {
         } else {
             identities.renew_unbelieved();
         }
+        self.tell(None);
         self.followed.metrics.trust_reloaded(true);
     }
 
@@ -222,11 +227,16 @@ impl Follower {
             return;
         }
         self.refused = refused;
+        self.tell(Some(text.clone()));
         tracing::error!(
             origin = self.followed.origin.name(),
             "the CA's files were refused, the last good ones stay in force: {text}"
         );
         self.followed.metrics.trust_reloaded(false);
+    }
+
+    fn tell(&self, refusal: Option<String>) {
+        *self.followed.refusal.lock().unwrap_or_else(PoisonError::into_inner) = refusal;
     }
 
     /// An overdue list goes on counting: refusing everybody of its CA instead would end the mesh for want of a file.

@@ -82,7 +82,7 @@ impl Flow {
         // A server's agent is not told which service was called; the endpoint's first one is the best guess, as in ztunnel.
         let guessed = || seen.destination.address.filter(|_| inbound).and_then(|at| snapshot.service_behind(at));
         let (service, service_name, service_namespace) = match (seen.service, guessed()) {
-            (Some(host), _) => snapshot.service_called(host).map_or_else(|| unnamed(host), named),
+            (Some(host), _) => snapshot.service_of_host(host).map_or_else(|| unnamed(host), named),
             (None, Some(service)) => named(service),
             (None, None) => unnamed(UNKNOWN),
         };

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::SystemTime};
 
 use super::{
     Context,
-    connections::{Connections, Live},
+    connections::{self, Connections, Live},
     identify,
     offload::Records,
     pump::PumpError,
@@ -182,8 +182,8 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
-        self.connections.close(&self.live);
         if !self.counted {
+            self.connections.close(&self.live);
             return;
         }
         let facts = self.live.facts();
@@ -206,6 +206,21 @@ impl Drop for Account {
         }
         let policy = facts.policy.as_deref();
         self.metrics.ended(direction, &Ended { mode: facts.mode, verdict, reason, policy });
+        let duration_ms = u64::try_from(self.live.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        // Remembered before it is gone from those that live: who asks for both in this order misses none.
+        self.connections.remember(connections::Ended {
+            id: self.live.id,
+            direction: self.live.direction,
+            started_ms: since_epoch_ms(self.live.since),
+            duration_ms,
+            bytes_sent: progress.sent,
+            bytes_received: progress.received,
+            verdict,
+            reason,
+            close: close.clone(),
+            facts: facts.clone(),
+        });
+        self.connections.close(&self.live);
         self.log.write(&Record {
             time: self.live.since,
             end: SystemTime::now(),
@@ -227,10 +242,15 @@ impl Drop for Account {
             response_flags: flags,
             bytes_sent: progress.sent,
             bytes_received: progress.received,
-            duration_ms: u64::try_from(self.live.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            duration_ms,
             tls: facts.tls.as_ref(),
         });
     }
+}
+
+fn since_epoch_ms(time: SystemTime) -> u64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn describe(end: &Endpoint) -> String {

@@ -2,7 +2,7 @@
 //! made per captured connection and goes with it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -159,11 +159,32 @@ impl Live {
     }
 }
 
-/// All that live. Cheap to clone.
+/// How many connections that have ended are remembered.
+const REMEMBERED: usize = 512;
+
+/// A connection that has ended, and how.
+#[derive(Clone, Serialize)]
+pub struct Ended {
+    pub id: u64,
+    pub direction: Direction,
+    /// Milliseconds since 1970.
+    pub started_ms: u64,
+    pub duration_ms: u64,
+    pub bytes_sent: u64,
+    pub bytes_received: u64,
+    pub verdict: &'static str,
+    pub reason: Option<&'static str>,
+    /// In words.
+    pub close: String,
+    pub facts: Facts,
+}
+
+/// All that live, and the last of those that have ended. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct Connections {
     live: Arc<Mutex<HashMap<u64, Arc<Live>>>>,
     next: Arc<AtomicU64>,
+    ended: Arc<Mutex<VecDeque<Ended>>>,
 }
 
 impl Connections {
@@ -188,6 +209,20 @@ impl Connections {
 
     pub fn close(&self, live: &Live) {
         lock(&self.live).remove(&live.id);
+    }
+
+    /// For people who ask a moment later. The access log has all of them.
+    pub fn remember(&self, ended: Ended) {
+        let mut all = lock(&self.ended);
+        if all.len() >= REMEMBERED {
+            all.pop_front();
+        }
+        all.push_back(ended);
+    }
+
+    /// The oldest first.
+    pub fn ended(&self) -> Vec<Ended> {
+        lock(&self.ended).iter().cloned().collect()
     }
 
     pub fn all(&self) -> Vec<Arc<Live>> {

@@ -133,6 +133,8 @@ pub struct Direct {
     left: Mutex<HashMap<u64, Why>>,
     /// Whether every pod has been served, once.
     settled: AtomicBool,
+    /// Whether the keeper is there.
+    kept: AtomicBool,
     /// The filters whose calls are received.
     served: Mutex<Vec<Weak<filter::Filter>>>,
     /// Destinations that are not worth another try yet.
@@ -163,6 +165,7 @@ impl Direct {
             filters: Mutex::default(),
             left: Mutex::default(),
             settled: AtomicBool::new(false),
+            kept: AtomicBool::new(false),
             served: Mutex::default(),
             avoided: Mutex::default(),
             lasting: Mutex::default(),
@@ -175,6 +178,11 @@ impl Direct {
     /// What a client's handshake may agree on: that the server is direct.
     pub fn usable(&self) -> bool {
         self.usable
+    }
+
+    /// The keeper's directory, and whether it answers there.
+    pub fn keeper(&self) -> (&std::path::Path, bool) {
+        (&self.settings.keeper, self.kept.load(Ordering::Relaxed))
     }
 
     pub fn filtered(&self, netns: NetnsCookie) -> bool {
@@ -267,9 +275,11 @@ pub(super) async fn run(ctx: Arc<Context>) {
                 absent = false;
                 tracing::info!(keeper = %direct.settings.keeper.display(), "connected to the keeper");
                 direct.moved();
+                direct.kept.store(true, Ordering::Relaxed);
                 if let Err(error) = take(&ctx, &link).await {
                     tracing::error!("the keeper: {}", with_causes(&error));
                 }
+                direct.kept.store(false, Ordering::Relaxed);
             }
             Err(error) if !absent => {
                 absent = true;

@@ -34,7 +34,7 @@ pub(super) async fn run(ctx: Arc<Context>) {
 /// A pod that is not ready has a reason of its own, and its hook may not be there yet.
 fn look(ctx: &Context) -> Vec<Hook> {
     let served: Vec<_> = lock(&ctx.captured).iter().copied().collect();
-    let found = ctx.capture.hooks(&served);
+    let found = ctx.capture.attached(&served);
     // One that has left meanwhile took its hook with it.
     let captured = lock(&ctx.captured);
     let left = |hook: &Hook| served.iter().any(|cookie| !captured.contains(cookie) && hook.is_of(*cookie));

@@ -28,7 +28,7 @@ const ROOMS: [(&str, &[&str]); 18] = [
     ("keeper", &["words", "sys"]),
     ("control", &["words", "config", "state", "policy", "identity", "metrics"]),
     ("ca", &["words", "config", "control", "identity"]),
-    ("bpf", &["state", "policy", "identity", "sys", "metrics"]),
+    ("bpf", &["words", "state", "policy", "identity", "sys", "metrics"]),
     ("admin", &["words", "state", "policy", "identity", "metrics", "access_log", "config", "sys"]),
     ("proxy", &["words", "state", "policy", "identity", "sys", "tls", "bpf", "keeper", "metrics", "access_log"]),
     (
@@ -53,7 +53,10 @@ const ROOMS: [(&str, &[&str]); 18] = [
     ),
     (
         "cli",
-        &["words", "app", "bpf", "ca", "config", "control", "identity", "keeper", "logging", "policy", "state", "sys"],
+        &[
+            "words", "admin", "app", "bpf", "ca", "config", "control", "identity", "keeper", "logging", "policy",
+            "state", "sys",
+        ],
     ),
 ];
 

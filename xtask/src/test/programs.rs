@@ -42,6 +42,8 @@ const SUITES: &[(&str, &[Need])] = &[
     ("native_monitoring", &[PYTHON, need("prometheus", "prometheus"), need("promtool", "prometheus")]),
     ("native_reloads", &[PYTHON]),
     ("native_visibility", &[PYTHON]),
+    ("native_commands", &[need("tmux", "tmux")]),
+    ("native_status", &[need("bpftool", "bpftool")]),
     (
         "direct_web",
         &[need("wrk", "wrk"), need("h2load", "nghttp2-client"), need("haproxy", "haproxy"), need("curl", "curl")],

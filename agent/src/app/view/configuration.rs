@@ -1,5 +1,7 @@
 //! The configuration that is in force, as JSON. Of secrets only the places are known here.
 
+use std::collections::HashSet;
+
 use serde_json::{Value, json};
 
 use crate::{
@@ -9,10 +11,13 @@ use crate::{
 };
 
 pub(super) fn workloads(snapshot: &Snapshot) -> Value {
+    let local: HashSet<_> = snapshot.local.iter().map(|pod| (&pod.workload.namespace, &pod.workload.name)).collect();
+    let mode = |workload: &Workload| workload.in_mesh.then(|| snapshot.policies.authentication.mode(workload, 0));
     let workload = |workload: &Workload| {
         json!({
             "namespace": workload.namespace, "name": workload.name, "identity": workload.id.to_string(),
             "addresses": workload.addresses, "in_mesh": workload.in_mesh,
+            "local": local.contains(&(&workload.namespace, &workload.name)), "mode": mode(workload),
             "labels": workload.labels.iter().collect::<std::collections::BTreeMap<_, _>>(),
         })
     };
