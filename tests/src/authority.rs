@@ -62,7 +62,7 @@ impl Authority {
         Ok(authority)
     }
 
-    /// Says anew which service accounts run where: as it is, but for pods that are `elsewhere`.
+    /// Says anew which service accounts run where: as it is, but for pods that are `elsewhere`. A service that runs has read it then.
     pub fn write_nodes(&self, cluster: &Cluster, elsewhere: impl Fn(&str) -> Option<Side>) -> Result<()> {
         let mut text = "apiVersion: marline.io/v1alpha1\nkind: CaNodes\nspec:\n  nodes:\n".to_owned();
         for side in Side::BOTH {
@@ -70,7 +70,22 @@ impl Authority {
             let accounts: Vec<String> = pods.map(|pod| format!("{NAMESPACE}/{}", pod.name)).collect();
             writeln!(text, "  - name: node-{}\n    serviceAccounts: [{}]", side.letter(), accounts.join(", "))?;
         }
-        config::replace(&self.directory.join("nodes.yaml"), &text)
+        let before = self.nodes_read(cluster, 1)?;
+        config::replace(&self.directory.join("nodes.yaml"), &text)?;
+        self.nodes_read(cluster, before + 1).map(drop)
+    }
+
+    /// Waits until the service, if it runs, has read its nodes so many times; says how often it has.
+    fn nodes_read(&self, cluster: &Cluster, least: u64) -> Result<u64> {
+        const COUNT: &str = "marline_ca_reloads_total{files=\"nodes\",result=\"accepted\"} ";
+        if self.process.is_none() {
+            return Ok(0);
+        }
+        wait_for("the CA service to read its nodes", seconds(20), || {
+            let metrics = http::get(&cluster.node(Side::A).netns, (link_address(Side::A), STATUS).into(), "/metrics")?;
+            let count = metrics.body.lines().find_map(|line| line.strip_prefix(COUNT)?.parse().ok()).unwrap_or(0);
+            Ok(if count >= least { Look::Done(count) } else { Look::NotYet(format!("{count} times")) })
+        })
     }
 
     /// Starts the service, and waits until it answers.

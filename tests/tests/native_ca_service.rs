@@ -67,7 +67,11 @@ fn a_node_gets_no_identity_of_another_and_what_is_taken_back_from_it_ends_with_i
         authority.write_nodes(cluster, |pod| if pod == "client-a" { Some(Side::B) } else { None })?;
         cluster.launch_agent(Side::A)?;
         let refused = wait_for("client-a to be refused", seconds(20), || {
-            let pods = cluster.agent(Side::A)?.pods()?;
+            // It was launched, and may not listen yet.
+            let pods = match cluster.agent(Side::A)?.pods() {
+                Ok(pods) => pods,
+                Err(error) => return Ok(Look::NotYet(format!("{error:#}"))),
+            };
             let found = pods.iter().find(|pod| pod.name.starts_with("client-a")).context("client-a")?;
             let said = found.reason.clone().filter(|reason| reason.contains("will not sign for"));
             Ok(said.map_or_else(|| Look::NotYet(format!("{found:?}")), Look::Done))
