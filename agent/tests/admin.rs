@@ -12,6 +12,7 @@ use std::{
 use marline::{
     admin::{self, View},
     config,
+    state::explain::Question,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -32,6 +33,18 @@ impl View for Shown {
     }
     fn connections(&self) -> Value {
         json!("connections")
+    }
+    fn ended(&self) -> Value {
+        json!("ended")
+    }
+    fn status(&self) -> Value {
+        json!("status")
+    }
+    fn explain(&self, question: Question<'_>) -> Result<Value, String> {
+        match question.source {
+            "web" => Ok(json!("explain")),
+            other => Err(format!("{other:?} is nobody")),
+        }
     }
     fn workloads(&self) -> Value {
         json!("workloads")
@@ -218,7 +231,10 @@ fn path() -> impl Strategy<Value = String> {
         "/",
         "/help",
         "/pods",
+        "/status",
         "/connections",
+        "/connections/ended",
+        "/explain",
         "/workloads",
         "/services",
         "/policies",

@@ -10,7 +10,7 @@ use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 use marline::{
     control::{
         files::WatchSettings,
-        trust::{self, Followed, Origin},
+        trust::{self, Followed, LastRefusal, Origin},
     },
     identity::{
         Ca, CertState, Manager, ManagerSettings, SpiffeId, Svid, TrustDomain, TrustFiles, TrustStore,
@@ -34,6 +34,7 @@ struct Bed {
     api: WorkloadApi,
     manager: Manager,
     store: TrustStore,
+    refusal: LastRefusal,
     tell: watch::Sender<Result<X509SvidResponse, Status>>,
     serving: Option<JoinHandle<()>>,
     stop: watch::Sender<bool>,
@@ -48,11 +49,13 @@ impl Bed {
         let manager = Manager::new(api.clone(), store.clone(), ManagerSettings { leaf_lifetime: LIFE });
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(api.clone().run(domain.clone(), stopped.clone()));
+        let refusal = LastRefusal::default();
         let followed = Followed {
             origin: Origin::Told(api.clone()),
             files,
             identities: manager.clone(),
             metrics: Arc::new(Metrics::new()),
+            refusal: refusal.clone(),
         };
         let settings = WatchSettings { quiet: Duration::from_millis(5), poll: Duration::from_secs(10) };
         tokio::spawn(trust::watch(followed, settings, stopped.clone()));
@@ -60,7 +63,7 @@ impl Bed {
             let manager = manager.clone();
             async move { manager.run(stopped).await }
         });
-        Self { dir, api, manager, store, tell: watch::Sender::new(Ok(first)), serving: None, stop }
+        Self { dir, api, manager, store, refusal, tell: watch::Sender::new(Ok(first)), serving: None, stop }
     }
 
     fn socket(&self) -> PathBuf {
@@ -248,7 +251,8 @@ async fn a_message_whose_roots_or_lists_are_no_good_changes_nothing() {
     }
     // A list that is none: the certificates of that message are not taken without it.
     bed.tell(Ok(X509SvidResponse { crl: vec![b"no list".to_vec()], ..telling(vec![mesh.svid("web")]) }));
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let refused = until("a refusal", || bed.refusal.lock().unwrap().clone()).await;
+    assert!(refused.contains("revocation list"), "{refused}");
     assert!(bed.believes(&first));
     bed.tell(Ok(telling(vec![mesh.svid("web")])));
     until("a good message", || bed.manager.svid(&web).filter(|svid| svid.serial != first.serial)).await;
