@@ -24,7 +24,7 @@ use rustls::sign::CertifiedKey;
 use serde::{Serialize, Serializer};
 
 pub use ca::Ca;
-pub use leaf::{SvidFault, svid_identity};
+pub use leaf::{SvidFault, Validity, svid_identity};
 pub use live::LiveCa;
 pub use manager::{CertState, Manager, ManagerSettings, SvidInfo};
 pub use trust::{Trust, TrustDomains, TrustFiles, TrustStore};

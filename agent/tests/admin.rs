@@ -42,7 +42,7 @@ impl View for Shown {
     }
     fn explain(&self, question: Question<'_>) -> Result<Value, String> {
         match question.source {
-            "web" => Ok(json!("explain")),
+            "WHO" => Ok(json!("explain")),
             other => Err(format!("{other:?} is nobody")),
         }
     }

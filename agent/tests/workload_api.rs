@@ -224,11 +224,11 @@ async fn what_is_no_good_is_left_out_with_the_reason_and_the_rest_is_used() {
 #[tokio::test]
 async fn a_message_whose_roots_or_lists_are_no_good_changes_nothing() {
     let (mesh, other) = (Authority::of("mesh.example"), Authority::of("other.example"));
-    let mut bed = Bed::new(&mesh.domain, telling(vec![mesh.svid("web")]));
+    let mut bed = Bed::new(&mesh.domain, telling(vec![mesh.svid("web"), mesh.svid("db")]));
     bed.start();
-    let web = mesh.id("web");
-    bed.manager.retain(&present([&web]));
-    let first = bed.held(&web).await;
+    let (web, db, late) = (mesh.id("web"), mesh.id("db"), mesh.id("late"));
+    bed.manager.retain(&present([&web, &db]));
+    let (first, _) = (bed.held(&web).await, bed.held(&db).await);
     let with_bundle = |bundle: Vec<u8>| telling(vec![X509Svid { bundle, ..mesh.svid("web") }]);
     let two = telling(vec![mesh.svid("web"), X509Svid { bundle: other.bundle(), ..mesh.svid("db") }]);
     let mut ours_federated = telling(vec![mesh.svid("web")]);
@@ -242,20 +242,26 @@ async fn a_message_whose_roots_or_lists_are_no_good_changes_nothing() {
         two,
         ours_federated,
     ] {
-        bed.tell(Ok(telling(vec![mesh.svid("web")])));
+        bed.tell(Ok(telling(vec![mesh.svid("web"), mesh.svid("db")])));
         until("good words", || bed.api.problem().is_none().then_some(())).await;
         bed.tell(Ok(message));
         // The stream is broken off and begun anew, and what comes then is taken.
         until("a complaint", || bed.api.problem()).await;
         assert!(bed.believes(&bed.manager.svid(&web).unwrap()) && bed.believes(&first));
     }
-    // A list that is none: the certificates of that message are not taken without it.
-    bed.tell(Ok(X509SvidResponse { crl: vec![b"no list".to_vec()], ..telling(vec![mesh.svid("web")]) }));
-    let refused = until("a refusal", || bed.refusal.lock().unwrap().clone()).await;
-    assert!(refused.contains("revocation list"), "{refused}");
-    assert!(bed.believes(&first));
-    bed.tell(Ok(telling(vec![mesh.svid("web")])));
-    until("a good message", || bed.manager.svid(&web).filter(|svid| svid.serial != first.serial)).await;
+    // With a list that is none, nothing of the message counts: neither what it brings nor what it leaves out.
+    bed.tell(Ok(telling(vec![mesh.svid("web"), mesh.svid("db")])));
+    until("good words", || bed.api.problem().is_none().then_some(())).await;
+    let message = telling(vec![mesh.svid("web"), mesh.svid("late")]);
+    bed.tell(Ok(X509SvidResponse { crl: vec![b"no list".to_vec()], ..message }));
+    let problem = until("a complaint", || bed.api.problem()).await;
+    assert!(problem.contains("revocation list"), "{problem}");
+    bed.manager.retain(&present([&web, &db, &late]));
+    bed.manager.supplied();
+    until("an answer", || bed.manager.last_error(&late)).await;
+    assert!(bed.manager.svid(&late).is_none() && bed.manager.svid(&db).is_some());
+    bed.tell(Ok(telling(vec![mesh.svid("late")])));
+    bed.held(&late).await;
 }
 
 #[tokio::test]

@@ -167,7 +167,12 @@ impl Follower {
                 return;
             }
             let (origin, files) = (self.followed.origin.clone(), self.followed.files.clone());
-            let Ok(result) = spawn_blocking(move || origin.load(&files)).await else { return };
+            let result = match spawn_blocking(move || origin.load(&files)).await {
+                Ok(result) => result,
+                // Whoever follows the files no more would not hear of what is taken back: that ends the agent.
+                Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                Err(_) => return,
+            };
             // What changed while it was read may be half of the old and half of the new.
             if self.fingerprint(told).await == before {
                 match result {

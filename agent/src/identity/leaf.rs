@@ -1,10 +1,35 @@
 //! What a workload's certificate is, by the clauses of the X.509-SVID standard. Who signed it, and whether that counts, is `identity::trust`'s
 //! to say.
 
+use std::time::{Duration, SystemTime};
+
 use rustls::pki_types::CertificateDer;
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 use super::{IdError, SpiffeId};
+
+/// From when to when a certificate is good, and its serial number as it is written everywhere.
+#[derive(Clone, Debug)]
+pub struct Validity {
+    pub not_before: SystemTime,
+    pub not_after: SystemTime,
+    pub serial: String,
+}
+
+impl Validity {
+    pub fn of(certificate: &X509Certificate<'_>) -> Self {
+        let time = |seconds: i64| {
+            let since = Duration::from_secs(u64::try_from(seconds).unwrap_or_default());
+            SystemTime::UNIX_EPOCH.checked_add(since).unwrap_or(SystemTime::UNIX_EPOCH)
+        };
+        let validity = certificate.validity();
+        Self {
+            not_before: time(validity.not_before.timestamp()),
+            not_after: time(validity.not_after.timestamp()),
+            serial: certificate.raw_serial().iter().map(|byte| format!("{byte:02X}")).collect(),
+        }
+    }
+}
 
 /// Which clause of the X.509-SVID standard a certificate fails.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]

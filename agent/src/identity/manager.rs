@@ -36,6 +36,8 @@ use entry::Entry;
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 /// Certificates of a signer that was replaced are renewed within this time.
 const LONGEST_RESIGN: Duration = Duration::from_secs(10);
+/// Between one certificate and the next.
+const SHORTEST_WAIT: Duration = Duration::from_millis(500);
 /// How many certificates are asked for at once: enough that a CA elsewhere is not waited for one by one, and no more than it can
 /// take from each of a thousand nodes.
 const AT_ONCE: usize = 16;
@@ -200,7 +202,11 @@ impl Manager {
     /// The source has other certificates than before: all are taken anew.
     pub fn supplied(&self) {
         let now = SystemTime::now();
-        self.entries().values_mut().for_each(|entry| entry.due = Some(now));
+        // An answer that is on its way is of before.
+        let mut entries = self.entries();
+        self.shared.signer.fetch_add(1, Ordering::SeqCst);
+        entries.values_mut().for_each(|entry| entry.due = Some(now));
+        drop(entries);
         self.shared.changed.notify_one();
     }
 
@@ -264,19 +270,20 @@ impl Manager {
         // The identity has left meanwhile.
         let Some(entry) = entries.get_mut(id) else { return };
         let tells = self.shared.source.tells();
+        // If the signer was replaced meanwhile, or more was told, this may be of the one before.
+        let outdated = (signer < self.shared.signer.load(Ordering::SeqCst)).then_some(now);
         match result {
             Ok(svid) if tells && entry.svid.as_ref().is_some_and(|held| held.serial == svid.serial) => {
-                (entry.asked, entry.due, entry.made) = (false, None, entry.made.map(|made| made.min(now)));
+                entry.confirmed(now, outdated, signer);
             }
             Ok(svid) => {
                 self.shared.issued.fetch_add(1, Ordering::Relaxed);
                 let life = svid.not_after.duration_since(now).unwrap_or_default();
                 tracing::info!(identity = %id, serial = svid.serial, life = humantime(life), "new certificate");
-                // Between 45 % and 55 % of its life, so that a node's certificates do not all come due together.
-                let due = now + life.mul_f64(0.45 + rand::random::<f64>() / 10.0);
-                // If the signer was replaced meanwhile, this may be of the one before.
-                let replaced = signer < self.shared.signer.load(Ordering::SeqCst);
-                let due = if replaced { Some(now) } else { (!tells).then_some(due) };
+                // Between 45 % and 55 % of its life, so that a node's certificates do not all come due together; and not at once again, from a
+                // source whose certificates have next to no life left.
+                let wait = life.mul_f64(0.45 + rand::random::<f64>() / 10.0).max(SHORTEST_WAIT);
+                let due = outdated.or((!tells).then_some(now + wait));
                 entry.renewed(svid, now, due, signer);
             }
             Err(error) => {

@@ -32,7 +32,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use zeroize::{Zeroize as _, Zeroizing};
 
 use super::{
-    IdentityError, SpiffeId, Svid, TrustDomain, TrustStore,
+    IdentityError, SpiffeId, Svid, TrustDomain, TrustStore, Validity,
     ca::uri_san,
     humantime,
     manager::{Answer, Source},
@@ -199,19 +199,13 @@ fn impersonating(id: &SpiffeId) -> prost_types::Struct {
     prost_types::Struct { fields: BTreeMap::from([(IMPERSONATED_IDENTITY.to_owned(), value)]) }
 }
 
-struct Times {
-    not_before: SystemTime,
-    not_after: SystemTime,
-    serial: String,
-}
-
 /// The chain to show to peers, if it is what was asked for, and believed here.
 fn checked(
     answer: &CertificateResponse,
     id: &SpiffeId,
     public: &[u8],
     trust: &TrustStore,
-) -> Result<(Vec<CertificateDer<'static>>, Times), String> {
+) -> Result<(Vec<CertificateDer<'static>>, Validity), String> {
     let mut chain = Vec::new();
     for pem in &answer.cert_chain {
         for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
@@ -232,7 +226,7 @@ fn checked(
     if parsed.public_key().raw != public {
         return Err("sent a certificate for another key than ours".to_owned());
     }
-    let times = times(&parsed);
+    let times = Validity::of(&parsed);
     let now = SystemTime::now();
     if let Ok(early) = times.not_before.duration_since(now) {
         let ahead = humantime(early);
@@ -247,20 +241,6 @@ fn checked(
         format!("sent a certificate that the roots in spec.ca.rootCert do not vouch for ({error}): are they this CA's?")
     })?;
     Ok((chain, times))
-}
-
-fn times(certificate: &X509Certificate<'_>) -> Times {
-    let time = |seconds: i64| {
-        SystemTime::UNIX_EPOCH
-            .checked_add(Duration::from_secs(u64::try_from(seconds).unwrap_or_default()))
-            .unwrap_or(SystemTime::UNIX_EPOCH)
-    };
-    let validity = certificate.validity();
-    Times {
-        not_before: time(validity.not_before.timestamp()),
-        not_after: time(validity.not_after.timestamp()),
-        serial: certificate.raw_serial().iter().map(|byte| format!("{byte:02X}")).collect(),
-    }
 }
 
 fn is_self_issued(der: &CertificateDer<'_>) -> bool {

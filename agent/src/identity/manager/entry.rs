@@ -123,7 +123,14 @@ impl Entry {
         self.came.notify_waiters();
     }
 
-    /// There is none, for now. Returns how long to wait for the next try.
+    /// The source has no other than the one that is held.
+    pub fn confirmed(&mut self, now: SystemTime, due: Option<SystemTime>, signer: u64) {
+        (self.asked, self.due, self.signer) = (false, due, signer);
+        (self.failed, self.last_error) = (0, None);
+        self.made = self.made.map(|made| made.min(now));
+    }
+
+    /// There is none, for now: it is tried again after a while.
     pub fn failed(&mut self, id: &SpiffeId, now: SystemTime, lifetime: Duration, error: String) {
         let wait = retry_after(self.failed, lifetime);
         self.failed = self.failed.saturating_add(1);

@@ -265,3 +265,51 @@ async fn the_running_manager_renews_by_itself_and_stops_when_told() {
     stop.send(true).unwrap();
     tokio::time::timeout(Duration::from_secs(5), running).await.unwrap().unwrap();
 }
+
+/// A source that tells by itself, and answers when it is let.
+struct Telling {
+    ca: LiveCa,
+    asked: Arc<AtomicU64>,
+    answers: Arc<tokio::sync::Semaphore>,
+}
+
+impl Source for Telling {
+    fn name(&self) -> Arc<str> {
+        "telling".into()
+    }
+
+    fn issue<'a>(&'a self, id: &'a SpiffeId, lifetime: Duration) -> Answer<'a> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        Box::pin(async move {
+            self.answers.acquire().await.unwrap().forget();
+            self.ca.issue(id, lifetime).await
+        })
+    }
+
+    fn tells(&self) -> bool {
+        true
+    }
+}
+
+#[tokio::test]
+async fn what_is_told_while_an_answer_is_on_its_way_is_asked_for_again() {
+    let domain = TrustDomain::default();
+    let ca = LiveCa::new(Ca::ephemeral(&domain).unwrap());
+    let trust = TrustStore::new(Trust::new(domain, ca.load().roots()));
+    let (asked, answers) = (Arc::new(AtomicU64::new(0)), Arc::new(tokio::sync::Semaphore::new(0)));
+    let source = Telling { ca, asked: asked.clone(), answers: answers.clone() };
+    let manager = Manager::new(source, trust, ManagerSettings::default());
+    manager.retain(&ids(&["web"]));
+    let (mut first, now) = (JoinSet::new(), SystemTime::now());
+    manager.ask(now, &mut first);
+    while asked.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    manager.supplied();
+    answers.add_permits(2);
+    while first.join_next().await.is_some() {}
+    assert!(manager.svid(&id("web")).is_some());
+    renew_due(&manager, SystemTime::now()).await;
+    assert_eq!(asked.load(Ordering::SeqCst), 2, "the first answer was of before");
+    assert_eq!(manager.entries()[&id("web")].due, None, "and the second is not");
+}

@@ -1,10 +1,7 @@
 //! One message of the Workload API, read and checked. A certificate that is no good is left out, with the reason; roots or lists that are
 //! no good make the whole message void, because half of them would be another trust than the one that was meant.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::sync::Arc;
 
 use rustls::{
     RootCertStore,
@@ -17,8 +14,8 @@ use zeroize::Zeroize as _;
 
 use super::Svids;
 use crate::identity::{
-    SpiffeId, Svid, TrustDomain, svid_identity,
-    trust::files::Supplied,
+    SpiffeId, Svid, TrustDomain, Validity, svid_identity,
+    trust::{RevocationList, files::Supplied},
     wire::spiffe::{X509Svid, X509SvidResponse},
 };
 
@@ -82,6 +79,9 @@ impl Update {
             let roots = update.roots(&bundle).map_err(|what| format!("the bundle of {domain}: {what}"))?;
             update.federated.push((domain, roots));
         }
+        for list in &update.lists {
+            RevocationList::read(list, &update.known).map_err(|what| format!("a revocation list: {what}"))?;
+        }
         Ok(update)
     }
 
@@ -126,14 +126,12 @@ fn read_svid(svid: X509Svid, own: &TrustDomain) -> Result<(SpiffeId, Svid), Stri
     if id.trust_domain() != own {
         return Err(format!("it is not of this mesh's trust domain, {own}"));
     }
-    let (not_before, not_after, serial) = validity.clone();
+    let Validity { not_before, not_after, serial } = validity.clone();
     let key = key.map_err(|error| format!("its key cannot be used: {error}"))?;
     let key = CertifiedKey::new(chain.into_iter().map(|(der, _)| der).collect(), key);
     key.keys_match().map_err(|error| format!("its key is another's: {error}"))?;
     Ok((id.clone(), Svid { id, key: Arc::new(key), not_before, not_after, serial }))
 }
-
-type Validity = (SystemTime, SystemTime, String);
 
 /// Certificates in DER, one after the other, with nothing between or behind.
 fn certificates(mut der: &[u8]) -> Result<Vec<(CertificateDer<'static>, Validity)>, String> {
@@ -143,13 +141,7 @@ fn certificates(mut der: &[u8]) -> Result<Vec<(CertificateDer<'static>, Validity
             X509Certificate::from_der(der).map_err(|error| format!("not a certificate in DER: {error}"))?;
         let length = der.len().checked_sub(rest.len()).filter(|length| *length > 0).ok_or("not DER")?;
         let one = der.get(..length).ok_or("not DER")?;
-        let time = |seconds: i64| {
-            let since = Duration::from_secs(u64::try_from(seconds).unwrap_or_default());
-            SystemTime::UNIX_EPOCH.checked_add(since).unwrap_or(SystemTime::UNIX_EPOCH)
-        };
-        let (from, to) = (parsed.validity().not_before.timestamp(), parsed.validity().not_after.timestamp());
-        let serial = parsed.raw_serial().iter().map(|byte| format!("{byte:02X}")).collect();
-        all.push((CertificateDer::from(one.to_vec()), (time(from), time(to), serial)));
+        all.push((CertificateDer::from(one.to_vec()), Validity::of(&parsed)));
         der = rest;
     }
     Ok(all)
