@@ -69,7 +69,7 @@ pub struct CaLimits {
 
 impl Default for CaLimits {
     fn default() -> Self {
-        Self { per_minute: 600, burst: 500, connections: 1024, handshake: Duration::from_secs(10) }
+        Self { per_minute: 600, burst: 2000, connections: 1024, handshake: Duration::from_secs(10) }
     }
 }
 
