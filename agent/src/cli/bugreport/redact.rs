@@ -223,7 +223,8 @@ fn in_line(line: &str, named: bool) -> (String, usize, Option<&str>) {
         let word = word.rsplit(|c: char| !(c.is_alphanumeric() || "-_.".contains(c))).next().unwrap_or_default();
         out.push_str(name);
         out.push_str(sign);
-        if !is_secret(word) && !(named && word == "value") {
+        let secret = is_secret(word) || (named && word == "value");
+        if !secret {
             rest = value;
             continue;
         }
