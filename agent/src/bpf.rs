@@ -34,7 +34,7 @@ pub mod selftest;
 pub use direct::Gate;
 use entries::{absent_is_fine, addresses_of, close_all, forget_address, forget_listeners, forget_mapped};
 pub use error::BpfError;
-pub use hooks::Hook;
+pub use facts::{Hook, PodNetns};
 use load::Maps;
 use pins::{Pins, inbound_link};
 

@@ -169,7 +169,7 @@ fn agent(dir: PathBuf, levels: Levels) -> ExitCode {
     match app::runtime().and_then(|runtime| runtime.block_on(app::run(dir, levels))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(app::AppError::Config(errors)) => {
-            eprintln!("{errors}");
+            eprintln!("{}", table::plain_lines(&errors.to_string()));
             ExitCode::from(WRONG_CONFIGURATION)
         }
         Err(error) => failed(&with_causes(&error)),
@@ -248,7 +248,7 @@ fn finish(answer: Result<(String, bool), String>) -> ExitCode {
             if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
         Err(error) => {
-            eprintln!("marline: {error}");
+            eprintln!("marline: {}", table::plain_lines(&error));
             ExitCode::from(WRONG_CONFIGURATION)
         }
     }

@@ -3,7 +3,7 @@
 //! the mesh comes from `state`; who may talk to whom is `policy`'s.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex, atomic::Ordering},
@@ -14,7 +14,7 @@ use tokio::{net::TcpStream, sync::watch};
 
 use crate::{
     access_log::AccessLog,
-    bpf::{Capture, Hook, selftest::SelfTest},
+    bpf::{Capture, Hook, PodNetns, selftest::SelfTest},
     identity::{SpiffeId, Svid, Trust, manager::Manager},
     metrics::Metrics,
     state::{LocalPod, Snapshot, State},
@@ -86,7 +86,7 @@ pub struct Context {
     /// Which pod, by its path, each namespace is served for: two paths may lead to one namespace.
     served: Mutex<HashMap<NetnsCookie, PathBuf>>,
     /// The namespaces whose pods are ready.
-    captured: Mutex<HashSet<NetnsCookie>>,
+    captured: Mutex<HashMap<NetnsCookie, PodNetns>>,
     /// As they were found last.
     hooks: Mutex<Vec<Hook>>,
 }

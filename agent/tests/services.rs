@@ -6,6 +6,7 @@ use std::{fs, net::IpAddr, time::Duration};
 use marline::{
     config::{self, Finding, LoadedPolicies},
     policy::{ClientTls, Service, Traffic},
+    state::explain::Question,
 };
 
 const WORKLOADS: &str = "
@@ -306,4 +307,38 @@ fn a_destination_rule_that_cannot_be_done_is_refused_with_its_field() {
             .collect();
         assert!(said_now.contains(said), "{spec}\n{said_now}");
     }
+}
+
+#[test]
+fn what_becomes_of_a_call_is_told_of_the_endpoint_that_it_has_reached() {
+    let text = "
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: one, namespace: shop}
+spec: {address: 10.0.1.1, serviceAccount: one, labels: {app: one, of: pair}}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: two, namespace: shop}
+spec: {address: 10.0.1.2, serviceAccount: two, labels: {app: two, of: pair}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: pair, namespace: shop}
+spec: {clusterIP: 10.96.0.20, selector: {of: pair}, ports: [{port: 80}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: not-two, namespace: shop}
+spec: {selector: {matchLabels: {app: two}}, action: DENY, rules: [{}]}
+";
+    let snapshot = load(text).unwrap().snapshot;
+    let question = Question { source: "shop/web-1", destination: "pair.shop:80", plaintext: false, strangers: true };
+    let mut answer = snapshot.answer(question).unwrap();
+    assert_eq!(answer.by_endpoint.len(), 2);
+    assert!(answer.narrow("10.0.1.2:80".parse().unwrap()));
+    assert!(!answer.allowed && answer.reason.contains("shop/not-two"), "{answer:?}");
+    assert!(answer.narrow("10.0.1.1:80".parse().unwrap()));
+    assert!(answer.allowed && !answer.reason.contains("not-two"), "{answer:?}");
+    assert!(!answer.narrow("10.0.1.3:80".parse().unwrap()), "it is no endpoint");
 }

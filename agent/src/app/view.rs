@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::{
     admin::View,
+    bpf::Hook,
     logging::Levels,
     metrics::{Metrics, Others, counted_as},
     proxy::{PodState, Proxy},
@@ -72,7 +73,7 @@ impl Gathered {
             log_lines: ctx.log.lines(),
             ready: self.proxy.ready().is_ok(),
             pods: vec![("ready", pods_in(PodState::Ready)), ("refused", pods_in(PodState::Refused))],
-            hooks: self.proxy.hooks().into_iter().map(|hook| (hook.name, hook.missing.is_none())).collect(),
+            hooks: Hook::by_name(&self.proxy.hooks()),
             process: process::metrics(),
         }
     }
@@ -158,7 +159,7 @@ impl View for Gathered {
             "certificates": self.certs(),
             "pods": self.pods(),
             "hooks": self.proxy.hooks().iter().map(|hook| json!({
-                "name": hook.name, "attached": hook.missing.is_none(), "missing": hook.missing,
+                "name": hook.name, "target": hook.target, "attached": hook.fault.is_none(), "fault": hook.fault,
             })).collect::<Vec<_>>(),
             "logging": self.logging().unwrap_or_default(),
         })

@@ -8,6 +8,7 @@ use std::{
 
 use aya::{maps::MapType, programs::ProgramType};
 use nix::{
+    errno::Errno,
     fcntl::{Flock, FlockArg},
     sys::statfs::{CGROUP2_SUPER_MAGIC, statfs},
 };
@@ -25,10 +26,22 @@ use crate::{
     words::with_causes,
 };
 
+/// A pod's network namespace, which has a hook of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodNetns {
+    pub cookie: NetnsCookie,
+    pub path: PathBuf,
+    /// NAMESPACE/NAME.
+    pub pod: String,
+}
+
 /// One kernel program, where it should be attached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hook {
-    pub name: String,
+    /// `connect4` and the like, or `inbound`, which each pod has.
+    pub name: &'static str,
+    /// Of `inbound`: whose it is.
+    pub pod: Option<PodNetns>,
     /// The pods' cgroup, or a pod's network namespace.
     pub target: PathBuf,
     /// Why it is not effective, if it is not.
@@ -45,6 +58,8 @@ pub struct Outside {
     pub bpffs: bool,
     /// Whether somebody holds the pins: an agent that lives.
     pub held: bool,
+    /// Why the pins could not be looked at: then these here mean nothing.
+    pub unseen: Option<String>,
     /// Hooks that are pinned: those of the cgroup, and those of pods.
     pub hooks: usize,
     pub pods: usize,
@@ -52,26 +67,28 @@ pub struct Outside {
 
 impl Capture {
     /// Every hook that should be in force for these pods, as the kernel tells at this moment.
-    pub fn hooks(&self, pods: &[(NetnsCookie, PathBuf)]) -> Vec<Hook> {
+    pub fn hooks(&self, pods: &[PodNetns]) -> Vec<Hook> {
+        let on_cgroup = self.hooks_on_cgroup().into_iter();
+        on_cgroup.chain(pods.iter().map(|pod| self.inbound(pod, Some((&pod.path, &inode(&pod.path)))))).collect()
+    }
+
+    pub(super) fn hooks_on_cgroup(&self) -> Vec<Hook> {
         let cgroup = self.cgroup();
         let wanted = inode(cgroup);
         let names = ["connecting", "create", "egress"].into_iter().chain(ADDRESS_HOOKS);
-        let hook = |name: &str| Hook {
-            name: name.to_owned(),
+        let hook = |name| Hook {
+            name,
+            pod: None,
             target: cgroup.to_path_buf(),
             fault: self.fault(name, name, Some((cgroup, &wanted))),
         };
-        let mut hooks: Vec<Hook> = names.map(hook).collect();
-        for (cookie, netns) in pods {
-            let fault = self.fault(INBOUND, &inbound_link(*cookie), Some((netns, &inode(netns))));
-            hooks.push(Hook { name: INBOUND.to_owned(), target: netns.clone(), fault });
-        }
-        hooks
+        names.map(hook).collect()
     }
 
-    /// The same of one pod, by whatever path its namespace was found.
-    pub(super) fn inbound_fault(&self, netns: NetnsCookie) -> Option<String> {
-        self.fault(INBOUND, &inbound_link(netns), None)
+    /// A pod's; without `wanted` wherever it is attached, for another namespace may be at the pod's path by now.
+    pub(super) fn inbound(&self, pod: &PodNetns, wanted: Option<(&Path, &io::Result<u64>)>) -> Hook {
+        let fault = self.fault(INBOUND, &inbound_link(pod.cookie), wanted);
+        Hook { name: INBOUND, pod: Some(pod.clone()), target: pod.path.clone(), fault }
     }
 
     fn fault(&self, program: &str, pin: &str, wanted: Option<(&Path, &io::Result<u64>)>) -> Option<String> {
@@ -135,14 +152,9 @@ pub fn outside(pin_path: &Path) -> Outside {
     let mut found = Outside::default();
     let there = pin_path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     found.bpffs = statfs(there).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC);
-    for entry in fs::read_dir(pin_path.join("links")).into_iter().flatten().flatten() {
-        match entry.file_name().to_string_lossy().starts_with("inbound-") {
-            true => found.pods += 1,
-            false => found.hooks += 1,
-        }
+    if let Err(error) = look_at_pins(pin_path, &mut found) {
+        found.unseen = Some(format!("{}: {error}", pin_path.display()));
     }
-    found.held = fs::File::open(pin_path)
-        .is_ok_and(|directory| Flock::lock(directory, FlockArg::LockExclusiveNonblock).is_err());
     let programs = [
         ("programs on connect() (cgroup_sock_addr)", ProgramType::CgroupSockAddr),
         ("programs on TCP's events (sock_ops)", ProgramType::SockOps),
@@ -172,9 +184,64 @@ pub fn outside(pin_path: &Path) -> Outside {
     found
 }
 
+/// Nothing there is no error: then nothing is pinned.
+fn look_at_pins(pin_path: &Path, found: &mut Outside) -> io::Result<()> {
+    let there = |outcome: io::Error| match outcome.kind() {
+        io::ErrorKind::NotFound => Ok(()),
+        _ => Err(outcome),
+    };
+    match fs::read_dir(pin_path.join("links")) {
+        Ok(entries) => {
+            for entry in entries {
+                match entry?.file_name().to_string_lossy().starts_with("inbound-") {
+                    true => found.pods += 1,
+                    false => found.hooks += 1,
+                }
+            }
+        }
+        Err(error) => there(error)?,
+    }
+    let directory = match fs::File::open(pin_path) {
+        Ok(directory) => directory,
+        Err(error) => return there(error),
+    };
+    // Shared, so that two who look do not take each other for an agent. An agent that starts at this moment tries again.
+    match Flock::lock(directory, FlockArg::LockSharedNonblock) {
+        Ok(_) => Ok(()),
+        Err((_, Errno::EWOULDBLOCK)) => {
+            found.held = true;
+            Ok(())
+        }
+        Err((_, errno)) => Err(errno.into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn looking_tells_an_agent_from_others_who_look_and_says_what_it_cannot_see() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("links")).unwrap();
+        for name in ["connect4", "inbound-7"] {
+            fs::write(dir.path().join("links").join(name), "").unwrap();
+        }
+        let look = || {
+            let mut found = Outside::default();
+            look_at_pins(dir.path(), &mut found).map(|()| (found.held, found.hooks, found.pods)).unwrap()
+        };
+        let lock = |how| Flock::lock(fs::File::open(dir.path()).unwrap(), how).unwrap();
+        assert_eq!(look(), (false, 1, 1));
+        let other = lock(FlockArg::LockSharedNonblock);
+        assert_eq!(look(), (false, 1, 1), "somebody looks, too");
+        drop(other);
+        let _agent = lock(FlockArg::LockExclusiveNonblock);
+        assert_eq!(look(), (true, 1, 1));
+        let mut found = Outside::default();
+        assert!(look_at_pins(Path::new("/dev/null"), &mut found).is_err());
+        assert!(look_at_pins(Path::new("/nowhere/at/all"), &mut found).is_ok());
+    }
 
     fn ask(found: io::Result<LinkFacts>, own: u32, wanted: io::Result<u64>) -> Option<String> {
         let wanted = (Path::new("/sys/fs/cgroup/pods"), &wanted);

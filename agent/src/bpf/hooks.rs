@@ -1,31 +1,68 @@
 //! Whether the kernel programs are attached now. Whoever has the rights can detach what another has attached; nobody is told of it, so
-//! the agent looks from time to time, and is not ready while something is missing.
+//! the agent looks from time to time, and is not ready while something is missing. What a hook is, and how it is asked for, is in `facts`.
 
-use super::{Capture, pins::inbound_link};
+use std::fmt;
+
+use super::{
+    Capture,
+    facts::{Hook, PodNetns},
+};
 use crate::sys::netns::NetnsCookie;
-
-/// One kernel program in one place.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hook {
-    /// `connect4` and the like, or `inbound-COOKIE` for a pod's namespace.
-    pub name: String,
-    /// What is the matter, if it is not attached.
-    pub missing: Option<String>,
-}
 
 impl Hook {
     /// Whether it is the one in this namespace.
     pub fn is_of(&self, netns: NetnsCookie) -> bool {
-        self.name == inbound_link(netns)
+        self.pod.as_ref().is_some_and(|pod| pod.cookie == netns)
+    }
+
+    /// Whether all of a name are in force, each name once: pods come and go.
+    pub fn by_name(hooks: &[Self]) -> Vec<(&'static str, bool)> {
+        let mut found: Vec<(&'static str, bool)> = Vec::new();
+        for hook in hooks {
+            match found.iter_mut().find(|(name, _)| *name == hook.name) {
+                Some((_, attached)) => *attached &= hook.fault.is_none(),
+                None => found.push((hook.name, hook.fault.is_none())),
+            }
+        }
+        found
+    }
+}
+
+/// The name, and of a pod's the pod.
+impl fmt::Display for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)?;
+        self.pod.as_ref().map_or(Ok(()), |pod| write!(f, " of pod {}", pod.pod))
     }
 }
 
 impl Capture {
     /// Those on the pods' cgroup, and those in the namespaces given. Takes a few system calls for each.
-    pub fn attached(&self, served: &[NetnsCookie]) -> Vec<Hook> {
-        let on_cgroup = self.hooks(&[]).into_iter().map(|hook| Hook { name: hook.name, missing: hook.fault });
-        let in_pods =
-            served.iter().map(|netns| Hook { name: inbound_link(*netns), missing: self.inbound_fault(*netns) });
-        on_cgroup.chain(in_pods).collect()
+    pub fn attached(&self, served: &[PodNetns]) -> Vec<Hook> {
+        let on_cgroup = self.hooks_on_cgroup().into_iter();
+        on_cgroup.chain(served.iter().map(|pod| self.inbound(pod, None))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pods_share_a_name_that_stands_for_the_worst_of_them() {
+        let hook = |name, pod: Option<&str>, fault: Option<&str>| Hook {
+            name,
+            pod: pod.map(|pod| PodNetns { cookie: NetnsCookie(7), path: "/n".into(), pod: pod.into() }),
+            target: "/n".into(),
+            fault: fault.map(str::to_owned),
+        };
+        let hooks = [
+            hook("connect4", None, None),
+            hook("inbound", Some("shop/a"), None),
+            hook("inbound", Some("shop/b"), Some("gone")),
+            hook("inbound", Some("shop/c"), None),
+        ];
+        assert_eq!(Hook::by_name(&hooks), [("connect4", true), ("inbound", false)]);
+        assert_eq!((hooks[0].to_string(), hooks[2].to_string()), ("connect4".into(), "inbound of pod shop/b".into()));
     }
 }

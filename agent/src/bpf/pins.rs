@@ -7,6 +7,7 @@ use std::{
     os::fd::AsFd,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use aya::programs::links::FdLink;
@@ -20,6 +21,9 @@ use nix::{
 use super::error::BpfError;
 use crate::sys::netns::NetnsCookie;
 
+/// `marline status` holds the lock for a moment to see whether an agent does: so often is it tried again, after so long each.
+const TRIES: u32 = 10;
+const BETWEEN: Duration = Duration::from_millis(10);
 const BPFFS: &str = "/sys/fs/bpf";
 pub(super) const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 
@@ -38,7 +42,7 @@ impl Pins {
             fs::create_dir_all(&directory).map_err(BpfError::file("cannot create", &directory))?;
         }
         let directory = File::open(root).map_err(BpfError::file("cannot open", root))?;
-        let lock = Flock::lock(directory, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        let lock = insist(directory).map_err(|errno| match errno {
             Errno::EWOULDBLOCK => BpfError::PinsInUse { path: root.to_path_buf() },
             errno => BpfError::File { action: "cannot lock", path: root.to_path_buf(), source: errno.into() },
         })?;
@@ -158,4 +162,16 @@ fn remove_if_there(path: &Path) -> Result<(), BpfError> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(BpfError::file("cannot remove", path)(error)),
         _ => Ok(()),
     }
+}
+
+/// The lock, unless somebody keeps it.
+fn insist(mut directory: File) -> Result<Flock<File>, Errno> {
+    for _ in 1..TRIES {
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Err((again, Errno::EWOULDBLOCK)) => directory = again,
+            outcome => return outcome.map_err(|(_, errno)| errno),
+        }
+        std::thread::sleep(BETWEEN);
+    }
+    Flock::lock(directory, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)
 }

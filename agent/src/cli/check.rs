@@ -92,10 +92,20 @@ fn answer(args: &CheckArgs) -> Result<(String, bool), String> {
         std::thread::sleep(Duration::from_millis(1100));
         attempt = Attempt::make(&plan)?;
     }
-    if from.pod.is_none()
-        && let Some(local) = attempt.local
+    let source = match (&from.pod, attempt.local) {
+        (None, Some(local)) => local.ip().to_canonical().to_string(),
+        _ => asked,
+    };
+    // Of a service that has been called it is known now which endpoint was reached.
+    let reached = attempt.outbound.as_ref().and_then(|one| one.destination.address);
+    let reached = reached.filter(|_| !explained.by_endpoint.is_empty());
+    if from.pod.is_none() || reached.is_some() {
+        explained = explain(&client, &source, &args.destination, from.pod.is_none())?;
+    }
+    if let Some(reached) = reached
+        && !explained.narrow(reached)
     {
-        explained = explain(&client, &local.ip().to_canonical().to_string(), &args.destination, true)?;
+        explained.reason = format!("{reached} is no endpoint of the service any more, by what this node has now");
     }
     let report = Report::of(from.pod.as_ref(), &from.netns, explained, attempt, args.send.as_deref());
     let text = match args.admin.json {

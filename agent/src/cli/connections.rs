@@ -17,7 +17,8 @@ use model::{Connection, Fetched};
 #[derive(Args)]
 #[command(after_long_help = "\
 Like ss(8), for what goes through this node's agent. PEER is the identity that the other end's certificate has proved; there is none in
-plaintext. Bytes are the application's, SENT by this node's pod; of direct connections they are counted at the end.
+plaintext. Bytes are the application's, SENT by this node's pod; those of direct connections
+are looked at every 5 seconds.
 
 --ended shows the last 512 that are over, with the reason in words (the access log has all of them); --refused those of them that were
 refused. --watch prints a line for each connection that comes (+) and goes (-); with --json one object a line.

@@ -8,7 +8,7 @@ use std::{
 
 use clap::{Args, Subcommand};
 
-use super::WRONG_CONFIGURATION;
+use super::{WRONG_CONFIGURATION, table::plain_lines};
 use crate::{
     config::{self, LoadedPolicies},
     state::explain::{Question, describe},
@@ -55,7 +55,7 @@ pub(super) fn run(command: &PolicyCommand) -> ExitCode {
         PolicyCommand::Explain(args) => match answer(args) {
             Ok(code) => code,
             Err(text) => {
-                eprintln!("{text}");
+                eprintln!("{}", plain_lines(&text));
                 ExitCode::from(WRONG_CONFIGURATION)
             }
         },
@@ -83,7 +83,7 @@ fn check(dir: &Path, json: bool) -> ExitCode {
     if json {
         println!("{findings}");
     } else {
-        println!("{text}");
+        println!("{}", plain_lines(&text));
     }
     code
 }
@@ -98,7 +98,7 @@ fn answer(args: &ExplainArgs) -> Result<ExitCode, String> {
     } else {
         let address = answer.source.address.ip();
         let source = snapshot.workload(address).map_or_else(|| "nobody known".to_owned(), |one| describe(one));
-        println!("from {source} at {address}\n{}", answer.text);
+        print!("{}", plain_lines(&format!("from {source} at {address}\n{}\n", answer.text)));
     }
     Ok(if answer.allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -85,9 +85,19 @@ pub(super) fn table(header: &[&str], rows: &[Vec<Cell>], colour: Colour) -> Stri
     out
 }
 
-/// Text that may be a peer's: nothing in it moves the cursor.
+/// Text that may be a peer's: nothing in it moves the cursor, or turns the way it is read.
 pub(super) fn plain(text: &str) -> String {
-    text.chars().map(|character| if character.is_control() { '?' } else { character }).collect()
+    text.chars().map(|character| if is_harmful(character) { '?' } else { character }).collect()
+}
+
+/// The same of text that has lines.
+pub(super) fn plain_lines(text: &str) -> String {
+    text.chars().map(|character| if character != '\n' && is_harmful(character) { '?' } else { character }).collect()
+}
+
+fn is_harmful(character: char) -> bool {
+    character.is_control()
+        || matches!(character, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// Bytes, as people read them.
@@ -138,6 +148,7 @@ mod tests {
     #[test]
     fn what_a_peer_may_have_chosen_moves_no_cursor() {
         assert_eq!(table(&["A"], &[vec![Cell::from("x\x1b[2Jy\n")]], Colour::OFF), "A\nx?[2Jy?\n");
+        assert_eq!(plain_lines("a\u{9b}2J\n\u{202e}b\r"), "a?2J\n?b?");
     }
 
     #[test]

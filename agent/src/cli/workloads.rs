@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     client::{AdminArgs, Client},
     finish,
-    table::{Cell, Colour, Paint, table},
+    table::{Cell, Colour, Paint, plain, table},
 };
 
 #[derive(Args)]
@@ -82,5 +82,5 @@ fn listed(all: &Workloads, colour: Colour) -> String {
         ]
     };
     let rows: Vec<_> = all.workloads.iter().map(row).collect();
-    format!("{}generation {}, mode {} mesh-wide\n", table(&HEADER, &rows, colour), all.generation, all.mode)
+    format!("{}generation {}, mode {} mesh-wide\n", table(&HEADER, &rows, colour), all.generation, plain(&all.mode))
 }

@@ -33,7 +33,7 @@ pub struct Others {
     pub ready: bool,
     pub pods: Vec<(&'static str, u64)>,
     /// Hooks that should be attached, and whether each is.
-    pub hooks: Vec<(String, bool)>,
+    pub hooks: Vec<(&'static str, bool)>,
     pub process: Option<Process>,
 }
 
@@ -75,7 +75,7 @@ impl Collector for Latest {
         gauge(encoder, "marline_capture_map_entries", "Entries in the maps shared with the kernel programs", entries)?;
         let room = others.maps.iter().map(|(map, _, room)| ([("map", *map)], *room as f64));
         gauge(encoder, "marline_capture_map_capacity", "Entries for which the maps have room", room)?;
-        let hooks = others.hooks.iter().map(|(hook, there)| ([("hook", hook.clone())], f64::from(u8::from(*there))));
+        let hooks = others.hooks.iter().map(|(hook, there)| ([("hook", *hook)], f64::from(u8::from(*there))));
         gauge(
             encoder,
             "marline_capture_hook_attached",

@@ -219,6 +219,7 @@ impl Drop for Account {
             reason,
             close: close.clone(),
             facts: facts.clone(),
+            wire: self.live.ends(),
         });
         self.connections.close(&self.live);
         self.log.write(&Record {

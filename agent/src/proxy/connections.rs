@@ -73,6 +73,8 @@ pub struct Live {
     facts: Mutex<Facts>,
     revoke: watch::Sender<Option<&'static str>>,
     wire: Mutex<Option<std::sync::Weak<TcpStream>>>,
+    /// Its two ends, which are to be told of when it is gone.
+    ends: OnceLock<[SocketAddr; 2]>,
     /// From when it is counted as opened until it is as closed.
     counted: Mutex<Option<Open>>,
     session: OnceLock<Arc<Session>>,
@@ -91,6 +93,14 @@ impl Live {
 
     pub fn watch_wire(&self, wire: &Arc<TcpStream>) {
         *lock(&self.wire) = Some(Arc::downgrade(wire));
+        if let (Ok(local), Ok(peer)) = (wire.local_addr(), wire.peer_addr()) {
+            let _ = self.ends.set([local, peer]);
+        }
+    }
+
+    /// The two ends that the connection between the nodes has or had: here and there.
+    pub fn ends(&self) -> Option<[SocketAddr; 2]> {
+        self.ends.get().copied()
     }
 
     pub fn wire(&self) -> Option<Arc<TcpStream>> {
@@ -177,6 +187,8 @@ pub struct Ended {
     /// In words.
     pub close: String,
     pub facts: Facts,
+    /// The two ends between the nodes, if it came so far: by them it is told from others of the same workloads.
+    pub wire: Option<[SocketAddr; 2]>,
 }
 
 /// All that live, and the last of those that have ended. Cheap to clone.
@@ -199,6 +211,7 @@ impl Connections {
             facts: Mutex::default(),
             revoke: watch::Sender::new(None),
             wire: Mutex::new(None),
+            ends: OnceLock::new(),
             counted: Mutex::new(None),
             session: OnceLock::new(),
             sever: OnceLock::new(),

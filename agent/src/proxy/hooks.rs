@@ -19,9 +19,9 @@ pub(super) async fn run(ctx: Arc<Context>) {
         if let Ok(found) = spawn_blocking(move || look(&looking)).await {
             let before = std::mem::replace(&mut *lock(&ctx.hooks), found.clone());
             if missing(&before) != missing(&found) {
-                for (name, why) in missing(&found) {
+                for (hook, why) in missing(&found) {
                     tracing::error!(
-                        hook = name,
+                        %hook,
                         "capture is not effective: {why}; restart the agent, which attaches it again"
                     );
                 }
@@ -33,14 +33,19 @@ pub(super) async fn run(ctx: Arc<Context>) {
 
 /// A pod that is not ready has a reason of its own, and its hook may not be there yet.
 fn look(ctx: &Context) -> Vec<Hook> {
-    let served: Vec<_> = lock(&ctx.captured).iter().copied().collect();
+    let served: Vec<_> = lock(&ctx.captured).values().cloned().collect();
     let found = ctx.capture.attached(&served);
     // One that has left meanwhile took its hook with it.
     let captured = lock(&ctx.captured);
-    let left = |hook: &Hook| served.iter().any(|cookie| !captured.contains(cookie) && hook.is_of(*cookie));
-    found.into_iter().filter(|hook| hook.missing.is_none() || !left(hook)).collect()
+    let left = |hook: &Hook| served.iter().any(|pod| !captured.contains_key(&pod.cookie) && hook.is_of(pod.cookie));
+    found.into_iter().filter(|hook| hook.fault.is_none() || !left(hook)).collect()
 }
 
-pub(super) fn missing(hooks: &[Hook]) -> Vec<(&str, &str)> {
-    hooks.iter().filter_map(|hook| Some((hook.name.as_str(), hook.missing.as_deref()?))).collect()
+/// Those that are not in force, as they are told of, and why.
+pub(super) fn missing(hooks: &[Hook]) -> Vec<(String, &str)> {
+    hooks
+        .iter()
+        .filter_map(|hook| Some((hook.fault.as_deref()?, hook)))
+        .map(|(why, hook)| (hook.to_string(), why))
+        .collect()
 }

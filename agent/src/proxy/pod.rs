@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     bpf::{
-        BpfError,
+        BpfError, PodNetns,
         selftest::{Family, ProbedPod, SelfTestError},
     },
     policy::Workload,
@@ -242,7 +242,9 @@ async fn serve(
     }
     enrolment.ready()?;
     let enrolled = Enrolled::new(ctx, &pod).await;
-    let captured = Captured::new(ctx, pod.netns.cookie());
+    let named = format!("{}/{}", local.workload.namespace, local.workload.name);
+    let hooked = PodNetns { cookie: pod.netns.cookie(), path: local.netns.clone(), pod: named };
+    let captured = Captured::new(ctx, hooked);
     status.set(PodState::Ready, None);
     ctx.pods_changed.send_modify(|count| *count += 1);
     tracing::info!(pod = %local.netns.display(), identity = %local.workload.id, "pod is captured");
@@ -304,8 +306,9 @@ impl Drop for Served<'_> {
 struct Captured<'a>(&'a Context, NetnsCookie);
 
 impl<'a> Captured<'a> {
-    fn new(ctx: &'a Context, cookie: NetnsCookie) -> Self {
-        lock(&ctx.captured).insert(cookie);
+    fn new(ctx: &'a Context, pod: PodNetns) -> Self {
+        let cookie = pod.cookie;
+        lock(&ctx.captured).insert(cookie, pod);
         Self(ctx, cookie)
     }
 }

@@ -32,10 +32,22 @@ pub struct Answer {
     pub encryption: String,
     /// In words: who decided.
     pub reason: String,
+    /// Of a service: the same of each endpoint, of which a connection reaches one. What is above is of the first.
+    #[serde(default)]
+    pub by_endpoint: Vec<Endpoint>,
     /// All that has a say, as `marline policy explain --json` prints it.
     pub explanation: serde_json::Value,
     /// The same for people.
     pub text: String,
+}
+
+/// What becomes of a connection to one endpoint of a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    pub address: SocketAddr,
+    pub allowed: bool,
+    pub encryption: String,
+    pub reason: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +60,17 @@ pub struct Party {
     pub identity: Option<String>,
     /// Of a service, where its endpoints listen.
     pub endpoints: Vec<SocketAddr>,
+}
+
+impl Answer {
+    /// The answer for the endpoint of the service that a connection has reached; false if the service has none there.
+    pub fn narrow(&mut self, reached: SocketAddr) -> bool {
+        let Some(endpoint) = self.by_endpoint.iter().find(|endpoint| endpoint.address == reached).cloned() else {
+            return false;
+        };
+        (self.allowed, self.encryption, self.reason) = (endpoint.allowed, endpoint.encryption, endpoint.reason);
+        true
+    }
 }
 
 impl Snapshot {
@@ -64,8 +87,18 @@ impl Snapshot {
         if let Some(service) = self.service_called(name) {
             let explanation = explain_service(&self.policies, caller, service, port)
                 .ok_or_else(|| format!("--destination {name}: {} has no port {port}", service.host))?;
-            let first = explanation.endpoints.first().map(|endpoint| &endpoint.explanation);
-            let none = "the service has no endpoints";
+            let by_endpoint = explanation.endpoints.iter().map(|endpoint| Endpoint {
+                address: endpoint.address,
+                allowed: endpoint.explanation.allowed,
+                encryption: endpoint.explanation.encryption.to_string().to_lowercase(),
+                reason: endpoint.explanation.reason.clone(),
+            });
+            let by_endpoint: Vec<_> = by_endpoint.collect();
+            let first = by_endpoint.first().cloned();
+            let (encryption, reason) = match first {
+                Some(first) => (first.encryption, first.reason),
+                None => ("plaintext".to_owned(), "the service has no endpoints".to_owned()),
+            };
             let endpoints: Vec<_> = explanation.endpoints.iter().map(|endpoint| endpoint.address).collect();
             let virtual_address = service.addresses.first().map(|address| SocketAddr::new(*address, port));
             let address = match name.parse::<IpAddr>() {
@@ -78,9 +111,9 @@ impl Snapshot {
                 source,
                 destination: Party { address, name: Some(service.host.clone()), identity: None, endpoints },
                 allowed: explanation.allowed,
-                encryption: first
-                    .map_or_else(|| "plaintext".into(), |first| first.encryption.to_string().to_lowercase()),
-                reason: first.map_or_else(|| none.to_owned(), |first| first.reason.clone()),
+                encryption,
+                reason,
+                by_endpoint,
                 text: format!("to   {} port {port}\n{explanation}", service.host),
                 explanation: serde_json::json!(explanation),
             });
@@ -106,6 +139,7 @@ impl Snapshot {
             allowed: explanation.allowed,
             encryption: explanation.encryption.to_string().to_lowercase(),
             reason: explanation.reason.clone(),
+            by_endpoint: Vec::new(),
             text: format!("to   {described} at {local}\n{explanation}"),
             explanation: serde_json::json!(explanation),
         })

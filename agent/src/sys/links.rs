@@ -60,7 +60,7 @@ pub fn pinned(path: &Path) -> io::Result<LinkFacts> {
     let attr = InfoByFd {
         bpf_fd: u32::try_from(link.as_raw_fd()).map_err(io::Error::other)?,
         info_len: u32::try_from(size_of::<LinkInfo>()).map_err(io::Error::other)?,
-        info: (&raw mut info).addr() as u64,
+        info: (&raw mut info).expose_provenance() as u64,
     };
     // SAFETY: `attr` is what this command reads; the kernel writes at most `info_len` bytes to `info`, which outlives the call.
     unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &raw const attr) }?;
@@ -74,7 +74,7 @@ pub fn pinned(path: &Path) -> io::Result<LinkFacts> {
 
 fn open(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let attr = ObjGet { pathname: path.as_ptr().addr() as u64, ..ObjGet::default() };
+    let attr = ObjGet { pathname: path.as_ptr().expose_provenance() as u64, ..ObjGet::default() };
     // SAFETY: `attr` is what this command reads; the path ends with a zero and outlives the call.
     let descriptor = unsafe { bpf(BPF_OBJ_GET, &raw const attr) }?;
     // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::Gathered;
 use crate::{
     admin::status::{Authority, Capture, Configuration, Hook, Keeper, Kernel, Listeners, Map, Pod, Reload, Status},
-    bpf::facts::cgroup_fault,
+    bpf::{PodNetns, facts::cgroup_fault},
     config::{AgentConfig, ConfigErrors, Finding, RecordsMode},
     control::{files::ReloadObserver, trust::LastRefusal},
     metrics::Metrics,
@@ -135,8 +135,12 @@ fn capture(shown: &Gathered) -> Capture {
     let (capture, agent) = (&shown.proxy.context().capture, &shown.about.agent);
     let ready = shown.proxy.pods().into_iter().filter(|pod| pod.state == PodState::Ready);
     // One whose namespace is gone since has no hook to speak of: it is told of as a pod.
-    let ready: Vec<_> =
-        ready.filter_map(|pod| Some((Netns::open(&pod.netns).ok()?.cookie(), PathBuf::from(pod.netns)))).collect();
+    let ready: Vec<_> = ready
+        .filter_map(|pod| {
+            let (cookie, name) = (Netns::open(&pod.netns).ok()?.cookie(), format!("{}/{}", pod.namespace, pod.name));
+            Some(PodNetns { cookie, path: pod.netns.into(), pod: name })
+        })
+        .collect();
     let hooks = capture.hooks(&ready).into_iter();
     let maps = capture.occupancy().into_iter();
     let maps = maps.map(|(name, entries, capacity)| Map { name: name.to_owned(), entries, capacity });
@@ -144,7 +148,7 @@ fn capture(shown: &Gathered) -> Capture {
         cgroup: agent.capture.cgroup.clone(),
         cgroup_fault: cgroup_fault(&agent.capture.cgroup),
         pin_path: agent.capture.pin_path.clone(),
-        hooks: hooks.map(|hook| Hook { name: hook.name, target: hook.target, fault: hook.fault }).collect(),
+        hooks: hooks.map(|hook| Hook { name: hook.name.to_owned(), target: hook.target, fault: hook.fault }).collect(),
         maps: maps.collect(),
     }
 }

@@ -23,8 +23,8 @@ const ADMIN: [&str; 11] = [
     "/policies",
     "/config_dump",
     "/logging",
-    "/stats",
     "/services",
+    "/debug/runtime",
 ];
 /// Of a log, its end; of a configuration file, as much as its beginning.
 const LARGEST: u64 = 1 << 20;

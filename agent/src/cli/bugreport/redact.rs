@@ -2,6 +2,8 @@
 //!
 //! Pure. Knows YAML and JSON by their lines and keys only, because what is to be helped with may be broken.
 
+use std::collections::HashSet;
+
 use serde_json::Value;
 
 const GONE: &str = "REDACTED";
@@ -50,8 +52,11 @@ fn in_json(value: &mut Value, count: &mut usize) {
         Value::Array(all) => all.iter_mut().for_each(|one| in_json(one, count)),
         Value::Object(all) => {
             let secret = all.get("kind").and_then(Value::as_str) == Some("Secret");
+            let named = ["name", "key"].iter().any(|key| all.get(*key).and_then(Value::as_str).is_some_and(is_secret));
             for (name, value) in all.iter_mut() {
-                let hidden = is_secret(name) || (secret && matches!(name.as_str(), "data" | "stringData"));
+                let hidden = is_secret(name)
+                    || (secret && matches!(name.as_str(), "data" | "stringData"))
+                    || (named && name == "value");
                 if hidden && !matches!(value, Value::Null | Value::Bool(_) | Value::Number(_)) {
                     *value = GONE.into();
                     *count += 1;
@@ -116,30 +121,95 @@ fn keys(text: &str) -> (String, usize) {
     (out, count)
 }
 
+/// What is left out of the lines to come.
+enum Hidden {
+    /// What is further in than this: it belongs to a field that is gone, as a block, a list or the rest of a plain value.
+    Further(usize),
+    /// All up to the end of a quoted value, and what is further in than its field.
+    Quoted(char, usize),
+}
+
 fn lines(text: &str) -> (String, usize) {
+    let all: Vec<&str> = text.split_inclusive('\n').collect();
+    let values = values_of_named(&all);
     let (mut out, mut count) = (String::new(), 0);
-    // Everything that is further in than this belongs to a field that is gone.
-    let mut hidden: Option<usize> = None;
-    for line in text.split_inclusive('\n') {
-        let indent = line.len() - line.trim_start_matches([' ', '-', '#', '\t']).len();
-        if let Some(field) = hidden {
-            if line.trim().is_empty() || indent > field {
+    let mut hidden: Option<Hidden> = None;
+    for (number, line) in all.iter().enumerate() {
+        match hidden {
+            Some(Hidden::Quoted(quote, field)) => {
+                if ends_quoted(line, quote) {
+                    hidden = Some(Hidden::Further(field));
+                }
                 continue;
             }
-            hidden = None;
+            Some(Hidden::Further(field)) if line.trim().is_empty() || indent(line) > field => continue,
+            _ => {}
         }
-        let (clean, found, block) = in_line(line);
-        if block {
-            hidden = Some(indent);
-        }
+        let (clean, found, value) = in_line(line, values.contains(&number));
+        hidden = value.map(|value| match value.chars().next() {
+            Some(quote @ ('"' | '\'')) if !ends_quoted(value.get(1..).unwrap_or_default(), quote) => {
+                Hidden::Quoted(quote, indent(line))
+            }
+            _ => Hidden::Further(indent(line)),
+        });
         count += found;
         out.push_str(&clean);
     }
     (out, count)
 }
 
-/// The line, how many places were taken out, and whether what is further in on the next lines is to go as well.
-fn in_line(line: &str) -> (String, usize, bool) {
+/// How far in a line is: the dash of a list and the sign of a comment are no content.
+fn indent(line: &str) -> usize {
+    line.len() - line.trim_start_matches([' ', '-', '#', '\t']).len()
+}
+
+fn ends_quoted(rest: &str, quote: char) -> bool {
+    let mut escaped = false;
+    rest.chars().any(|c| {
+        let ends = c == quote && !escaped;
+        escaped = quote == '"' && c == '\\' && !escaped;
+        ends
+    })
+}
+
+/// The lines whose field `value` is a secret because the field `name` beside it says so, as in a container's environment.
+fn values_of_named(lines: &[&str]) -> HashSet<usize> {
+    let mut found = HashSet::new();
+    for (number, line) in lines.iter().enumerate().filter(|(_, line)| names_a_value(line)) {
+        found.insert(number);
+        let field = indent(line);
+        let begins = |line: &str| indent(line) == field && line.trim_start().starts_with('-');
+        let beside = |line: &str| line.trim().is_empty() || indent(line) >= field;
+        let after = lines.iter().enumerate().skip(number + 1);
+        found.extend(after.take_while(|(_, line)| beside(line) && !begins(line)).map(|(at, _)| at));
+        if begins(line) {
+            continue;
+        }
+        for (at, line) in lines.iter().enumerate().take(number).rev() {
+            if !beside(line) {
+                break;
+            }
+            found.insert(at);
+            if begins(line) {
+                break;
+            }
+        }
+    }
+    found
+}
+
+/// Whether the line has a field `name` or `key` that names a secret.
+fn names_a_value(line: &str) -> bool {
+    let bare: String = line.chars().filter(|c| !"\"'\\".contains(*c)).collect();
+    bare.split(['{', '}', '[', ']', ',']).any(|part| {
+        let field = part.trim_start_matches([' ', '-', '#', '\t']).split_once(':');
+        field.is_some_and(|(name, value)| matches!(name.trim(), "name" | "key") && is_secret(value))
+    })
+}
+
+/// The line, how many places were taken out, and of a field that is gone what its line had of its value: the next ones may have more.
+/// With `named` the field `value` is one of those.
+fn in_line(line: &str, named: bool) -> (String, usize, Option<&str>) {
     let (body, end) = match line.strip_suffix('\n') {
         Some(body) => (body, "\n"),
         None => (line, ""),
@@ -151,32 +221,34 @@ fn in_line(line: &str) -> (String, usize, bool) {
         let sign = rest.get(at..=at).unwrap_or_default();
         let word = name.trim_end_matches(['"', '\'', '\\', ' ']);
         let word = word.rsplit(|c: char| !(c.is_alphanumeric() || "-_.".contains(c))).next().unwrap_or_default();
-        if !is_secret(word) {
-            out.push_str(name);
-            out.push_str(sign);
+        out.push_str(name);
+        out.push_str(sign);
+        let secret = is_secret(word) || (named && word == "value");
+        if !secret {
             rest = value;
             continue;
         }
-        out.push_str(name);
-        out.push_str(sign);
         count += 1;
         if sign == "=" {
             // A log's NAME=VALUE: the value ends where the word or its quotes end.
-            let taken = quoted(value).unwrap_or_else(|| value.find(char::is_whitespace).unwrap_or(value.len()));
+            let value = value.trim_start();
+            let taken = match value.starts_with(['"', '\'']) {
+                true => quoted(value).unwrap_or(value.len()),
+                false => value.find(char::is_whitespace).unwrap_or(value.len()),
+            };
             out.push_str(GONE);
             rest = value.get(taken..).unwrap_or_default();
             continue;
         }
-        // A field's value goes to the end of the line; an empty one, or the sign of a block, is on the next ones.
-        let block = matches!(value.trim(), "" | "|" | ">" | "|-" | ">-" | "|+" | ">+");
+        // A field's value goes to the end of the line, and is continued by what is further in.
         out.push(' ');
         out.push_str(GONE);
         out.push_str(end);
-        return (out, count, block || value.trim_start().starts_with(['|', '>', '{', '[', '"', '\'']));
+        return (out, count, Some(value.trim()));
     }
     out.push_str(rest);
     let (out, words) = in_words(&out);
-    (out + end, count + words, false)
+    (out + end, count + words, None)
 }
 
 /// How long a quoted value is, if it is one.
@@ -257,6 +329,20 @@ mod tests {
             "{\"kind\":\"Secret\",\"data\":{\"x\":\"s3cr3t-value\"}}",
             "{\"text\":\"-----BEGIN PRIVATE KEY-----\\ns3cr3t-value\\n-----END PRIVATE KEY-----\"}",
             "[{\"password\":[\"s3cr3t-value\"]}]",
+            "token: !!binary |\n  s3cr3t-value\n  s3cr3t-value\nkept: yes",
+            "a:\n  password: &p |-2\n    s3cr3t-value\n\n    s3cr3t-value\n  kept: yes",
+            "password: first\n  s3cr3t-value\n  s3cr3t-value\nkept: yes",
+            "a:\n- password: first\n    s3cr3t-value\n  b: kept",
+            "password: \"first\ns3cr3t-value \\\" s3cr3t-value\n\"\nkept: yes",
+            "password = s3cr3t-value\nkept = 1",
+            "password=\"s3cr3t-value s3cr3t-value",
+            "env:\n- name: DB_PASSWORD\n  value: s3cr3t-value\n- name: kept\n  value: kept",
+            "env:\n  - name: DB_PASSWORD\n    value: |\n      s3cr3t-value\n  - name: kept",
+            "env:\n- value: kept\n  name: x\n- value: s3cr3t-value\n  name: \"DB_PASSWORD\"\n- name: kept",
+            "env: [{name: kept, value: kept}, {name: DB_PASSWORD, value: s3cr3t-value}]",
+            "{\"env\":[{\"name\":\"DB_PASSWORD\",\"value\":\"s3cr3t-value\"},{\"name\":\"a\",\"value\":\"kept\"}]}",
+            "{\"env\": [\n  {\n    \"name\": \"DB_PASSWORD\",\n    \"value\": \"s3cr3t-value\"\n  },\n  \"kept\" broken",
+            "last-applied: '{\"env\":[{\"name\":\"DB_PASSWORD\",\"value\":\"s3cr3t-value\"}]}'\nkept: yes",
             "{\"authorization\":\"Bearer s3cr3t-value\"}\n{\"authorization\":\"Bearer s3cr3t-value\"}",
         ] {
             let (clean, count) = redact(text);
@@ -273,6 +359,8 @@ mod tests {
             "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n",
             "2026-01-01T00:00:00Z INFO marline: agent is ready generation=3\n",
             "istio_tcp_connections_opened_total{reporter=\"source\"} 5\n",
+            "env:\n- name: LEVEL\n  value: debug\n- name: OTHER\n  value: more\n",
+            "metadata:\n  name: web\nspec:\n  value: 3\n",
             "see https://example.com/a:b and spiffe://cluster.local/ns/a/sa/b\n",
         ] {
             assert_eq!(redact(text), (text.to_owned(), 0));

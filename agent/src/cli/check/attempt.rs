@@ -162,19 +162,8 @@ impl Attempt {
             self.outbound = Some(found.clone());
         }
         let target = self.outbound.as_ref().and_then(|one| one.destination.address);
-        let arrived = |one: &&Connection| {
-            one.direction == Direction::Inbound
-                && one.destination.address.is_some()
-                && one.destination.address == target
-                && match self.wire {
-                    Some([from, _]) => one.source.address.is_some_and(|address| same(Some(address), from)),
-                    None => one.source.address.is_some_and(|address| address.ip() == local.ip()),
-                }
-        };
-        // The newest, if it is known by its address alone.
-        if let Some(found) = ended.iter().chain(&live).rfind(arrived) {
-            self.inbound = Some(found.clone());
-        }
+        let found = ended.iter().chain(&live).rfind(|one| arrived(one, self.wire, target));
+        self.inbound = found.cloned().or(self.inbound.take());
         Ok(())
     }
 
@@ -197,6 +186,15 @@ impl Attempt {
         (self.links, self.lost) = (watch.links(), watch.socket.lost().unwrap_or_default());
         self.streams = watch.streams;
     }
+}
+
+/// Whether it is the other end of the connection on this wire. By its addresses alone it may be another one of the same pods: nothing is
+/// claimed then.
+fn arrived(one: &Connection, wire: Option<[SocketAddr; 2]>, target: Option<SocketAddr>) -> bool {
+    one.direction == Direction::Inbound
+        && target.is_some()
+        && one.destination.address == target
+        && wire.is_some_and(|[from, _]| same(one.source.address, from))
 }
 
 fn same(told: Option<SocketAddr>, local: SocketAddr) -> bool {
@@ -238,10 +236,11 @@ impl Watch {
             }
             if let Some(segment) = parse(self.buffer.get(..seen.length).unwrap_or_default()) {
                 let far = [segment.source, segment.destination];
+                // A busy pod has others, which are none of ours.
                 if far.iter().any(|end| self.servers.contains(end)) {
                     self.seen.insert(seen.index);
+                    self.streams.take(&segment);
                 }
-                self.streams.take(&segment);
             }
         }
         Ok(())
@@ -302,5 +301,24 @@ impl Drop for Probe {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::super::connections::model::tests::sample, *};
+
+    #[test]
+    fn another_connection_between_the_same_pods_is_not_taken_for_this_one() {
+        let mut one = sample();
+        one.direction = Direction::Inbound;
+        let (from, target) = (one.source.address, one.destination.address);
+        let (wire, target) = ([from.unwrap(), target.unwrap()], target);
+        assert!(arrived(&one, Some(wire), target));
+        assert!(!arrived(&one, None, target), "by its address alone");
+        one.source.address = Some("10.0.0.1:40001".parse().unwrap());
+        assert!(!arrived(&one, Some(wire), target));
+        one.direction = Direction::Outbound;
+        assert!(!arrived(&one, Some([one.source.address.unwrap(), wire[1]]), target));
     }
 }

@@ -78,9 +78,9 @@ fn told(event: &str, one: &Connection, colour: Colour) -> String {
         plain(&end(&one.source)),
         plain(&end(&one.destination))
     );
-    let mode_text = colour.paint(mode, mode_paint(mode));
-    let records = one.records.as_deref().unwrap_or("-");
-    let path = one.path.as_deref().unwrap_or("-");
+    let mode_text = colour.paint(&plain(mode), mode_paint(mode));
+    let records = plain(one.records.as_deref().unwrap_or("-"));
+    let path = plain(one.path.as_deref().unwrap_or("-"));
     match event {
         "opened" => format!("{head}  {mode_text} {records} {path} {}", plain(one.peer().unwrap_or("-"))),
         _ => format!(
@@ -107,5 +107,15 @@ mod tests {
         assert_eq!(ids(changes.opened(vec![with(2), with(3)])), [3]);
         assert_eq!(ids(changes.ended(vec![with(1), with(2), with(9)])), [2, 9], "also one that was never seen to live");
         assert_eq!(ids(changes.ended(vec![with(2), with(9)])), [0; 0], "the agent has forgotten the first");
+    }
+
+    #[test]
+    fn nothing_that_a_name_or_a_reason_has_reaches_the_terminal_raw() {
+        let mut one = sample();
+        (one.source.workload, one.close) = (Some("a\x1b[2J".into()), Some("b\x1b]0;c\x07".into()));
+        for event in ["opened", "closed"] {
+            let line = told(event, &one, Colour::OFF);
+            assert!(line.contains("a?[2J") && !line.chars().any(char::is_control), "{line:?}");
+        }
     }
 }

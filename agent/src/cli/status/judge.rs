@@ -137,14 +137,28 @@ fn keeper(status: &Status) -> Check {
 
 fn authority(status: &Status) -> Check {
     const NAME: &str = "authority";
-    let source = &status.authority.source;
-    match &status.authority.refusal {
-        None => Check::ok(NAME, format!("certificates come from {source}")),
-        Some(why) => Check::warn(
+    let (source, all) = (&status.authority.source, &status.certificates);
+    if let Some(why) = &status.authority.refusal {
+        return Check::warn(
             NAME,
             format!("what {source} has now is refused, the last good stays in force until a restart: {why}"),
             "put it right: it is read again by itself",
-        ),
+        );
+    }
+    // One that is well is told by what it has signed: that it is configured says nothing.
+    let without = all.iter().filter(|one| !matches!(one.state.as_str(), "valid" | "due" | "expiring")).count();
+    let error = all.iter().find_map(|one| one.last_error.as_deref());
+    let way_out = "is it there, and may this node ask it? The agent tries again by itself";
+    match (without, error) {
+        (0, None) if all.is_empty() => Check::ok(NAME, format!("{source}: nothing was asked of it yet")),
+        (0, None) => Check::ok(NAME, format!("certificates come from {source}")),
+        (0, Some(error)) => Check::warn(NAME, format!("{source} does not renew what it has signed: {error}"), way_out),
+        (_, None) => {
+            Check::warn(NAME, format!("{source} has not answered yet for {without} of {}", all.len()), way_out)
+        }
+        (_, Some(error)) => {
+            Check::fail(NAME, format!("{source} gives no certificate for {without} of {}: {error}", all.len()), way_out)
+        }
     }
 }
 
@@ -303,7 +317,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named_with_its_way_out() {
         type Case = (&'static str, fn(&mut Status), State, &'static [&'static str]);
-        let cases: [Case; 12] = [
+        let cases: [Case; 15] = [
             ("agent", |s| s.not_ready = Some("pod shop/web".into()), State::Fail, &["NOT ready: pod shop/web"]),
             ("kernel-tls", |s| s.kernel.suites.clear(), State::Warn, &["no usable kernel TLS", "modprobe tls"]),
             ("kernel-tls", |s| s.kernel.pump = "copy".into(), State::Warn, &["newer kernel"]),
@@ -323,6 +337,16 @@ mod tests {
             ("pods", |s| s.pods.clear(), State::Warn, &["marline.io/netns"]),
             ("keeper", |s| s.keeper.connected = false, State::Warn, &["marline keeper --dir /run/marline"]),
             ("authority", |s| s.authority.refusal = Some("no key".into()), State::Warn, &["no key", "/etc/ca"]),
+            ("authority", |s| s.certificates[0].state = "missing".into(), State::Warn, &["has not answered yet"]),
+            (
+                "authority",
+                |s| {
+                    (s.certificates[0].state, s.certificates[0].last_error) = ("missing".into(), Some("refused".into()))
+                },
+                State::Fail,
+                &["no certificate for 1 of 1: refused", "/etc/ca", "is it there"],
+            ),
+            ("authority", |s| s.certificates[0].last_error = Some("away".into()), State::Warn, &["not renew", "away"]),
             ("certificates", |s| s.certificates[0].state = "expired".into(), State::Fail, &["has EXPIRED", "sa/web"]),
             (
                 "configuration",

@@ -47,6 +47,7 @@ fn silence(
     let text = error.to_string();
     let told = agent.map(|agent| format!("spec.admin.address is {}", agent.admin));
     let way_out = match (outside.held, told) {
+        _ if outside.unseen.is_some() => "run it as root, to see whether an agent lives".to_owned(),
         (true, Some(told)) => {
             format!("an agent lives, for it holds {}: ask it with --admin; {told}", pin_path.display())
         }
@@ -66,6 +67,9 @@ fn silence(
 fn left(outside: &Outside, pin_path: &Path) -> Check {
     const NAME: &str = "pods";
     let place = pin_path.display();
+    if let Some(why) = &outside.unseen {
+        return Check::warn(NAME, format!("it cannot be seen whether pods are captured: {why}"), "run it as root");
+    }
     match (outside.held, outside.pods) {
         (true, pods) => Check::ok(NAME, format!("{pods} are captured by the agent that holds {place}")),
         (false, 0) => Check::ok(NAME, format!("nothing is captured under {place}")),
@@ -151,5 +155,18 @@ fn authority(agent: &AgentConfig) -> Check {
     match read {
         Ok(()) => Check::ok(NAME, format!("{source}: what is here of it is sound")),
         Err(error) => Check::fail(NAME, format!("{source} cannot be used: {}", with_causes(&error)), way_out),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::State, *};
+
+    #[test]
+    fn pins_that_cannot_be_seen_are_not_called_none() {
+        let unseen = Outside { unseen: Some("/sys/fs/bpf/m: no rights".into()), ..Outside::default() };
+        let check = left(&unseen, Path::new("/sys/fs/bpf/m"));
+        assert_eq!((check.state, check.way_out.as_deref()), (State::Warn, Some("run it as root")), "{}", check.text);
+        assert!(check.text.contains("no rights") && !check.text.contains("nothing is captured"), "{}", check.text);
     }
 }

@@ -128,7 +128,7 @@ impl Screen {
     }
 
     fn line(&self, row: &Row) -> Line_<'static> {
-        let mode = Cell::from(Span::styled(row.mode.clone(), self.style(mode_paint(&row.mode))));
+        let mode = Cell::from(Span::styled(plain(&row.mode), self.style(mode_paint(&row.mode))));
         let mut cells: Vec<Cell<'static>> = told(row).map(Cell::from).into();
         if let Some(place) = cells.get_mut(3) {
             *place = mode;
@@ -166,11 +166,11 @@ pub(super) fn printed(rows: &[Row], model: &Model, colour: Colour) -> String {
 
 fn told(row: &Row) -> [String; 10] {
     [
-        row.direction.clone(),
+        plain(&row.direction),
         plain(&row.source),
         plain(&row.destination),
-        row.mode.clone(),
-        row.path.clone(),
+        plain(&row.mode),
+        plain(&row.path),
         row.connections.to_string(),
         bytes(row.sent_rate as u64),
         bytes(row.received_rate as u64),
