@@ -123,6 +123,7 @@ fn serve(file: &Path) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return failed(&with_causes(&error)),
     };
+    app::raise_descriptor_limit();
     match runtime.block_on(ca::run(settings)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(CaError::Config(errors)) => {
