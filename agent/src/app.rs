@@ -249,7 +249,7 @@ async fn announce(proxy: Proxy) {
 }
 
 /// Each connection takes two descriptors or more; the soft limit of many systems is 1024.
-fn raise_descriptor_limit() {
+pub fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let raised =
         getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));

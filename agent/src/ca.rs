@@ -13,6 +13,7 @@ pub mod revoke;
 mod service;
 mod serving;
 mod shut_out;
+mod status;
 
 use std::{
     io,
@@ -153,20 +154,16 @@ pub async fn start(config: CaServerConfig, watching: WatchSettings) -> Result<Ru
         metrics: Arc::clone(&metrics),
     };
     let (listener, address) = listen("spec.listen.address", config.listen).await?;
-    let (status_listener, status) = listen("spec.status.address", config.status).await?;
+    let (status_listener, status_address) = listen("spec.status.address", config.status).await?;
     let status_ends = shutdown.clone();
     let shown = Arc::clone(&metrics);
-    tasks.spawn(async move {
-        if let Err(error) = metrics::serve(status_listener, shown, ledger, authority, status_ends).await {
-            tracing::error!("serving metrics and readiness: {error}");
-        }
-    });
+    tasks.spawn(status::serve(status_listener, shown, ledger, authority, status_ends));
     let limits = config.limits;
     let (tls, ends) = (serving.config()?, shutdown.clone());
     let incoming = listener::accept(listener, tls, limits.connections, limits.handshake, metrics, ends);
-    tracing::info!(%address, %status, names = config.names.join(", "), "the CA service answers");
+    tracing::info!(%address, status = %status_address, names = config.names.join(", "), "the CA service answers");
     let served = tokio::spawn(serve(service, incoming, shutdown, tasks));
-    Ok(Running { address, status, stop, served })
+    Ok(Running { address, status: status_address, stop, served })
 }
 
 impl Running {

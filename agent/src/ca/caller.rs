@@ -29,6 +29,25 @@ pub enum CallerKind {
     Workload(String, String),
 }
 
+impl Caller {
+    /// Whose requests are counted together: a node's agent by itself, and each workload there by itself, so that no pod uses up what its
+    /// node's agent needs.
+    pub fn bucket(&self) -> String {
+        match &self.kind {
+            CallerKind::Agent => format!("agent\0{}", self.node),
+            CallerKind::Workload(..) => format!("workload\0{}\0{}", self.node, self.name),
+        }
+    }
+
+    /// For texts.
+    pub fn words(&self) -> String {
+        match &self.kind {
+            CallerKind::Agent => format!("node {}", self.node),
+            CallerKind::Workload(namespace, account) => format!("{namespace}/{account} on node {}", self.node),
+        }
+    }
+}
+
 pub type Authenticated<'a> = Pin<Box<dyn Future<Output = Result<Option<Caller>, Refusal>> + Send + 'a>>;
 
 /// One way to find out who somebody is. None if the token is none of its own: then the next way is asked.
@@ -42,6 +61,11 @@ impl Token {
         let (scheme, token) = value.split_once(' ')?;
         let token = token.trim();
         (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then(|| Self(token.to_owned()))
+    }
+
+    /// Whether it looks as those that `tokens` makes.
+    fn is_our_own(&self) -> bool {
+        self.0.starts_with(tokens::PREFIX)
     }
 
     fn secret(&self) -> &str {

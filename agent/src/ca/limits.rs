@@ -1,4 +1,4 @@
-//! How often a node may ask: a bucket of requests for each, which fills again at a steady pace. Pure, but for the time that it is given.
+//! How often somebody may ask: a bucket of requests for each, which fills again at a steady pace. Pure, but for the time that it is given.
 
 use std::{
     collections::HashMap,
@@ -37,11 +37,22 @@ impl Limiter {
         let bucket = buckets.entry(name.to_owned()).or_insert(Bucket { left: self.burst, at: now });
         let left = self.filled(*bucket, now);
         *bucket = Bucket { left, at: now };
-        if left < 1.0 {
-            return Err(Duration::try_from_secs_f64((1.0 - left) / self.per_second).unwrap_or(Duration::MAX));
-        }
+        self.enough(left)?;
         bucket.left = left - 1.0;
         Ok(())
+    }
+
+    /// Whether there is one to take, which is left there.
+    pub fn look(&self, name: &str, now: Instant) -> Result<(), Duration> {
+        let buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        buckets.get(name).map_or(Ok(()), |bucket| self.enough(self.filled(*bucket, now)))
+    }
+
+    fn enough(&self, left: f64) -> Result<(), Duration> {
+        match left < 1.0 {
+            true => Err(Duration::try_from_secs_f64((1.0 - left) / self.per_second).unwrap_or(Duration::MAX)),
+            false => Ok(()),
+        }
     }
 
     fn filled(&self, bucket: Bucket, now: Instant) -> f64 {

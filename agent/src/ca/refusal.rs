@@ -50,6 +50,19 @@ impl Refusal {
         Self::new(RefusalKind::TooMany, text)
     }
 
+    /// Tokens that fail come from where it asks from.
+    pub fn too_many_failures(from: &str, per_minute: u32, after: Duration) -> Self {
+        let after = humantime(Duration::from_secs(after.as_secs().saturating_add(1)));
+        let text = format!(
+            "more than {per_minute} tokens a minute that do not count came from {from}: find out who sends them; come back in {after}"
+        );
+        Self::new(RefusalKind::TooMany, text)
+    }
+
+    pub fn is_unauthenticated(&self) -> bool {
+        self.kind == RefusalKind::Unauthenticated
+    }
+
     /// The fault is this service's, or of what it rests on; trying again may help.
     pub fn unavailable(text: impl Into<String>) -> Self {
         Self::new(RefusalKind::Unavailable, text)

@@ -20,8 +20,18 @@ pub struct Outcome {
     pub list: Option<(u64, usize)>,
     /// Certificates that count still and that another key has signed than the CA has now.
     pub other_signer: usize,
-    /// Lines of the ledger that cannot be read.
+    /// When the last of these expires.
+    pub other_until: Option<String>,
+    /// Lines of the ledger that cannot be read, or that name no serial, and where the first one is.
     pub unreadable: usize,
+    pub first_unreadable: Option<String>,
+}
+
+impl Outcome {
+    /// Whether none of the node's certificates can count still.
+    pub fn is_whole(&self) -> bool {
+        self.other_signer == 0 && self.unreadable == 0
+    }
 }
 
 /// Shuts `node` out. May be repeated, and is to be if it fails after the first step.
@@ -44,6 +54,7 @@ pub fn revoke(config: &CaServerConfig, node: &str) -> Result<Outcome, CaError> {
         .into_iter()
         .filter(|entry| entry.counts_at(now))
         .partition(|entry| entry.signer.as_deref() == Some(&*signer));
+    let nameless = ours.iter().filter(|entry| entry.serial.is_none()).count();
     let serials: Vec<String> = ours.into_iter().filter_map(|entry| entry.serial).collect();
     let mut list = None;
     if !serials.is_empty() {
@@ -59,7 +70,15 @@ pub fn revoke(config: &CaServerConfig, node: &str) -> Result<Outcome, CaError> {
         }
         list = Some((revoked.number, revoked.added)).filter(|(_, added)| *added > 0);
     }
-    Ok(Outcome { changed, known, list, other_signer: others.len(), unreadable: read.unreadable })
+    Ok(Outcome {
+        changed,
+        known,
+        list,
+        other_signer: others.len(),
+        other_until: others.into_iter().filter_map(|entry| entry.not_after).max(),
+        unreadable: read.unreadable + nameless,
+        first_unreadable: read.first_unreadable,
+    })
 }
 
 /// Lets `node` have certificates again. What was listed stays listed: a key that was taken back is not given again. False if it was not

@@ -15,7 +15,7 @@ use super::{
     csr,
     ledger::{Ledger, NotNoted, entry::Entry},
     limits::Limiter,
-    listener::Peer,
+    listener::{Peer, Pending},
     metrics::Metrics,
     placement::Placement,
     refusal::Refusal,
@@ -54,7 +54,8 @@ impl IstioCertificateService for Service {
         &self,
         request: Request<CertificateRequest>,
     ) -> Result<Response<CertificateResponse>, Status> {
-        let peer = request.extensions().get::<Peer>().map(|peer| peer.0);
+        let connection = request.extensions().get::<Peer>();
+        let (peer, pending) = (connection.map(|peer| peer.address), connection.map(Peer::request));
         let mut entry = Entry {
             time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
             peer: peer
@@ -62,7 +63,7 @@ impl IstioCertificateService for Service {
                 .unwrap_or_default(),
             ..Entry::default()
         };
-        match self.answer(peer, &request, &mut entry).await {
+        match self.answer(peer, pending.as_ref(), &request, &mut entry).await {
             Ok(cert_chain) => {
                 self.metrics.request("issued");
                 let Entry { peer, node, identity, serial, .. } = entry;
@@ -92,14 +93,18 @@ impl Service {
     async fn answer(
         &self,
         peer: Option<SocketAddr>,
+        pending: Option<&Pending>,
         request: &Request<CertificateRequest>,
         entry: &mut Entry,
     ) -> Result<Vec<String>, Refusal> {
         let caller = self.authenticate(peer, request.metadata()).await?;
+        if let Some(pending) = pending {
+            pending.authenticated();
+        }
         entry.caller = Some(caller.name.clone());
         entry.node = Some(caller.node.clone());
-        let drawn = self.limiter.take(&caller.node, Instant::now());
-        drawn.map_err(|after| Refusal::too_many(&format!("node {}", caller.node), self.per_minute, after))?;
+        let drawn = self.limiter.take(&caller.bucket(), Instant::now());
+        drawn.map_err(|after| Refusal::too_many(&caller.words(), self.per_minute, after))?;
 
         let asked = request.get_ref();
         let id = self.wanted(&caller, asked)?;

@@ -123,6 +123,7 @@ fn serve(file: &Path) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return failed(&with_causes(&error)),
     };
+    app::raise_descriptor_limit();
     match runtime.block_on(ca::run(settings)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(CaError::Config(errors)) => {
@@ -186,9 +187,10 @@ fn revoke(file: &Path, node: &str, undo: bool, json: bool) -> ExitCode {
         println!(
             "{}",
             serde_json::json!({ "node": node, "changed": done.changed, "known": done.known, "list": list,
-                "other_signer": done.other_signer, "unreadable": done.unreadable })
+                "other_signer": done.other_signer, "other_until": done.other_until,
+                "unreadable": done.unreadable, "first_unreadable": done.first_unreadable })
         );
-        return ExitCode::SUCCESS;
+        return whole(&done);
     }
     match done.changed {
         true => println!("node {node} is shut out: it gets no more certificates"),
@@ -206,15 +208,32 @@ fn revoke(file: &Path, node: &str, undo: bool, json: bool) -> ExitCode {
     }
     if done.other_signer > 0 {
         println!(
-            "warning: {} certificates that count still were signed with another key than the CA's in {}: they are not on the list",
+            "NOT revoked: {} certificates that count still were signed with another key than the CA's in {}. They count until {}, or until \
+             that CA lists them: run this with a copy of the configuration whose spec.ca.path has that CA's files and whose spec.state is \
+             {}; or take its root from the agents",
             done.other_signer,
-            settings.ca.display()
+            settings.ca.display(),
+            done.other_until.as_deref().unwrap_or("an unknown time"),
+            settings.state.display()
         );
     }
     if done.unreadable > 0 {
-        println!("warning: {} lines of the ledger cannot be read", done.unreadable);
+        println!(
+            "NOT revoked, if there are any: certificates in {} lines of the ledger that cannot be read or have no serial (the first: {}). \
+             Unpack files that are compressed; mend a line, or remove one that was written by half, and run this again",
+            done.unreadable,
+            done.first_unreadable.as_deref().unwrap_or("without a serial")
+        );
     }
-    ExitCode::SUCCESS
+    whole(&done)
+}
+
+/// What is left undone must not look done to a script.
+fn whole(done: &revoke::Outcome) -> ExitCode {
+    match done.is_whole() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    }
 }
 
 fn load(file: &Path) -> Result<CaServerConfig, ExitCode> {

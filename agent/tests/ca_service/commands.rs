@@ -172,3 +172,22 @@ fn the_example_is_sound() {
     assert_eq!(config::load_ca_tokens(settings.tokens.as_ref().unwrap()).unwrap().0.len(), 2);
     assert_eq!(config::load_ca_nodes(&settings.nodes).unwrap().0.len(), 2);
 }
+
+#[test]
+fn certificates_that_could_not_be_revoked_are_no_success_and_the_way_out_is_told() {
+    let bed = Bed::files("");
+    let file = bed.path("ca.yaml");
+    let revoke = || marline(&["ca", "revoke", "--config", file.to_str().unwrap(), "--node", "node-a"]);
+    fs::create_dir(bed.path("state")).unwrap();
+    let line = r#"{"time":"2026-01-01T00:00:00Z","outcome":"issued","node":"node-a","peer":"","serial":"0A","not_after":"2999-01-01T00:00:00Z","signer":"another"}"#;
+    bed.write("state/ledger.jsonl", &format!("{line}\n"));
+    let other = revoke();
+    assert_eq!(other.status.code(), Some(1), "{}", text(&other));
+    assert!(text(&other).contains("They count until 2999-01-01T00:00:00Z"), "{}", text(&other));
+    bed.write("state/ledger.jsonl", "\n{half\n");
+    let half = revoke();
+    assert_eq!(half.status.code(), Some(1), "{}", text(&half));
+    assert!(text(&half).contains("ledger.jsonl:2"), "{}", text(&half));
+    bed.write("state/ledger.jsonl", "");
+    assert_eq!(revoke().status.code(), Some(0));
+}

@@ -226,3 +226,44 @@ async fn tokens_of_a_file_and_of_a_cluster_go_together() {
     assert!(bed.ask(&pods_token(), WEB).await.is_ok());
     refused(bed.ask("garbage", WEB).await, Code::Unauthenticated, "invalid bearer token");
 }
+
+#[tokio::test]
+async fn a_pod_that_asks_too_often_keeps_its_nodes_agent_from_nothing() {
+    let mut bed = Bed::files("");
+    let server = ApiServer::start(&bed).await;
+    let extra = server.authentication("a/a", "marline-ca").replace("kubernetes:", "tokens: tokens.yaml, kubernetes:");
+    bed.configure("127.0.0.1:0", &format!("{extra}\n  limits: {{perNode: {{perMinute: 1, burst: 2}}}}"));
+    bed.run().await;
+    for _ in 0..2 {
+        assert!(bed.ask(&pods_token(), SLEEP).await.is_ok());
+    }
+    refused(bed.ask(&pods_token(), SLEEP).await, Code::ResourceExhausted, "foo/sleep on node node-a asks more often");
+    assert!(bed.ask(TOKEN_A, WEB).await.is_ok());
+}
+
+#[tokio::test]
+async fn an_address_whose_tokens_fail_over_and_over_asks_the_api_server_no_more() {
+    let (bed, _server) = started("foo/sleep", "marline-ca").await;
+    let (_, csr) = new_csr(WEB);
+    let mut client = bed.client().await;
+    for _ in 0..60 {
+        let result = send(&mut client, "garbage", Some(WEB), &csr, 60).await;
+        refused(result, Code::Unauthenticated, "invalid bearer token");
+    }
+    // One more a second counts.
+    until("the address has used up its failures", async || {
+        let status = send(&mut client, "garbage", Some(WEB), &csr, 60).await.unwrap_err();
+        status.code() == Code::ResourceExhausted && status.message().contains("came from 127.0.0.1")
+    })
+    .await;
+    let mut elsewhere = bed.client_from("127.0.0.2".parse().unwrap()).await;
+    assert!(send(&mut elsewhere, &pods_token(), Some(WEB), &csr, 60).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_files_token_that_is_not_known_any_more_is_not_shown_to_the_api_server() {
+    let (bed, server) = started("foo/sleep", "marline-ca").await;
+    // Whatever comes to it is answered with this.
+    server.answer_with("403-anonymous");
+    refused(bed.ask("marline-0123456789", WEB).await, Code::Unauthenticated, "not known here");
+}

@@ -39,7 +39,9 @@ pub struct Process {
 
 impl Process {
     pub fn start(bed: &Bed) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_marline"))
+        // With few descriptors, as many systems give.
+        let mut child = Command::new("sh")
+            .args(["-c", "ulimit -Sn 256 && exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_marline")])
             .args(["--log-json", "ca", "serve", "--config"])
             .arg(bed.path("ca.yaml"))
             .stderr(Stdio::piped())
@@ -208,5 +210,52 @@ async fn openssl_takes_the_chain_that_is_shown() {
         assert_eq!(text.contains("Verify return code: 0 (ok)"), well, "{option} {name}: {text}");
         assert_eq!(text.matches("BEGIN CERTIFICATE").count(), 2, "the service's own and the intermediate");
         assert!(text.contains("ALPN protocol: h2"), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn the_service_takes_all_the_descriptors_that_it_may_have() {
+    let bed = Bed::files("");
+    let process = Process::start(&bed);
+    let limits = fs::read_to_string(format!("/proc/{}/limits", process.child.id())).unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    let numbers: Vec<_> = line.split_whitespace().collect();
+    assert_eq!(numbers[0], numbers[1], "{line}");
+    assert_ne!(numbers[0], "256");
+}
+
+#[tokio::test]
+async fn a_connection_on_which_nobody_proves_who_it_is_is_closed_and_others_stay() {
+    let bed = Bed::start("limits: {handshake: 300ms}").await;
+    let (_, csr) = new_csr(WEB);
+    let mut proved = bed.client().await;
+    send(&mut proved, TOKEN_A, Some(WEB), &csr, 60).await.unwrap();
+    let mut failed = bed.client().await;
+    refused(send(&mut failed, "unknown", Some(WEB), &csr, 60).await, Code::Unauthenticated, "not known");
+    let _silent = bed.client().await;
+    let count = async |outcome: &str| {
+        let line = format!("marline_ca_connections_total{{outcome=\"{outcome}\"}} ");
+        let text = bed.status("/metrics").await.1;
+        text.lines().find_map(|found| found.strip_prefix(&line)?.parse::<u32>().ok()).unwrap_or_default()
+    };
+    until("both are closed", async || count("never_authenticated").await == 2).await;
+    send(&mut proved, TOKEN_A, Some(WEB), &csr, 60).await.unwrap();
+    assert_eq!(count("accepted").await, 3, "it is the same connection");
+}
+
+#[tokio::test]
+async fn whoever_holds_connections_to_the_status_port_keeps_nobody_else_from_it() {
+    let bed = Bed::start("").await;
+    let address = bed.running.as_ref().unwrap().status;
+    let mut held = Vec::new();
+    for _ in 0..9 {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.9:0".parse().unwrap()).unwrap();
+        held.push(socket.connect(address).await.unwrap());
+    }
+    assert_eq!(timeout(LONG, bed.status("/livez")).await.unwrap().0, 200);
+    // The ninth at once, and the others, which say nothing, after a while.
+    for stream in held.iter_mut().rev() {
+        assert!(timeout(LONG, stream.read(&mut [0; 256])).await.is_ok(), "it is not closed");
     }
 }

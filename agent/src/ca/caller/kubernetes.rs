@@ -1,7 +1,11 @@
 //! Tokens of Kubernetes service accounts, as the API server reviews them (authentication.k8s.io/v1, TokenReview). A token must be bound to
 //! a pod, because then the review tells the pod's node. Nothing is remembered: a token counts for as long as the API server takes it.
 
-use std::{net::IpAddr, path::Path, time::Duration};
+use std::{
+    net::IpAddr,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
 use kube::{Api, Client, api::PostParams};
@@ -9,7 +13,7 @@ use tokio::{sync::Semaphore, time::timeout};
 
 use super::{Authenticate, Authenticated, Caller, CallerKind, Token};
 use crate::{
-    ca::{CaError, refusal::Refusal},
+    ca::{CaError, limits::Limiter, listener::network, refusal::Refusal},
     config::{ApiServer, KubernetesReview},
     words::with_causes,
 };
@@ -18,6 +22,9 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Whoever sends many tokens shall not make the API server review them all at once.
 const AT_ONCE: usize = 32;
+/// Tokens from one address that the API server does not take, before others from there are not shown to it for a while.
+const FAILURES_PER_MINUTE: u32 = 60;
+const FAILURES_AT_ONCE: u32 = 60;
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 
 pub struct Kubernetes {
@@ -26,6 +33,7 @@ pub struct Kubernetes {
     /// Service accounts of agents.
     agents: Vec<(String, String)>,
     reviews: Semaphore,
+    failures: Limiter,
 }
 
 impl Kubernetes {
@@ -45,7 +53,13 @@ impl Kubernetes {
             source: Some(Box::new(error)),
         })?;
         let agents = settings.agents.clone();
-        Ok(Self { client, audience: audience.to_owned(), agents, reviews: Semaphore::new(AT_ONCE) })
+        Ok(Self {
+            client,
+            audience: audience.to_owned(),
+            agents,
+            reviews: Semaphore::new(AT_ONCE),
+            failures: Limiter::new(FAILURES_PER_MINUTE, FAILURES_AT_ONCE),
+        })
     }
 
     async fn review(&self, token: &Token) -> Result<Option<Caller>, Refusal> {
@@ -75,11 +89,27 @@ impl Kubernetes {
         let status = answer.status.ok_or_else(|| unavailable("its answer has no status".to_owned()))?;
         judge(&status, &self.audience, &self.agents).map(Some)
     }
+
+    async fn judged(&self, token: &Token, peer: IpAddr) -> Result<Option<Caller>, Refusal> {
+        // One of a file's that is not known any more: a secret that is none of the API server's business.
+        if token.is_our_own() {
+            return Ok(None);
+        }
+        let peer = network(peer).to_string();
+        self.failures
+            .look(&peer, Instant::now())
+            .map_err(|after| Refusal::too_many_failures(&peer, FAILURES_PER_MINUTE, after))?;
+        let judged = self.review(token).await;
+        if judged.as_ref().is_err_and(Refusal::is_unauthenticated) {
+            let _ = self.failures.take(&peer, Instant::now());
+        }
+        judged
+    }
 }
 
 impl Authenticate for Kubernetes {
-    fn authenticate<'a>(&'a self, token: &'a Token, _: IpAddr) -> Authenticated<'a> {
-        Box::pin(self.review(token))
+    fn authenticate<'a>(&'a self, token: &'a Token, peer: IpAddr) -> Authenticated<'a> {
+        Box::pin(self.judged(token, peer))
     }
 }
 

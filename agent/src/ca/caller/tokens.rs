@@ -11,6 +11,9 @@ use aws_lc_rs::{
 use super::{Authenticate, Authenticated, Caller, CallerKind, Token};
 use crate::{ca::refusal::Refusal, config::TokenEntry};
 
+/// What all that are made here begin with.
+pub const PREFIX: &str = "marline-";
+
 /// The tokens as the file has them now. A clone is another handle on the same ones.
 #[derive(Clone, Debug)]
 pub struct Tokens {
@@ -21,7 +24,7 @@ pub struct Tokens {
 /// A new token and its hash, both as text.
 pub fn generate() -> (String, String) {
     let bytes: [u8; 32] = rand::random();
-    let token = format!("marline-{}", hex(&bytes));
+    let token = format!("{PREFIX}{}", hex(&bytes));
     let hash = hex(digest(&SHA256, token.as_bytes()).as_ref());
     (token, hash)
 }

@@ -28,6 +28,8 @@ pub(super) struct LedgerFile {
 pub struct Read {
     pub entries: Vec<Entry>,
     pub unreadable: usize,
+    /// FILE:LINE.
+    pub first_unreadable: Option<String>,
 }
 
 /// Holds off the writing of lines until it is dropped. Made also where no service ever ran.
@@ -51,13 +53,16 @@ pub fn read(dir: &Path, keep: impl Fn(&Entry) -> bool) -> Result<Read, CaError> 
         }
         let path = found.path();
         let file = File::open(&path).map_err(CaError::io("read", &path))?;
-        for line in BufReader::new(file).split(b'\n') {
+        for (number, line) in BufReader::new(file).split(b'\n').enumerate() {
             let line = line.map_err(CaError::io("read", &path))?;
             match serde_json::from_slice::<Entry>(&line) {
                 Ok(entry) if keep(&entry) => read.entries.push(entry),
                 Ok(_) => {}
                 Err(_) if line.is_empty() => {}
-                Err(_) => read.unreadable += 1,
+                Err(_) => {
+                    read.unreadable += 1;
+                    read.first_unreadable.get_or_insert_with(|| format!("{}:{}", path.display(), number + 1));
+                }
             }
         }
     }
