@@ -74,7 +74,7 @@ pub(super) struct Expositions {
 struct Last {
     text: Weak<Exposition>,
     begun: Option<Instant>,
-    /// Before this none is begun: at most a fifth of one processor is spent on them.
+    /// Before this none is begun: about a fifth of one processor is spent on them at most, and nobody waits longer than a second.
     next: Option<Instant>,
 }
 
@@ -116,7 +116,7 @@ impl Expositions {
         // The room goes with it: whoever asked may be gone before it is done.
         match spawn_blocking(move || Arc::new(Exposition { text: render(), _room: room })).await {
             Ok(text) => {
-                let next = Instant::now() + begun.elapsed() * 4;
+                let next = Instant::now() + (begun.elapsed() * 4).min(Duration::from_secs(1));
                 *last = Last { text: Arc::downgrade(&text), begun: Some(begun), next: Some(next) };
                 sent(text)
             }
