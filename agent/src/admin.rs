@@ -19,6 +19,7 @@ use tokio::{
     task::{JoinSet, spawn_blocking},
 };
 
+mod bounded;
 mod guard;
 mod query;
 
@@ -88,6 +89,11 @@ const ENDPOINTS: [(&str, &str); 14] = [
 
 /// Starts the three servers. Port 0 takes any free one; the log tells which.
 pub async fn serve(agent: &AgentConfig, shown: &Shown) -> Result<JoinSet<Result<(), AdminError>>, AdminError> {
+    let expositions = bounded::Expositions::default();
+    let render = move |State(shown): State<Shown>| {
+        let expositions = expositions.clone();
+        async move { expositions.answer(move || shown.metrics()).await }
+    };
     let metrics = Router::new().route("/metrics", get(render));
     let readiness = Router::new().route("/readyz", get(readyz)).route("/livez", get(|| async { "alive\n" }));
     let mut servers = JoinSet::new();
@@ -100,8 +106,12 @@ pub async fn serve(agent: &AgentConfig, shown: &Shown) -> Result<JoinSet<Result<
         let listener = TcpListener::bind(address).await.map_err(listen)?;
         tracing::info!(address = %listener.local_addr().map_err(listen)?, "{field}");
         let router = router.with_state(shown.clone());
+        // Loopback's alone is asked by this machine alone.
+        let bounded = field != "spec.admin.address";
         servers.spawn(async move {
-            axum::serve(listener, router).await.map_err(|source| AdminError::Serve { field, source })
+            let served =
+                if bounded { bounded::serve(listener, router).await } else { axum::serve(listener, router).await };
+            served.map_err(|source| AdminError::Serve { field, source })
         });
     }
     Ok(servers)
@@ -206,13 +216,5 @@ fn told(levels: Result<String, String>, otherwise: StatusCode) -> Response {
     match levels {
         Ok(levels) => format!("{levels}\n").into_response(),
         Err(why) => (otherwise, format!("{why}\n")).into_response(),
-    }
-}
-
-async fn render(State(shown): State<Shown>) -> Response {
-    let content_type = [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
-    match spawn_blocking(move || shown.metrics()).await {
-        Ok(text) => (content_type, text).into_response(),
-        Err(error) => gone(&error),
     }
 }

@@ -108,7 +108,7 @@ pub struct ClientEntry {
 
 impl Capture {
     /// Loads and attaches the kernel programs. Pods that a predecessor enrolled are closed until they are enrolled again;
-    /// [`Capture::pods`] lists them. Must be called inside the asynchronous runtime, which reads the programs' log.
+    /// [`Capture::pods`] lists them. A thread of its own reads the programs' log.
     pub fn load(settings: &CaptureSettings) -> Result<Self, BpfError> {
         let cgroup = pins::open_cgroup(&settings.cgroup)?;
         let pins = Pins::open(&settings.pin_path)?;

@@ -74,11 +74,17 @@ impl Metrics {
     pub fn new() -> Self {
         let mut registry = Registry::default();
         let (ended, carried, handshakes, reloads, kernel) =
-            <(Family<_, _>, Family<_, _>, Family<_, _>, Family<_, _>, Family<_, _>)>::default();
-        let (trust_reloads, trust_withdrawn) = <(Family<_, _>, Family<_, _>)>::default();
+            <(Family<_, _>, Family<_, _>, Family<_, _>, Family<Labels<1>, Counter>, Family<_, _>)>::default();
+        let (trust_reloads, trust_withdrawn) = <(Family<Labels<1>, Counter>, Family<_, _>)>::default();
         let handshake_seconds = Family::<Labels<1>, Histogram>::new_with_constructor(|| {
             Histogram::new(exponential_buckets(0.000_5, 2.0, 14))
         });
+        // `increase()` sees nothing in a series that begins with the first rejection.
+        for family in [&reloads, &trust_reloads] {
+            for result in ["accepted", "rejected"] {
+                drop(family.get_or_create(&[("result", result)]));
+            }
+        }
         let pending = Gauge::default();
         let (traffic, others) = (Arc::new(Traffic::new()), Latest::default());
 
@@ -190,7 +196,7 @@ impl Metrics {
         self.trust_withdrawn.get_or_create(&[reporter(direction), ("reason", reason)]).inc();
     }
 
-    /// Forgets what is counted of workloads that have left the mesh some time ago.
+    /// Forgets what is counted of workloads that have left the mesh some time ago, and what is idle where room is short.
     pub fn forget(&self, now: Instant, known: &dyn Fn(&str, &str) -> bool) {
         self.traffic.forget(now, known);
     }

@@ -34,7 +34,6 @@ struct Bed {
     api: WorkloadApi,
     manager: Manager,
     store: TrustStore,
-    refusal: LastRefusal,
     tell: watch::Sender<Result<X509SvidResponse, Status>>,
     serving: Option<JoinHandle<()>>,
     stop: watch::Sender<bool>,
@@ -49,13 +48,12 @@ impl Bed {
         let manager = Manager::new(api.clone(), store.clone(), ManagerSettings { leaf_lifetime: LIFE });
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(api.clone().run(domain.clone(), stopped.clone()));
-        let refusal = LastRefusal::default();
         let followed = Followed {
             origin: Origin::Told(api.clone()),
             files,
             identities: manager.clone(),
             metrics: Arc::new(Metrics::new()),
-            refusal: refusal.clone(),
+            refusal: LastRefusal::default(),
         };
         let settings = WatchSettings { quiet: Duration::from_millis(5), poll: Duration::from_secs(10) };
         tokio::spawn(trust::watch(followed, settings, stopped.clone()));
@@ -63,7 +61,7 @@ impl Bed {
             let manager = manager.clone();
             async move { manager.run(stopped).await }
         });
-        Self { dir, api, manager, store, refusal, tell: watch::Sender::new(Ok(first)), serving: None, stop }
+        Self { dir, api, manager, store, tell: watch::Sender::new(Ok(first)), serving: None, stop }
     }
 
     fn socket(&self) -> PathBuf {

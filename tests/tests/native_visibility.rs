@@ -263,7 +263,7 @@ fn an_agent_whose_hook_was_taken_away_is_not_ready_and_names_it() -> Result<()> 
         let inbound = std::fs::read_dir(&links_b)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let inbound = inbound.into_iter().find(|name| name.starts_with("inbound-")).context("no inbound hook")?;
         std::fs::remove_file(links_b.join(&inbound))?;
-        not_ready(Side::B, "inbound", "link is gone")?;
+        not_ready(Side::B, "inbound", "is gone")?;
         // A new agent attaches all again.
         cluster.start_agent(Side::A)?;
         let all = cluster.agent(Side::A)?.exposition()?;

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use crate::{
     admin::View,
     bpf::Hook,
+    identity::SvidInfo,
     logging::Levels,
     metrics::{Metrics, Others, counted_as},
     proxy::{PodState, Proxy},
@@ -58,11 +59,14 @@ impl Gathered {
         });
         let pods = self.proxy.pods();
         let pods_in = |state| pods.iter().filter(|pod| pod.state == state).count() as u64;
-        let certificates = ctx.identities.list().into_iter();
+        let certificates = ctx.identities.list();
+        let life = |info: &SvidInfo| info.not_after?.checked_sub(info.not_before?);
         let (trust, now) = (ctx.identities.trust(), std::time::SystemTime::now());
         let asked = ctx.identities.counters();
         Others {
+            lifetimes: certificates.iter().filter_map(|info| Some((info.id.to_string(), life(info)?))).collect(),
             certificates: certificates
+                .iter()
                 .filter_map(|info| Some((info.id.to_string(), info.seconds_to_expiry?)))
                 .collect(),
             certificates_issued: asked.issued,

@@ -44,8 +44,6 @@ pub enum BpfError {
     Map { name: &'static str, source: aya::maps::MapError },
     #[error("the log of the kernel programs")]
     Log(#[source] aya_log::Error),
-    #[error("must be called inside the asynchronous runtime")]
-    NoRuntime,
     #[error("a listener given for {netns} is not in that network namespace")]
     ForeignListener { netns: PathBuf },
     #[error(

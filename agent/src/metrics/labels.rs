@@ -171,6 +171,14 @@ impl Side {
     }
 }
 
+impl Side {
+    /// The same workload's in the other mode.
+    pub fn counterpart(&self) -> Self {
+        let mode = if self.mode == Mode::Mtls.as_str() { Mode::Plaintext } else { Mode::Mtls };
+        Self { mode: mode.as_str(), ..self.clone() }
+    }
+}
+
 impl Key for Side {
     fn overflow(&self) -> Self {
         Self { namespace: OTHER.to_owned(), workload: OTHER.to_owned(), ..*self }
@@ -186,7 +194,7 @@ impl Key for Denial {
         Self { policy: OTHER.to_owned(), ..*self }
     }
 
-    /// Policies that have gone are few, and the table is bounded.
+    /// Policies that have gone are forgotten when room is short.
     fn stands(&self, _: &dyn Fn(&str, &str) -> bool) -> bool {
         true
     }

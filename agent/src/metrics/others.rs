@@ -26,6 +26,8 @@ pub struct Others {
     pub log_lines: Vec<(&'static str, u64)>,
     /// By identity, seconds to their end: less than nothing when that has passed.
     pub certificates: Vec<(String, i64)>,
+    /// By identity, seconds from beginning to end.
+    pub lifetimes: Vec<(String, u64)>,
     pub certificates_issued: u64,
     pub certificate_failures: u64,
     /// Revocation lists whose next update is overdue.
@@ -87,6 +89,9 @@ impl Collector for Latest {
         let seconds = others.certificates.iter().map(|(id, seconds)| ([("identity", id.clone())], *seconds as f64));
         let help = "Time to the end of each certificate of a local workload";
         gauge(encoder, "marline_certificate_expiry_seconds", help, seconds)?;
+        let seconds = others.lifetimes.iter().map(|(id, seconds)| ([("identity", id.clone())], *seconds as f64));
+        let help = "Time from the beginning to the end of each certificate of a local workload";
+        gauge(encoder, "marline_certificate_lifetime_seconds", help, seconds)?;
         let issues = [("issued", others.certificates_issued), ("failed", others.certificate_failures)];
         let issues = issues.into_iter().map(|(result, count)| ([("result", result)], count));
         counter(encoder, "marline_certificate_issues", "Certificates that were asked for, by result", issues)?;

@@ -1,5 +1,5 @@
 //! Counters by labels that others choose, in bounded number: what a table has no room for is counted under one key for all, and
-//! what has left the mesh is forgotten after a while.
+//! what has left the mesh, or is idle where room is short, is forgotten after a while.
 
 use std::{
     collections::HashMap,
@@ -27,8 +27,8 @@ pub trait Key: Hash + Eq + fmt::Debug {
 pub struct Entry<K, V> {
     pub key: Arc<K>,
     pub value: V,
-    /// Since when something that it names is not in the mesh any more.
-    gone: Mutex<Option<Instant>>,
+    /// Since when no connection was seen to hold it, and none has come.
+    idle: Mutex<Option<Instant>>,
 }
 
 type Entries<K, V> = HashMap<Arc<K>, Arc<Entry<K, V>>>;
@@ -48,6 +48,7 @@ impl<K: Key, V: Default> Table<K, V> {
     pub fn entry(&self, key: K) -> Arc<Entry<K, V>> {
         let mut entries = lock(&self.entries);
         if let Some(known) = entries.get(&key) {
+            *lock(&known.idle) = None;
             return known.clone();
         }
         let key = if entries.len() >= self.limit {
@@ -57,7 +58,7 @@ impl<K: Key, V: Default> Table<K, V> {
             key
         };
         let key = Arc::new(key);
-        let new = || Arc::new(Entry { key: key.clone(), value: V::default(), gone: Mutex::default() });
+        let new = || Arc::new(Entry { key: key.clone(), value: V::default(), idle: Mutex::default() });
         entries.entry(key.clone()).or_insert_with(new).clone()
     }
 
@@ -75,16 +76,22 @@ impl<K: Key, V: Default> Table<K, V> {
         lock(&self.entries).len()
     }
 
-    /// Forgets what has not been in the mesh for long enough and is not held by a connection that lives.
+    /// Forgets what no connection holds and what was idle for long enough: if something that it names has left the mesh, and anything if
+    /// the table is more than half full. Names of former versions and services, strangers and policies that are gone would fill it else;
+    /// a quiet pair in a table with room keeps its counters.
     pub fn forget(&self, now: Instant, known: &dyn Fn(&str, &str) -> bool) {
-        lock(&self.entries).retain(|key, entry| {
-            let mut gone = lock(&entry.gone);
-            if key.stands(known) {
-                *gone = None;
+        let mut entries = lock(&self.entries);
+        let crowded = entries.len() > self.limit / 2;
+        entries.retain(|key, entry| {
+            let mut idle = lock(&entry.idle);
+            if Arc::strong_count(entry) > 1 {
+                *idle = None;
                 return true;
             }
-            let since = *gone.get_or_insert(now);
-            Arc::strong_count(entry) > 1 || now.saturating_duration_since(since) < KEPT
+            let since = *idle.get_or_insert(now);
+            let goes = now.saturating_duration_since(since) >= KEPT
+                && (!key.stands(known) || crowded && key.overflow() != **key);
+            !goes
         });
     }
 }
@@ -144,11 +151,36 @@ mod tests {
         let start = Instant::now();
         table.forget(start, &|_, name| name == "stays");
         assert_eq!(names().len(), 4);
-        table.forget(start + KEPT / 2, &|_, name| name == "stays" || name == "back");
+        count(&table, "back");
         table.forget(start + KEPT, &|_, name| name == "stays");
         assert_eq!(names(), ["back", "held", "stays"]);
         drop(held);
         table.forget(start + KEPT, &|_, name| name == "stays");
-        assert_eq!(names(), ["back", "stays"]);
+        table.forget(start + KEPT * 2, &|_, name| name == "stays");
+        assert_eq!(names(), ["stays"]);
+    }
+
+    #[test]
+    fn a_full_table_has_room_again_when_what_filled_it_is_idle_though_all_of_it_stands() {
+        let table = Table::new(10);
+        for name in 0..20 {
+            count(&table, &name.to_string());
+        }
+        let held = table.entry(Name("1".into()));
+        let start = Instant::now();
+        table.forget(start, &|_, _| true);
+        count(&table, "2");
+        table.forget(start + KEPT, &|_, _| true);
+        let mut names: Vec<_> = table.all().iter().map(|entry| entry.key.0.clone()).collect();
+        names.sort();
+        assert_eq!(names, ["1", "2", "other"]);
+        let overflowed = table.overflowed();
+        count(&table, "new");
+        assert_eq!(table.overflowed(), overflowed);
+        // With room, what is idle and stands is kept.
+        drop(held);
+        table.forget(start + KEPT, &|_, _| true);
+        table.forget(start + KEPT * 3, &|_, _| true);
+        assert_eq!(table.len(), 4);
     }
 }

@@ -103,7 +103,10 @@ impl Traffic {
         add(&flow.value.opened, 1);
         add(&self.live, 1);
         if let Some(side) = &side {
-            add(&side.value.connections, 1);
+            if side.value.connections.fetch_add(1, Ordering::Relaxed) == 0 {
+                // A share of nothing is 0 only if the series is there.
+                self.sides.entry(side.key.counterpart());
+            }
             add(&side.value.live, 1);
         }
         Open {
@@ -128,6 +131,7 @@ impl Traffic {
     pub fn forget(&self, now: Instant, known: &dyn Fn(&str, &str) -> bool) {
         self.flows.forget(now, known);
         self.sides.forget(now, known);
+        self.denials.forget(now, known);
     }
 }
 

@@ -235,5 +235,30 @@ fn a_hundred_thousand_peers_make_no_more_series_than_there_is_room_for_and_every
     metrics.forget(now, &|_, _| false);
     metrics.forget(now + KEPT, &|_, _| false);
     let text = metrics.render(Others::default());
-    assert_eq!(text.lines().filter(|line| line.starts_with("istio_tcp_connections_opened_total")).count(), 1);
+    for name in ["istio_tcp_connections_opened_total", "marline_policy_denials_total"] {
+        assert_eq!(text.lines().filter(|line| line.starts_with(name)).count(), 1, "{name}");
+    }
+}
+
+#[test]
+fn a_workload_that_speaks_plaintext_alone_has_a_share_of_zero() {
+    let (metrics, snapshot) = (Metrics::new(), mesh());
+    let _live = open(&metrics, &snapshot, Direction::Inbound, address(99), Mode::Plaintext);
+    let text = text(&metrics);
+    let of = |mode: &str| {
+        let series =
+            text.lines().find(|line| line.starts_with("marline_workload_connections_total") && line.contains(mode));
+        series.and_then(|line| line.rsplit_once(' ')).map(|(_, value)| value.to_owned())
+    };
+    assert_eq!((of("mode=\"plaintext\"").as_deref(), of("mode=\"mtls\"").as_deref()), (Some("1"), Some("0")));
+}
+
+#[test]
+fn reloads_of_either_result_have_a_series_before_the_first() {
+    let text = text(&Metrics::new());
+    for line in ["marline_config_reloads_total", "marline_trust_reloads_total"] {
+        for result in ["accepted", "rejected"] {
+            assert!(text.contains(&format!("{line}{{result=\"{result}\"}} 0")), "{line} {result}");
+        }
+    }
 }
