@@ -9,7 +9,7 @@ pub mod file;
 use std::{
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -30,12 +30,15 @@ const TOGETHER: usize = 64;
 /// Refusals that are noted: whoever is refused as often as it likes shall not fill the disk. The rest is counted.
 const REFUSALS_PER_MINUTE: u32 = 600;
 const REFUSALS_AT_ONCE: u32 = 1000;
+/// Places that refusals leave to certificates.
+const KEPT: usize = WAITING / 2;
 
 /// A handle on the thread that writes; it ends with the last one.
 #[derive(Clone)]
 pub struct Ledger {
     orders: mpsc::Sender<Order>,
     writable: Arc<AtomicBool>,
+    refusals: Arc<Mutex<Refusals>>,
 }
 
 /// Why a certificate may not be handed out.
@@ -61,27 +64,31 @@ impl Ledger {
         shut_out::read(dir)?;
         let (orders, receiver) = mpsc::channel(WAITING);
         let writable = Arc::new(AtomicBool::new(true));
-        let writer = Writer {
-            file,
-            writable: Arc::clone(&writable),
-            refusals: Refusals { limiter: Limiter::new(REFUSALS_PER_MINUTE, REFUSALS_AT_ONCE), unrecorded: 0 },
-            failure: None,
-        };
+        let writer = Writer { file, writable: Arc::clone(&writable), failure: None };
         thread::Builder::new()
             .name("ca-ledger".to_owned())
             .spawn(move || writer.run(receiver))
             .map_err(|source| CaError::Io { action: "start the thread for", path: dir.to_owned(), source })?;
-        Ok(Self { orders, writable })
+        let limiter = Limiter::new(REFUSALS_PER_MINUTE, REFUSALS_AT_ONCE);
+        Ok(Self { orders, writable, refusals: Arc::new(Mutex::new(Refusals { limiter, unrecorded: 0 })) })
     }
 
     /// Notes a certificate that is about to be handed out, or a refusal.
-    pub async fn note(&self, entry: Entry) -> Result<(), NotNoted> {
+    pub async fn note(&self, mut entry: Entry) -> Result<(), NotNoted> {
+        // Before it waits with the certificates: whoever is refused over and over shall not take their places.
+        if !entry.issued() {
+            let room = self.orders.capacity() > KEPT;
+            let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+            if !refusals.note(&mut entry, room) {
+                return Ok(());
+            }
+        }
         self.order(Some(entry)).await
     }
 
     /// Whether certificates can be noted. After a failure this is tried: nobody may ask for any until it is known.
     pub async fn is_writable(&self) -> bool {
-        self.writable.load(Ordering::Relaxed) || self.order(None).await.is_ok()
+        !self.orders.is_closed() && (self.writable.load(Ordering::Relaxed) || self.order(None).await.is_ok())
     }
 
     async fn order(&self, entry: Option<Entry>) -> Result<(), NotNoted> {
@@ -94,7 +101,6 @@ impl Ledger {
 struct Writer {
     file: LedgerFile,
     writable: Arc<AtomicBool>,
-    refusals: Refusals,
     /// Why the last lines could not be written.
     failure: Option<String>,
 }
@@ -115,20 +121,17 @@ impl Writer {
     }
 
     fn write(&mut self, batch: &mut Vec<Order>) {
-        let refusals = &mut self.refusals;
         let certificate = |order: &Order| order.entry.as_ref().is_some_and(Entry::issued);
         let (certificates, probe) = (batch.iter().any(certificate), batch.iter().any(|order| order.entry.is_none()));
         let written = self.file.locked(|file, dir| {
             let shut_out = shut_out::read(dir)?;
             let mut lines = Vec::new();
             let mut results = Vec::with_capacity(batch.len());
-            for entry in batch.iter_mut().map(|order| &mut order.entry) {
+            for entry in batch.iter().map(|order| &order.entry) {
                 let node = entry.as_ref().and_then(Entry::certificate_for);
                 let since = node.and_then(|node| shut_out.get(node));
                 results.push(since.map_or(Ok(()), |since| Err(NotNoted::ShutOut(since.clone()))));
-                if let Some(entry) = entry.as_mut().filter(|_| since.is_none())
-                    && refusals.note(entry)
-                {
+                if let Some(entry) = entry.as_ref().filter(|_| since.is_none()) {
                     entry.append_to(&mut lines);
                 }
             }
@@ -170,16 +173,53 @@ impl Writer {
 }
 
 impl Refusals {
-    /// Whether it gets a line.
-    fn note(&mut self, entry: &mut Entry) -> bool {
-        if entry.issued() {
-            return true;
-        }
-        if self.limiter.take("", Instant::now()).is_err() {
+    /// Whether it gets a line, for which there must be room.
+    fn note(&mut self, entry: &mut Entry, room: bool) -> bool {
+        if !room || self.limiter.take("", Instant::now()).is_err() {
             self.unrecorded += 1;
             return false;
         }
         entry.unrecorded = Some(std::mem::take(&mut self.unrecorded)).filter(|count| *count > 0);
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn without_the_thread_that_writes_nothing_can_be_noted() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut ledger = Ledger::open(dir.path()).unwrap();
+        assert!(ledger.is_writable().await);
+        // As if the thread had ended.
+        ledger.orders = mpsc::channel(1).0;
+        assert!(!ledger.is_writable().await);
+    }
+
+    #[tokio::test]
+    async fn refusals_leave_places_for_certificates() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(dir.path()).unwrap();
+        let lock = file::lock(dir.path()).unwrap();
+        let mut refused = Vec::new();
+        for _ in 0..2 * WAITING {
+            let mut entry = Entry::default();
+            entry.refuse("unauthenticated", "no");
+            let ledger = ledger.clone();
+            refused.push(tokio::spawn(async move { ledger.note(entry).await }));
+        }
+        tokio::task::yield_now().await;
+        assert!(ledger.orders.capacity() >= KEPT, "{}", ledger.orders.capacity());
+        let issued = Entry { outcome: "issued".into(), node: Some("a".into()), ..Entry::default() };
+        let there = ledger.clone();
+        let noted = tokio::spawn(async move { there.note(issued).await });
+        tokio::task::yield_now().await;
+        drop(lock);
+        assert_eq!(noted.await.unwrap(), Ok(()));
+        for task in refused {
+            assert_eq!(task.await.unwrap(), Ok(()));
+        }
     }
 }
