@@ -2,6 +2,7 @@
 //! answer. The files are those of deploy/monitoring.
 
 use std::{
+    collections::BTreeSet,
     fs,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
@@ -127,6 +128,15 @@ fn prometheus_takes_what_agents_expose_and_each_query_of_the_dashboard_has_an_an
             }
         }
         ensure!(queries >= panels.len() && queries > 10, "{queries} queries");
+        // What was not seen to happen has no series, and a wrong name would look the same: every name must be one that agents have.
+        let exposed = cluster.agent(Side::A)?.metrics()?;
+        let written = [fs::read_to_string(file("dashboard.json"))?, groups()?].concat();
+        for name in metric_names(&written) {
+            let suffixes = ["_total", "_bucket", "_sum", "_count"];
+            let family = suffixes.iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(name);
+            let known = [family, name].iter().any(|name| exposed.contains(&format!("# TYPE {name} ")));
+            ensure!(known, "{name} is asked for, and no agent has it");
+        }
         let rules = ask("/api/v1/rules")?;
         let all = rules["data"]["groups"][0]["rules"].as_array().context("no rules")?;
         ensure!(!all.is_empty() && all.iter().all(|rule| rule["health"] == "ok"), "{rules}");
@@ -140,6 +150,11 @@ fn prometheus_takes_what_agents_expose_and_each_query_of_the_dashboard_has_an_an
         drop(held);
         Ok(())
     })
+}
+
+fn metric_names(text: &str) -> BTreeSet<&str> {
+    let words = text.split(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_');
+    words.filter(|word| ["marline_", "istio_", "process_"].iter().any(|start| word.starts_with(start))).collect()
 }
 
 /// For a URL's query.

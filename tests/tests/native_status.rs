@@ -177,7 +177,7 @@ fn a_ca_that_cannot_be_read_is_a_warning_while_the_agent_lives_and_a_failure_aft
         let node = on(cluster, Side::A)?;
         let key = cluster.ca_directory().join("ca-key.pem");
         config::replace(&key, "no key at all\n")?;
-        let code = becomes(&node, "authority", "warn", &["are refused", "ca-key.pem", "put the files right"], &[])?;
+        let code = becomes(&node, "authority", "warn", &["is refused", "ca-key.pem", "put it right"], &[])?;
         ensure!(code == Some(0), "{code:?}");
         cluster.agent_mut(Side::A)?.kill()?;
         let config = config_of(cluster);

@@ -117,11 +117,13 @@ fn fault(
         }
         Err(error) => return Some(format!("its pin {} cannot be asked: {error}", pin.display())),
     };
+    if let Some((target, Err(error))) = wanted {
+        return Some(format!("{} cannot be found: {error}", target.display()));
+    }
     let Some(present) = facts.target else {
         return Some("it is attached to nothing: somebody has detached it, or what it hung on is gone".to_owned());
     };
     match wanted {
-        Some((target, Err(error))) => Some(format!("{} cannot be found: {error}", target.display())),
         Some((target, Ok(wanted))) if present != *wanted => {
             Some(format!("it is attached to something else than what {} is now", target.display()))
         }
