@@ -192,8 +192,9 @@ struct Plan {
     results: PathBuf,
 }
 
-/// Runs the scenarios in one boot of the kernel. Where a suite takes the VM down, it has failed with what the kernel said last, and
-/// those after it get another boot.
+/// Runs the scenarios in one boot of the kernel. Where a suite takes the kernel down, it has failed with what the kernel said last, and
+/// those after it get another boot. An emulator that goes away under a kernel that has nothing to say of it proves nothing: that
+/// suite begins anew, once.
 fn in_vm(kernel: Kernel, suites: &[Suite], settings: Settings, args: &Args) -> Result<Vec<Report>> {
     let mut chosen = Vec::new();
     for suite in suites {
@@ -205,20 +206,44 @@ fn in_vm(kernel: Kernel, suites: &[Suite], settings: Settings, args: &Args) -> R
     fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
     let results = out.join(format!("test-results-{}.json", kernel.name()));
     let mut plan = Plan { suites: chosen, settings, results };
-    let (end, mut reports) = (Instant::now() + VM_ALL, Vec::new());
+    let (end, mut reports, mut again) = (Instant::now() + VM_ALL, Vec::new(), true);
     while !plan.suites.is_empty() {
         let (done, how) = boot(kernel, &plan, end.saturating_duration_since(Instant::now()))?;
         plan.suites.retain(|suite| !done.iter().any(|report| report.suite == suite.name));
         reports.extend(done);
-        // Without time there is no other boot; without a first suite's end in sight, the next one's is.
-        let lost = if Instant::now() < end { plan.suites.len().min(1) } else { plan.suites.len() };
-        reports.extend(plan.suites.drain(..lost).map(|suite| without_result(&suite, &plan.settings, &how)));
+        let Some(first) = plan.suites.first() else { break };
+        if std::mem::take(&mut again) && how == End::NoWord && Instant::now() < end {
+            step::note(&format!("the VM went away during {} and its kernel said nothing: once more", first.name));
+            continue;
+        }
+        // Without time there is no other boot.
+        let lost = if Instant::now() < end { 1 } else { plan.suites.len() };
+        reports.extend(plan.suites.drain(..lost).map(|suite| without_result(&suite, &plan.settings, &how.text())));
     }
     Ok(reports)
 }
 
+/// How a VM ended.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    Exit(i32),
+    /// The kernel's last words.
+    Died(String),
+    NoWord,
+}
+
+impl End {
+    fn text(&self) -> String {
+        match self {
+            Self::Exit(code) => format!("the VM ended with exit code {code} before a result"),
+            Self::Died(words) => format!("the VM died before a result: {words}"),
+            Self::NoWord => "the VM went away before a result, and its kernel said nothing".to_owned(),
+        }
+    }
+}
+
 /// What the suites of the plan did until the VM ended, and how it ended.
-fn boot(kernel: Kernel, plan: &Plan, timeout: Duration) -> Result<(Vec<Report>, String)> {
+fn boot(kernel: Kernel, plan: &Plan, timeout: Duration) -> Result<(Vec<Report>, End)> {
     let plan_file = workspace::vm_out().join(format!("test-plan-{}.json", kernel.name()));
     if plan.results.exists() {
         // An old result must not be taken for the answer.
@@ -233,12 +258,12 @@ fn boot(kernel: Kernel, plan: &Plan, timeout: Duration) -> Result<(Vec<Report>, 
     vm.timeout = timeout;
     vm.cwd = workspace::root();
     let how = match vm.run(&command) {
-        Ok(code) => format!("the VM ended with exit code {code} before a result"),
+        Ok(code) => End::Exit(code),
         Err(error) if error.is::<Interrupted>() => return Err(error),
         // The other suites, and the other kernel's, are still worth running.
         Err(error) => {
             step::report(&error);
-            format!("the VM died before a result: {}", vm.last_words())
+            vm.last_words().map_or(End::NoWord, End::Died)
         }
     };
     let text = fs::read_to_string(&plan.results).unwrap_or_default();
@@ -275,7 +300,7 @@ mod tests {
         let kind = Kind::Scenario { native: true, vm: true };
         let suite = Suite { name: "b".into(), binary: "/t".into(), cwd: "/".into(), kind };
         let settings = Settings { kernel: "VM 6.1".into(), filter: None, timeout: VM_SUITE, env: Vec::new() };
-        let reports = [without_result(&suite, &settings, "the VM died before a result: BUG: at x")];
+        let reports = [without_result(&suite, &settings, &End::Died("BUG: at x".into()).text())];
         assert_eq!(summary::totals(&reports), (0, 1, 0));
         assert_eq!(reports[0].tally.failed, ["(the VM died before a result: BUG: at x)"]);
     }

@@ -216,10 +216,10 @@ impl Vm {
         workspace::vm().join(format!("console-{}.log", self.kernel.name()))
     }
 
-    /// What the kernel said of its own end, in a line.
-    pub(crate) fn last_words(&self) -> String {
+    /// What the kernel said of its own end, in a line, if it did.
+    pub(crate) fn last_words(&self) -> Option<String> {
         let said = last_words(&String::from_utf8_lossy(&fs::read(self.console()).unwrap_or_default()));
-        if said.is_empty() { "the kernel said nothing".to_owned() } else { said }
+        Some(said).filter(|said| !said.is_empty())
     }
 
     /// /dev/kvm may exist and still not run a stock kernel: try once, and remember the answer.
