@@ -46,7 +46,8 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
         facts.destination = identify::of(Some(&pod.workload), local);
         facts.served = Some(pod.workload.clone());
     });
-    match open(&ctx, &pod, wire, client, local, &account).await {
+    // In a box, which goes with the handshake: the task would have room for it as long as the connection lives.
+    match Box::pin(open(&ctx, &pod, wire, client, local, &account)).await {
         Err(refusal) => account.refused(refusal.reason(), &refusal),
         Ok(opened) => {
             let Opened { app, wire, records, mut permit, entry, offered } = opened;

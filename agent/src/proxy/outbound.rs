@@ -40,7 +40,9 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, app: TcpStream, clie
         let why = direct.why(pod.netns.cookie(), *socket);
         account.live.learn(|facts| facts.path_reason = Some(why.label()));
     }
-    match open(&ctx, &pod, &app, client, origin.map(|(origin, _)| origin), &mut account).await {
+    // In a box, which goes with the handshake: the task would have room for it as long as the connection lives.
+    let opened = Box::pin(open(&ctx, &pod, &app, client, origin.map(|(origin, _)| origin), &mut account)).await;
+    match opened {
         Err(refusal) => account.refused(refusal.reason(), &refusal),
         Ok((wire, records, permit, destination, target)) => {
             drop(turn);
