@@ -1,7 +1,7 @@
 //! What `cargo xtask bench` and the load program `bench_load` say to each other: an order, and an answer in numbers.
 //!
 //! The load program is the client and the server of every mode alike; it knows nothing of a mesh. Its client is
-//! `bench/client.rs`, its server `bench/server.rs`. When requests are due is `bench/pace.rs`, what latencies amount to
+//! `bench/client.rs`, its server `bench/server.rs`, what goes between them `bench/wire.rs`. When requests are due is `bench/pace.rs`, what latencies amount to
 //! `bench/latency.rs`, where processor time went `bench/cpu.rs`. Rounds, modes and comparisons are xtask's.
 
 pub mod client;
@@ -9,6 +9,7 @@ pub mod cpu;
 pub mod latency;
 pub mod pace;
 pub mod server;
+pub mod wire;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
@@ -24,6 +25,9 @@ pub const BLOCK: usize = 1024;
 pub struct Order {
     pub address: SocketAddr,
     pub work: Work,
+    /// Whether blocks travel as the bodies of HTTP.
+    #[serde(default)]
+    pub http: bool,
     /// cgroups by the name that the answer shall give them.
     pub watch: BTreeMap<String, PathBuf>,
 }

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{Shutdown, SocketAddr, TcpStream},
+    net::TcpStream,
     sync::{
         Barrier, OnceLock,
         atomic::{AtomicU32, Ordering},
@@ -19,6 +19,7 @@ use super::{
     cpu::Look,
     pace::{self, Paced, Schedule, Since},
     server::{BULK, CHUNK, EXCHANGE},
+    wire::Wire,
 };
 use crate::wait::seconds;
 
@@ -44,7 +45,7 @@ pub fn run(order: &Order) -> Result<Answer> {
 
 fn connect(order: &Order, count: u32, at_once: u32) -> Result<Answer> {
     for _ in 0..WARM_CONNECTIONS {
-        first_byte(order.address)?;
+        first_byte(order)?;
     }
     let next = AtomicU32::new(0);
     let look = Look::now(&order.watch)?;
@@ -52,7 +53,7 @@ fn connect(order: &Order, count: u32, at_once: u32) -> Result<Answer> {
     let outcomes = in_threads(at_once, |_| {
         let mut latencies = Vec::new();
         while next.fetch_add(1, Ordering::Relaxed) < count {
-            latencies.push(first_byte(order.address)?);
+            latencies.push(first_byte(order)?);
         }
         Ok(latencies)
     })?;
@@ -62,10 +63,10 @@ fn connect(order: &Order, count: u32, at_once: u32) -> Result<Answer> {
 }
 
 /// One connection for one exchange: from connect() to the first byte of the answer.
-fn first_byte(address: SocketAddr) -> Result<Duration> {
+fn first_byte(order: &Order) -> Result<Duration> {
     let mut block = [EXCHANGE; BLOCK];
     let started = Instant::now();
-    let mut connection = open(address)?;
+    let mut connection = open(order)?;
     connection.write_all(&block).context("asking")?;
     let count = connection.read(&mut block).context("waiting for the first byte")?;
     let elapsed = started.elapsed();
@@ -83,7 +84,7 @@ fn requests(order: &Order, rate: u32, connections: u32, length: u32) -> Result<A
                 let (warm, start) = (&warm, &start);
                 scope.spawn(move || -> Result<Paced> {
                     prctl::set_timerslack(1).context("asking for exact timers")?;
-                    let connection = warmed(order.address);
+                    let connection = warmed(order);
                     // Also whoever failed comes here, or the others would wait for ever.
                     warm.wait();
                     let clock = Since(*start.get_or_init(|| Instant::now() + HEAD_START));
@@ -112,7 +113,7 @@ fn requests(order: &Order, rate: u32, connections: u32, length: u32) -> Result<A
 }
 
 fn exchanges(order: &Order, count: u32) -> Result<Answer> {
-    let mut connection = warmed(order.address)?;
+    let mut connection = warmed(order)?;
     let mut latencies = Vec::with_capacity(count as usize);
     let look = Look::now(&order.watch)?;
     let started = Instant::now();
@@ -127,8 +128,8 @@ fn exchanges(order: &Order, count: u32) -> Result<Answer> {
 }
 
 fn bulk(order: &Order, bytes: u64) -> Result<Answer> {
-    pour(&mut start_bulk(order.address)?, WARM_BYTES)?;
-    let mut connection = start_bulk(order.address)?;
+    pour(&mut start_bulk(order)?, WARM_BYTES)?;
+    let mut connection = start_bulk(order)?;
     let look = Look::now(&order.watch)?;
     let started = Instant::now();
     pour(&mut connection, bytes)?;
@@ -136,22 +137,23 @@ fn bulk(order: &Order, bytes: u64) -> Result<Answer> {
     Ok(Answer { seconds: elapsed.as_secs_f64(), latencies: None, late: None, spent: look.spent()? })
 }
 
-fn start_bulk(address: SocketAddr) -> Result<TcpStream> {
-    let mut connection = warmed(address)?;
+fn start_bulk(order: &Order) -> Result<Wire> {
+    let mut connection = warmed(order)?;
     let mut block = [BULK; BLOCK];
     connection.write_all(&block).and_then(|()| connection.read_exact(&mut block)).context("asking to send much")?;
     Ok(connection)
 }
 
-fn pour(connection: &mut TcpStream, bytes: u64) -> Result<()> {
+fn pour(connection: &mut Wire, bytes: u64) -> Result<()> {
     let chunk = vec![b'.'; CHUNK];
+    connection.begin(bytes).context("beginning to send much")?;
     let mut left = bytes;
     while left > 0 {
         let part = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
         connection.write_all(&chunk[..part]).context("sending much")?;
         left -= part as u64;
     }
-    connection.shutdown(Shutdown::Write).context("ending what was sent")?;
+    connection.end().context("ending what was sent")?;
     let mut total = [0; 8];
     connection.read_exact(&mut total).context("waiting for the receiver's count")?;
     let total = u64::from_be_bytes(total);
@@ -159,22 +161,22 @@ fn pour(connection: &mut TcpStream, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-fn warmed(address: SocketAddr) -> Result<TcpStream> {
-    let mut connection = open(address)?;
+fn warmed(order: &Order) -> Result<Wire> {
+    let mut connection = open(order)?;
     (0..WARM).try_for_each(|_| exchange(&mut connection))?;
     Ok(connection)
 }
 
-fn open(address: SocketAddr) -> Result<TcpStream> {
-    let connection = TcpStream::connect(address).context("connecting")?;
+fn open(order: &Order) -> Result<Wire> {
+    let connection = TcpStream::connect(order.address).context("connecting")?;
     connection.set_nodelay(true)?;
     // Nothing here takes as long in order; a hang shall fail and not stall.
     connection.set_read_timeout(Some(seconds(20)))?;
     connection.set_write_timeout(Some(seconds(20)))?;
-    Ok(connection)
+    Wire::client(connection, order.http).context("connecting")
 }
 
-fn exchange(connection: &mut TcpStream) -> Result<()> {
+fn exchange(connection: &mut Wire) -> Result<()> {
     let mut block = [EXCHANGE; BLOCK];
     connection.write_all(&block).context("asking")?;
     connection.read_exact(&mut block).context("waiting for an answer")

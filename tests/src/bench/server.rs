@@ -6,7 +6,7 @@ use std::{
     thread,
 };
 
-use super::BLOCK;
+use super::{BLOCK, wire::Wire};
 
 /// A block that is to be answered with a block.
 pub(super) const EXCHANGE: u8 = b'x';
@@ -27,8 +27,9 @@ pub fn serve(address: SocketAddr) -> io::Result<()> {
     Ok(())
 }
 
-fn answer(mut connection: TcpStream) -> io::Result<()> {
+fn answer(connection: TcpStream) -> io::Result<()> {
     connection.set_nodelay(true)?;
+    let mut connection = Wire::server(connection);
     let mut block = [0; BLOCK];
     loop {
         match connection.read_exact(&mut block) {
@@ -43,14 +44,16 @@ fn answer(mut connection: TcpStream) -> io::Result<()> {
     }
 }
 
-fn swallow(mut connection: TcpStream) -> io::Result<()> {
+fn swallow(mut connection: Wire) -> io::Result<()> {
     // The client begins to count when it has this.
     connection.write_all(&[BULK; BLOCK])?;
+    let announced = connection.announced()?;
     let (mut chunk, mut total) = (vec![0; CHUNK], 0_u64);
-    loop {
+    while announced != Some(total) {
         match connection.read(&mut chunk)? {
-            0 => return connection.write_all(&total.to_be_bytes()),
+            0 => break,
             count => total += count as u64,
         }
     }
+    connection.write_all(&total.to_be_bytes())
 }
