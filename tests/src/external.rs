@@ -1,6 +1,6 @@
 //! A proxy that somebody else brings, as a command: it is run once for the client's pod and once for the server's, is told by its environment
 //! whose proxy it is, and redirects the pod's connections by itself. Certificates are made for it; that nothing but TLS leaves the
-//! nodes is seen on the wire, since nobody knows its own counts.
+//! nodes is seen on the wire, since nobody knows its own counts. What is in its environment is told by `cargo xtask bench --help`.
 
 use std::{
     fs,
@@ -30,18 +30,6 @@ struct End {
     cgroup: PathBuf,
     process: Process,
 }
-
-/// What the command finds in its environment, beside the environment of whoever runs the benchmark.
-pub const ENVIRONMENT: &str = "\
-MARLINE_ROLE            client or server: the command is run once for each
-MARLINE_POD             the pod's name; _ADDRESS its IPv4 address, _NETNS the path of its network namespace, in which the command runs
-MARLINE_NODE_NETNS      the path of its node's network namespace, for a proxy that belongs there (nsenter --net=PATH)
-MARLINE_PEER            the other pod's name; MARLINE_PEER_ADDRESS its IPv4 address
-MARLINE_PORT            where the server's application listens, on the server's pod
-MARLINE_IDENTITY        the pod's SPIFFE ID; MARLINE_PEER_IDENTITY the other pod's
-MARLINE_CERT_CHAIN      files in PEM: the pod's certificate, its key (MARLINE_KEY), the roots (MARLINE_ROOTS)
-MARLINE_DIRECTORY       a directory for files of its own
-MARLINE_READY           a file that the command has to make when connections may come (30 s are waited)";
 
 impl Pair {
     /// Starts the command (by `sh -c`) for both pods, and waits until both are ready.
@@ -74,7 +62,8 @@ impl Pair {
         }
         outcome?;
         let wire = capture.wire()?;
-        encrypted(&wire).with_context(|| format!("the mode of {} is not what it should be\n{}", self.name, self.report()))
+        encrypted(&wire)
+            .with_context(|| format!("the mode of {} is not what it should be\n{}", self.name, self.report()))
     }
 
     /// What a reader of a failure wants to see.

@@ -17,11 +17,11 @@ use std::{
 
 use anyhow::{Context, Result};
 
+pub use self::count::Carried;
 use self::{
     configuration::Told,
     count::{Counts, End},
 };
-pub use self::count::Carried;
 use crate::{
     certificates::Signer,
     cgroup,

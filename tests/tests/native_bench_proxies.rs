@@ -23,8 +23,10 @@ use marline_tests::{
 const PORT: u16 = 7000;
 
 fn spec() -> ClusterSpec {
-    let pods =
-        vec![PodSpec::new("client", Side::A, Membership::Unknown), PodSpec::new("server", Side::B, Membership::Unknown)];
+    let pods = vec![
+        PodSpec::new("client", Side::A, Membership::Unknown),
+        PodSpec::new("server", Side::B, Membership::Unknown),
+    ];
     ClusterSpec { pods, ..ClusterSpec::pairs(Mode::Strict) }
 }
 
@@ -97,7 +99,11 @@ fn a_sidecar_refuses_another_identity_and_connections_that_pass_it_by_are_notice
         let pair = Pair::start(&program, cluster, Layer::Tcp, &roles)?;
         ensure!(work(&roles, false, FEW).is_err(), "another identity was let in");
         let [_, server] = pair.statistics("ssl.fail_verify_san")?;
-        ensure!(server.values().any(|count| *count > 0), "it was not refused for its name: {server:?}\n{}", pair.report());
+        ensure!(
+            server.values().any(|count| *count > 0),
+            "it was not refused for its name: {server:?}\n{}",
+            pair.report()
+        );
         let fault = pair.carried(Duration::ZERO).map(|carried| format!("{carried:?}"));
         ensure!(fault.is_err(), "refused connections were taken for well: {fault:?}");
         Ok(())
@@ -130,7 +136,10 @@ fn another_proxy_is_put_beside_by_a_command_and_one_that_does_nothing_is_refused
         ensure!(fault.contains("its own words") && fault.contains("exit 3"), "{fault}");
         let mut idle = start("touch \"$MARLINE_READY\"; exec sleep 600")?;
         let fault = idle.probe(cluster, || work(&roles, false, FEW)).err().map(|error| format!("{error:#}"));
-        ensure!(fault.as_ref().is_some_and(|fault| fault.contains("no TLS")), "plaintext was taken for well: {fault:?}");
+        ensure!(
+            fault.as_ref().is_some_and(|fault| fault.contains("no TLS")),
+            "plaintext was taken for well: {fault:?}"
+        );
         drop(idle);
         let mut haproxy = start(&format!("exec sh {}", script.display()))?;
         let handshakes = haproxy.probe(cluster, || work(&roles, false, FEW))?;

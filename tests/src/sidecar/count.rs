@@ -54,15 +54,18 @@ pub struct Carried {
 impl Carried {
     /// In words, with a number for each.
     #[must_use]
-    pub fn ways(&self) -> BTreeMap<String, usize> {
+    pub fn ways(&self, version: &str) -> BTreeMap<String, usize> {
         let kind = match self.layer {
-            Layer::Tcp => "Envoy as TCP proxy",
-            Layer::Http => "Envoy with Istio's HTTP filters",
+            Layer::Tcp => "as TCP proxy",
+            Layer::Http => "with Istio's HTTP filters",
         };
         let tls = format!("mTLS {} {}", self.version, self.ciphers.join(", "));
         let number = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
         let mut ways = BTreeMap::from([
-            (format!("{kind} in each pod, --concurrency {WORKERS}, redirected by nftables"), number(self.connections)),
+            (
+                format!("Envoy {version} {kind} in each pod, --concurrency {WORKERS}, by nftables"),
+                number(self.connections),
+            ),
             (format!("between them {tls}"), number(self.between)),
             ("of these with a TLS session taken up again".to_owned(), number(self.resumed)),
         ]);
@@ -129,7 +132,9 @@ pub(super) fn judge(layer: Layer, client: &Counts, server: &Counts) -> Result<Ca
     }
     let between = [client.made, client.handshakes, server.taken, server.handshakes];
     if between.iter().any(|count| *count != client.made) || client.made == 0 {
-        return Err(format!("connections, handshakes, connections taken, handshakes taken are not as many: {between:?}"));
+        return Err(format!(
+            "connections, handshakes, connections taken, handshakes taken are not as many: {between:?}"
+        ));
     }
     match layer {
         Layer::Tcp if client.made != client.taken || server.made != server.taken => {
@@ -200,7 +205,7 @@ mod tests {
     fn connections_that_were_all_redirected_and_encrypted_are_well() {
         let carried = judge(Layer::Tcp, &counts(), &counts()).unwrap();
         assert_eq!((carried.connections, carried.between, carried.version.as_str()), (10, 10, "TLSv1.3"));
-        assert!(carried.ways().keys().any(|way| way.contains("TLS_AES_128_GCM_SHA256")));
+        assert!(carried.ways("1").keys().any(|way| way.contains("TLS_AES_128_GCM_SHA256")));
     }
 
     #[test]
@@ -250,7 +255,8 @@ mod tests {
         assert_eq!((of_kernel(text, "PassiveOpens"), of_kernel(text, "None")), (Some(9), None));
         assert_eq!(statistic("listener.a.ssl.handshake: 12"), Some(("listener.a.ssl.handshake".to_owned(), 12)));
         assert_eq!(statistic("cluster.a.upstream_cx_length_ms: P0(nan,1) P25(nan,1)"), None);
-        let lines = ["listener.virtualInbound.downstream_cx_total: 4", "listener.virtualInbound.ssl.versions.TLSv1.3: 4"];
+        let lines =
+            ["listener.virtualInbound.downstream_cx_total: 4", "listener.virtualInbound.ssl.versions.TLSv1.3: 4"];
         let counted = Counts::new(End::Server, 9, &lines.into_iter().filter_map(statistic).collect());
         assert_eq!((counted.taken, counted.versions.get("TLSv1.3")), (4, Some(&4)));
     }

@@ -33,7 +33,7 @@ type Values = Vec<(Figure, Vec<f64>)>;
 
 impl Rounds {
     /// All modes at once, their rounds interleaved. The beds are those that are open already.
-    pub(super) fn interleaved(beds: &[Bed], workloads: &[Workload], rounds: usize) -> Result<Self> {
+    pub(super) fn interleaved(beds: &mut [Bed], workloads: &[Workload], rounds: usize) -> Result<Self> {
         let mut all = Self::default();
         for round in 0..rounds {
             step::say(&format!("round {} of {rounds}", round + 1));
@@ -44,7 +44,7 @@ impl Rounds {
                 }
             }
         }
-        beds.iter().try_for_each(|bed| all.carry(bed))?;
+        beds.iter_mut().try_for_each(|bed| all.carry(bed))?;
         Ok(all)
     }
 
@@ -53,14 +53,14 @@ impl Rounds {
         let mut all = Self::default();
         for &mode in modes {
             step::say(&format!("mode {}", mode.name()));
-            let bed = Bed::open(mode, programs).with_context(|| format!("preparing the mode {}", mode.name()))?;
+            let mut bed = Bed::open(mode, programs).with_context(|| format!("preparing the mode {}", mode.name()))?;
             thread::sleep(SETTLE);
             for _ in 0..rounds {
                 for (index, workload) in workloads.iter().enumerate() {
                     all.measure(&bed, index, workload)?;
                 }
             }
-            all.carry(&bed)?;
+            all.carry(&mut bed)?;
         }
         Ok(all)
     }
@@ -88,7 +88,7 @@ impl Rounds {
         }
     }
 
-    fn carry(&mut self, bed: &Bed) -> Result<()> {
+    fn carry(&mut self, bed: &mut Bed) -> Result<()> {
         self.carried.push(Carried { mode: bed.mode, connections: bed.carriers()? });
         Ok(())
     }
