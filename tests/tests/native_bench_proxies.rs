@@ -53,7 +53,11 @@ fn serve(roles: &Roles) -> Result<Process> {
 
 /// What the benchmark's client does, with what it says if it fails.
 fn work(roles: &Roles, http: bool, work: Work) -> Result<()> {
-    let address = roles.server.socket(Family::V4, PORT);
+    work_over(roles, Family::V4, http, work)
+}
+
+fn work_over(roles: &Roles, family: Family, http: bool, work: Work) -> Result<()> {
+    let address = roles.server.socket(family, PORT);
     let order = serde_json::to_string(&Order { address, work, http, watch: [].into() })?;
     let run = output(roles.client.command(load()).arg("run").arg(order), seconds(30))?;
     ensure!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
@@ -82,6 +86,7 @@ fn sidecars_carry_all_connections_and_nothing_but_tls_is_on_the_wire() -> Result
             ensure!(carried.version == "TLSv1.3", "{carried:?}");
             ensure!(wire.tls13_handshakes() as u64 == carried.between, "{carried:?}, {:?}", wire.streams);
             ensure!(wire.not_tls() == 0 && wire.hits("xxxxxxxxxxxxxxxx") == 0, "{:?}", wire.streams);
+            ensure!(work_over(&roles, Family::V6, layer == Layer::Http, FEW).is_err(), "IPv6 passed the sidecars by");
             Ok(())
         })?;
     }

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: the same work by the same programs in the same pods, with the mesh and without, side by side. Modes and their
-//! beds are in `bench/bed.rs`, what Marline is put beside in `bench/beside.rs`, what is measured in `bench/plan.rs`, rounds in `bench/measure.rs`, what they amount to in
-//! `bench/stats.rs`, the table in `bench/report.rs`. The load program and its figures are the harness's.
+//! beds are in `bench/bed.rs`, what Marline is put beside in `bench/beside.rs`, what is measured in `bench/plan.rs`, rounds in
+//! `bench/measure.rs`, what they amount to in `bench/stats.rs`, the table in `bench/report.rs`. The load program and its figures are the
+//! harness's.
 
 mod bed;
 mod beside;
@@ -97,7 +98,7 @@ pub(crate) struct Args {
     /// Only these modes
     #[arg(long, value_enum, value_delimiter = ',', value_name = "MODE,..")]
     only: Vec<Mode>,
-    /// Put another proxy beside, besides the modes of --only: see below
+    /// Put another proxy beside, whatever --only says: see below
     #[arg(long, value_name = "NAME=CMD")]
     external: Option<External>,
     /// Count instructions in a VM with this kernel instead

@@ -14,7 +14,6 @@ use crate::{
 /// Redirects what comes to the place's network namespace and what leaves it. `file` holds the rules.
 pub(super) fn redirect(place: &Place, file: &Path) -> Result<()> {
     fs::write(file, rules()).with_context(|| format!("writing {}", file.display()))?;
-    // The counters of a namespace's connections are the kernel's own, so a rule that does not load must not go unnoticed.
     succeed(place.command("nft").arg("-f").arg(file), seconds(20)).map(drop).context("redirecting to the sidecar")
 }
 

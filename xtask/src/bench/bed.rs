@@ -54,15 +54,15 @@ pub(crate) enum Mode {
 impl Mode {
     pub(super) fn name(self) -> &'static str {
         match self {
-            Self::Sidecar => "sidecar",
-            Self::SidecarHttp => "sidecar-http",
-            Self::External => External::name(),
             Self::None => "none",
             Self::Proxied => "proxied",
             Self::Userspace => "userspace",
             Self::Direct => "direct",
             Self::ProxiedWithoutRecords => "proxied-without-records",
             Self::DirectWithoutRecords => "direct-without-records",
+            Self::Sidecar => "sidecar",
+            Self::SidecarHttp => "sidecar-http",
+            Self::External => External::name(),
         }
     }
 
