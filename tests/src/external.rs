@@ -96,7 +96,13 @@ impl End {
         let cgroup = node.cgroup.join(format!("external-{}", own.name));
         cgroup::create(&cgroup)?;
         let place = Place { netns: own.place.netns.clone(), cgroup: cgroup.clone(), filter: None };
-        let ready = directory.join("ready");
+        let (ready, log) = (directory.join("ready"), own.directory.join("external.log"));
+        for old in [&ready, &log] {
+            // What a predecessor has left must not be taken for this one's.
+            if old.exists() {
+                fs::remove_file(old).with_context(|| format!("removing {}", old.display()))?;
+            }
+        }
         let mut shell = place.command("sh");
         shell.args(["-c", command]);
         shell.env("MARLINE_ROLE", role).env("MARLINE_PORT", port.to_string());
@@ -106,7 +112,6 @@ impl End {
         shell.env("MARLINE_IDENTITY", own.identity()).env("MARLINE_PEER_IDENTITY", peer.identity());
         shell.env("MARLINE_CERT_CHAIN", &files.chain).env("MARLINE_KEY", &files.key).env("MARLINE_ROOTS", &files.roots);
         shell.env("MARLINE_DIRECTORY", &directory).env("MARLINE_READY", &ready);
-        let log = own.directory.join("external.log");
         let mut process = Process::start(format!("{name} of the {role}"), &mut shell, &log)?;
         wait_ready(&mut process, &ready)?;
         Ok(Self { side: own.side, cgroup, process })

@@ -157,10 +157,11 @@ impl Sidecar {
         let place = Place { netns, cgroup, filter: None };
         redirect::redirect(&place, &pod.directory.join("sidecar.nft"))?;
         let before = kernel(&place, end)?;
-        let mut command = place.command("prlimit");
+        let mut command = place.command("sh");
         let user = USER.to_string();
-        // As many connections as in a container of Kubernetes.
-        command.args(["--nofile=1048576", "setpriv", "--reuid", &user, "--regid", &user, "--clear-groups"]);
+        // As many connections as may be: in a container of Kubernetes that would be a million.
+        command.args(["-c", "ulimit -n \"$(ulimit -Hn)\" && exec \"$@\"", "sh"]);
+        command.args(["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups"]);
         // The checkout and the cluster's files may be root's alone; this right lets it read them, and do nothing else.
         let rights = ["--inh-caps", "--ambient-caps", "--bounding-set"];
         command.args(rights.map(|kind| format!("{kind}=-all,+dac_read_search"))).arg("--").arg(program);
