@@ -13,6 +13,7 @@ use marline::{
     control::trust::load,
     identity::{
         Ca, LiveCa, Manager, ManagerSettings, SpiffeId, Svid, Trust, TrustDomain, TrustDomains, TrustFiles, TrustStore,
+        trust::Role,
     },
     tls::{
         config::{Accept, Learned, Offer, Parameters, client_config_with, server_config_with},
@@ -25,7 +26,7 @@ use rcgen::{
 };
 use rustls::{
     client::danger::ServerCertVerifier as _,
-    pki_types::{ServerName, UnixTime},
+    pki_types::{CertificateDer, ServerName, UnixTime},
     server::danger::ClientCertVerifier as _,
 };
 
@@ -64,7 +65,7 @@ impl Mesh {
     }
 
     /// Signed by this mesh, in the name of another one.
-    fn forged(&self, id: &str) -> Vec<rustls::pki_types::CertificateDer<'static>> {
+    fn forged(&self, id: &str) -> Vec<CertificateDer<'static>> {
         vec![leaf(id).signed_by(&KeyPair::generate().unwrap(), &self.signer()).unwrap().der().clone()]
     }
 }
@@ -79,23 +80,19 @@ fn leaf(id: &str) -> CertificateParams {
     params
 }
 
-fn chain(svid: &Svid) -> Vec<rustls::pki_types::CertificateDer<'static>> {
+fn chain(svid: &Svid) -> Vec<CertificateDer<'static>> {
     svid.key.cert.clone()
 }
 
 /// What a server makes of a client with this chain.
-fn server_sees(trust: &Arc<Trust>, chain: &[rustls::pki_types::CertificateDer<'static>]) -> Result<(), Reason> {
+fn server_sees(trust: &Arc<Trust>, chain: &[CertificateDer<'static>]) -> Result<(), Reason> {
     let (leaf, intermediates) = chain.split_first().unwrap();
     let verifier = MeshClient::new(trust.clone(), Learned::default());
     verifier.verify_client_cert(leaf, intermediates, UnixTime::now()).map(drop).map_err(|error| explain(&error).reason)
 }
 
 /// What a client makes of a server with this chain, if it expects `expect`.
-fn client_sees(
-    trust: &Arc<Trust>,
-    expect: &str,
-    chain: &[rustls::pki_types::CertificateDer<'static>],
-) -> Result<(), Reason> {
+fn client_sees(trust: &Arc<Trust>, expect: &str, chain: &[CertificateDer<'static>]) -> Result<(), Reason> {
     let (leaf, intermediates) = chain.split_first().unwrap();
     let verifier = ExpectServer::new(trust.clone(), vec![expect.parse().unwrap()], Learned::default());
     let name = ServerName::try_from("any.example").unwrap();
@@ -249,6 +246,50 @@ fn what_was_believed_by_a_root_that_is_gone_does_not_stand_and_its_peer_is_refus
 }
 
 #[test]
+fn a_chain_that_was_verified_once_is_verified_anew_by_whatever_could_change_the_verdict() {
+    let (ours, theirs) = (Mesh::of("cluster.local"), Mesh::of("other.org"));
+    let trust = || Trust::new(&ours.name, ours.ca.roots()).federated(theirs.name.clone(), theirs.ca.roots());
+    let first = trust();
+    let mut params = leaf("spiffe://cluster.local/ns/shop/sa/web");
+    params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+    let signed = params.signed_by(&KeyPair::generate().unwrap(), &ours.signer()).unwrap().der().clone();
+    let verify = |trust: &Trust, domain: &TrustDomain, leaf: &CertificateDer<'_>, now: UnixTime, role| {
+        trust.verify_peer(domain, leaf, &[], now, role)
+    };
+    let now = UnixTime::now();
+    let at = |seconds: i64| UnixTime::since_unix_epoch(Duration::from_secs(now.as_secs().strict_add_signed(seconds)));
+    let once = verify(&first, &ours.name, &signed, now, Role::Client).unwrap();
+    assert_eq!(verify(&first, &ours.name, &signed, now, Role::Client).unwrap(), once);
+
+    // The times are those of `leaf`: an hour before and after it was made, to the second.
+    for (seconds, good) in [(3_500, true), (3_700, false), (-3_500, true), (-3_700, false)] {
+        for trust in [&first, &trust()] {
+            let verdict = verify(trust, &ours.name, &signed, at(seconds), Role::Client);
+            assert_eq!(verdict.is_ok(), good, "{seconds} s from now: {verdict:?}");
+        }
+    }
+    let refused = verify(&first, &ours.name, &signed, now, Role::Server);
+    assert!(refused.is_err(), "a client's certificate is no server's: {refused:?}");
+    assert!(verify(&first, &theirs.name, &signed, now, Role::Client).is_err(), "another domain's root is asked");
+    for at in (0..signed.len()).step_by(7) {
+        let mut other = signed.to_vec();
+        other[at] ^= 1;
+        let verdict = verify(&first, &ours.name, &other.into(), now, Role::Client);
+        assert!(verdict.is_err(), "byte {at} is another: {verdict:?}");
+    }
+    let without_root = Trust::new(&ours.name, theirs.ca.roots());
+    assert!(verify(&without_root, &ours.name, &signed, now, Role::Client).is_err());
+    let verified = trust();
+    verify(&verified, &ours.name, &signed, now, Role::Client).unwrap();
+    let stranger = Mesh::of("cluster.local");
+    let taken = verified.federated(ours.name.clone(), stranger.ca.roots());
+    assert!(
+        verify(&taken, &ours.name, &signed, now, Role::Client).is_ok(),
+        "of our own domain our own roots are asked"
+    );
+}
+
+#[test]
 fn an_intermediate_signs_under_its_root_and_allows_none_below_it() {
     let mesh = Mesh::of("cluster.local");
     let (below, further) = (mesh.dir.path().join("below"), mesh.dir.path().join("further"));
@@ -291,7 +332,7 @@ fn between(mesh: &Mesh, change: impl FnOnce(&mut CertificateParams)) -> Certific
 }
 
 /// A leaf under one.
-fn under(mesh: &Mesh, change: impl FnOnce(&mut CertificateParams)) -> Vec<rustls::pki_types::CertificateDer<'static>> {
+fn under(mesh: &Mesh, change: impl FnOnce(&mut CertificateParams)) -> Vec<CertificateDer<'static>> {
     let (params, key) = (between(mesh, change), KeyPair::generate().unwrap());
     let between = params.signed_by(&key, &mesh.signer()).unwrap();
     let id = format!("spiffe://{}/ns/shop/sa/web", mesh.name);

@@ -216,6 +216,12 @@ impl Vm {
         workspace::vm().join(format!("console-{}.log", self.kernel.name()))
     }
 
+    /// What the kernel said of its own end, in a line, if it did.
+    pub(crate) fn last_words(&self) -> Option<String> {
+        let said = last_words(&String::from_utf8_lossy(&fs::read(self.console()).unwrap_or_default()));
+        Some(said).filter(|said| !said.is_empty())
+    }
+
     /// /dev/kvm may exist and still not run a stock kernel: try once, and remember the answer.
     fn accelerator(&self, boot: &Boot) -> Result<Accelerator> {
         if fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
@@ -289,6 +295,20 @@ fn host_memory_mib() -> u32 {
     kib.map_or(2048, |kib| u32::try_from(kib / 1024).unwrap_or(u32::MAX))
 }
 
+/// What names the fault, where it was, and the way to it; without the times that stand before each line.
+fn last_words(console: &str) -> String {
+    const NAMING: [&str; 6] =
+        ["BUG: ", "Oops: ", "general protection fault", "RIP: 0010:", "Out of memory", "Kernel panic"];
+    let lines = console.lines().map(|line| line.split_once("] ").map_or(line, |(_, text)| text).trim());
+    let mut said: Vec<&str> = Vec::new();
+    for line in lines.filter(|line| NAMING.iter().any(|name| line.contains(name))) {
+        if !said.contains(&line) && said.len() < 8 {
+            said.push(line);
+        }
+    }
+    said.join("; ")
+}
+
 fn tail(file: &Path, lines: usize) -> String {
     let bytes = fs::read(file).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);
@@ -313,5 +333,23 @@ mod tests {
         let names: Vec<&str> = passed.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["PATH", "MARLINE_X", "RUST_LOG"]);
         assert!(passed[0].1.starts_with("/a:") && passed[0].1.contains("/sbin"));
+    }
+
+    #[test]
+    fn a_kernels_last_words_name_fault_and_place_once() {
+        let console = "[   12.000000] tls: loaded\r\n\
+            [  801.100000] BUG: kernel NULL pointer dereference, address: 0000000000000028\r\n\
+            [  801.100001] #PF: supervisor read access in kernel mode\r\n\
+            [  801.100002] Oops: Oops: 0000 [#1] PREEMPT SMP NOPTI\r\n\
+            [  801.100003] RIP: 0010:tls_sw_sendmsg+0x12/0x80 [tls]\r\n\
+            [  801.100004] RIP: 0010:tls_sw_sendmsg+0x12/0x80 [tls]\r\n\
+            [  801.100005] Kernel panic - not syncing: Fatal exception\r\n";
+        let said = last_words(console);
+        assert_eq!(
+            said,
+            "BUG: kernel NULL pointer dereference, address: 0000000000000028; Oops: Oops: 0000 [#1] PREEMPT SMP NOPTI; \
+             RIP: 0010:tls_sw_sendmsg+0x12/0x80 [tls]; Kernel panic - not syncing: Fatal exception"
+        );
+        assert_eq!(last_words(""), "");
     }
 }

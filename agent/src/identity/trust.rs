@@ -5,6 +5,7 @@
 //! at the other end of a connection, is `tls::verifier`'s to say.
 
 pub mod files;
+mod known;
 mod revocation;
 mod voucher;
 
@@ -17,9 +18,11 @@ use rustls::{
 };
 use tokio::sync::watch;
 
+use self::known::{Known, Shown, Span};
 use super::{SpiffeId, TrustDomain};
 
 pub use files::TrustFiles;
+pub use known::Role;
 pub use revocation::RevocationList;
 pub use voucher::{KeptVoucher, Voucher, Withdrawn};
 
@@ -104,22 +107,25 @@ pub struct Trust {
     own: Arc<RootCertStore>,
     federated: BTreeMap<TrustDomain, Arc<RootCertStore>>,
     revoked: Vec<RevocationList>,
+    known: Known,
 }
 
 impl Trust {
     /// Our own roots alone. They vouch for the aliases, too.
     pub fn new(domains: impl Into<TrustDomains>, own: Arc<RootCertStore>) -> Self {
-        Self { domains: domains.into(), own, federated: BTreeMap::new(), revoked: Vec::new() }
+        Self { domains: domains.into(), own, federated: BTreeMap::new(), revoked: Vec::new(), known: Known::default() }
     }
 
     /// Believes `roots` about `domain`, and about nothing else. Of an alias with a bundle of its own, our roots are not believed.
     pub fn federated(mut self, domain: TrustDomain, roots: Arc<RootCertStore>) -> Self {
         self.federated.insert(domain, roots);
+        self.known = Known::default();
         self
     }
 
     pub fn revoking(mut self, lists: Vec<RevocationList>) -> Self {
         self.revoked = lists;
+        self.known = Known::default();
         self
     }
 
@@ -157,15 +163,50 @@ impl Trust {
         now: UnixTime,
         usage: webpki::KeyUsage,
     ) -> Result<Voucher, webpki::Error> {
+        self.verified(domain, leaf, intermediates, now, usage).map(|(voucher, _)| voucher)
+    }
+
+    /// The same of a peer's chain, which may have been verified before.
+    pub fn verify_peer(
+        &self,
+        domain: &TrustDomain,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+        role: Role,
+    ) -> Result<Voucher, webpki::Error> {
+        let shown = Shown::new(domain, leaf, intermediates, role);
+        if let Some(voucher) = shown.as_ref().and_then(|shown| self.known.get(shown, now)) {
+            return Ok(voucher);
+        }
+        let (voucher, span) = self.verified(domain, leaf, intermediates, now, role.usage())?;
+        if let (Some(shown), Some(span)) = (shown, span) {
+            self.known.insert(shown, span, voucher.clone());
+        }
+        Ok(voucher)
+    }
+
+    /// Who vouches, and for how long.
+    fn verified(
+        &self,
+        domain: &TrustDomain,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+        usage: webpki::KeyUsage,
+    ) -> Result<(Voucher, Option<Span>), webpki::Error> {
         let roots = self.bundle(domain).ok_or(webpki::Error::UnknownIssuer)?;
-        let leaf = webpki::EndEntityCert::try_from(leaf)?;
+        let end_entity = webpki::EndEntityCert::try_from(leaf)?;
         let check = |path: &webpki::VerifiedPath<'_>| {
             voucher::check_signers(path, domain, &self.domains)?;
             self.check_revoked(&Voucher::of(path))
         };
         let algorithms = webpki::ALL_VERIFICATION_ALGS;
-        let path = leaf.verify_for_usage(algorithms, &roots.roots, intermediates, now, usage, None, Some(&check))?;
-        Ok(Voucher::of(&path))
+        let path =
+            end_entity.verify_for_usage(algorithms, &roots.roots, intermediates, now, usage, None, Some(&check))?;
+        let above: Vec<_> = path.intermediate_certificates().map(webpki::Cert::der).collect();
+        let span = Span::of(std::iter::once(leaf.as_ref()).chain(above.iter().map(AsRef::as_ref)));
+        Ok((Voucher::of(&path), span))
     }
 
     /// Whether a chain that was verified once would be today. Nothing is known of one without a voucher but the trust domain.

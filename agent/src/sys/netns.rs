@@ -3,6 +3,7 @@
 //! What is done inside is left to the caller; sockets made there stay there, whatever the thread does next.
 #![allow(unsafe_code)]
 use std::{
+    cell::Cell,
     fs::File,
     io,
     net::UdpSocket,
@@ -53,7 +54,9 @@ impl Netns {
 
     /// Moves the calling thread into the namespace for good.
     pub fn enter(&self) -> io::Result<()> {
-        setns(&self.file, CloneFlags::CLONE_NEWNET).map_err(Into::into)
+        setns(&self.file, CloneFlags::CLONE_NEWNET)?;
+        HOME.set(None);
+        Ok(())
     }
 }
 
@@ -89,22 +92,34 @@ fn own_cookie() -> io::Result<NetnsCookie> {
     socket_netns(socket.as_fd())
 }
 
+thread_local! {
+    /// Where this thread lives, so that it need not ask at each connection; nothing while it is away.
+    static HOME: Cell<Option<File>> = const { Cell::new(None) };
+}
+
 fn inside<T>(namespace: &File, f: impl FnOnce() -> T) -> io::Result<T> {
-    let home = Home(File::open("/proc/thread-self/ns/net")?);
+    // A thread that is away already comes back to where it is now.
+    let home = match HOME.take() {
+        Some(home) => home,
+        None => File::open("/proc/thread-self/ns/net")?,
+    };
+    let away = Away(Some(home));
     setns(namespace, CloneFlags::CLONE_NEWNET)?;
     let result = f();
-    drop(home);
+    drop(away);
     Ok(result)
 }
 
-struct Home(File);
+struct Away(Option<File>);
 
-impl Drop for Home {
+impl Drop for Away {
     fn drop(&mut self) {
-        if let Err(error) = setns(&self.0, CloneFlags::CLONE_NEWNET) {
+        let Some(home) = self.0.take() else { return };
+        if let Err(error) = setns(&home, CloneFlags::CLONE_NEWNET) {
             tracing::error!(%error, "cannot return to the agent's network namespace");
             process::abort();
         }
+        HOME.set(Some(home));
     }
 }
 

@@ -55,6 +55,8 @@ pub struct Payload {
     pub sent: u64,
     /// What came in order, also if nobody has read it.
     pub received: u64,
+    /// What was sent and not acknowledged: of a socket that has ended, whether the peer has got it nobody will know.
+    pub unanswered: u64,
     /// Otherwise `received` may be one too many: it is not known whether a FIN is in it.
     pub exact: bool,
 }
@@ -91,7 +93,8 @@ impl Counts {
             Some(true) => self.bytes_received.saturating_sub(1),
             Some(false) | None => self.bytes_received,
         };
-        Some(Payload { sent, received, exact: fin_received.is_some() })
+        let unanswered = once.saturating_sub(sent);
+        Some(Payload { sent, received, unanswered, exact: fin_received.is_some() })
     }
 
     /// `None` where the kernel gave less than the counts of bytes (before 4.1) or nothing.
@@ -162,7 +165,7 @@ mod tests {
             segments_in: 9,
             ..Counts::default()
         };
-        let payload = |sent, received, exact| Some(Payload { sent, received, exact });
+        let payload = |sent, received, exact| Some(Payload { sent, received, unanswered: 1000 - sent, exact });
         assert_eq!(counts.payload(Opening::Active, Some(true)), payload(1000, 500, true));
         assert_eq!(counts.payload(Opening::Active, Some(false)), payload(1000, 501, true));
         assert_eq!(counts.payload(Opening::Active, None), payload(1000, 501, false));

@@ -15,7 +15,7 @@ use rustls::{
 };
 
 use super::config::{Learned, provider};
-use crate::identity::{SpiffeId, SvidFault, Trust, TrustDomains, svid_identity};
+use crate::identity::{SpiffeId, SvidFault, Trust, TrustDomains, svid_identity, trust::Role};
 
 pub use explain::{PeerFailure, Reason, explain};
 
@@ -67,8 +67,7 @@ impl ServerCertVerifier for ExpectServer {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let usage = webpki::KeyUsage::server_auth();
-        let got = verified(&self.trust, end_entity, intermediates, now, usage, &self.learned)?;
+        let got = verified(&self.trust, end_entity, intermediates, now, Role::Server, &self.learned)?;
         if self.expected.iter().any(|expected| self.trust.domains().same(expected, &got)) {
             return Ok(ServerCertVerified::assertion());
         }
@@ -133,8 +132,7 @@ impl ClientCertVerifier for MeshClient {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let usage = webpki::KeyUsage::client_auth();
-        verified(&self.trust, end_entity, intermediates, now, usage, &self.learned)?;
+        verified(&self.trust, end_entity, intermediates, now, Role::Client, &self.learned)?;
         Ok(ClientCertVerified::assertion())
     }
 
@@ -173,14 +171,15 @@ fn verified(
     end_entity: &CertificateDer<'_>,
     intermediates: &[CertificateDer<'_>],
     now: UnixTime,
-    usage: webpki::KeyUsage,
+    role: Role,
     learned: &Learned,
 ) -> Result<SpiffeId, Error> {
     let claimed = svid_identity(end_entity).map_err(PeerError::from)?;
     if trust.bundle(claimed.trust_domain()).is_none() {
         return Err(PeerError::ForeignTrustDomain { got: claimed, trusted: trust.domains().clone() }.into());
     }
-    let voucher = trust.verify(claimed.trust_domain(), end_entity, intermediates, now, usage).map_err(chain_error)?;
+    let voucher =
+        trust.verify_peer(claimed.trust_domain(), end_entity, intermediates, now, role).map_err(chain_error)?;
     learned.vouched(voucher);
     Ok(claimed)
 }

@@ -183,10 +183,13 @@ pub(super) fn check_signers(
 }
 
 fn sha256(bytes: &[u8]) -> [u8; 32] {
-    let hash =
-        aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256.tls13().map(|suite| suite.common.hash_provider.hash(bytes));
     // A key whose fingerprint could not be made is like no other, and so nobody's that is trusted.
-    hash.and_then(|hash| hash.as_ref().try_into().ok()).unwrap_or_else(rand::random)
+    try_sha256(bytes).unwrap_or_else(rand::random)
+}
+
+pub(super) fn try_sha256(bytes: &[u8]) -> Option<[u8; 32]> {
+    let suite = aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256.tls13()?;
+    suite.common.hash_provider.hash(bytes).as_ref().try_into().ok()
 }
 
 pub(super) fn same_key(spki: &SubjectPublicKeyInfoDer<'_>, key: &Key) -> bool {

@@ -313,6 +313,8 @@ fn ended(ctx: &Context, socket: &DiagSocket) {
     let result = match (account.live.revoked(), payload) {
         (Some(reason), _) => Err(PumpError::Revoked(reason)),
         (None, _) if spent.is_some() => Err(PumpError::KeySpent),
+        // No close leaves anything unanswered: the peer's reset did, as of a program that closes before it has read all, or its silence.
+        (None, Some(Payload { unanswered: 1.., .. })) => Err(PumpError::Wire(io::ErrorKind::ConnectionReset.into())),
         (None, Some(_)) => Ok(()),
         // An abortive close wipes the counts.
         (None, None) => Err(PumpError::Application(io::ErrorKind::ConnectionReset.into())),
