@@ -359,7 +359,8 @@ impl Documents {
             && need == Need::Agent
         {
             for origin in &self.named {
-                let message = format!("is beside spec.kubernetes of {}: all resources come from the API server", agent.place());
+                let message =
+                    format!("is beside spec.kubernetes of {}: all resources come from the API server", agent.place());
                 let hint = "give it to the API server and remove it here, or remove spec.kubernetes".to_owned();
                 report.errors.push(origin.finding("", origin.line, message, hint));
             }

@@ -177,21 +177,22 @@ pub fn compile<'a>(
 
 fn read_map(kind: ObjectKind, origin: &Origin, document: &[Pair], report: &mut Report) -> Option<Read> {
     let metadata = resources::metadata(origin, document, report);
-    let read = match kind {
-        ObjectKind::PeerAuthentication => {
-            policies::peer_authentication(origin, metadata, document, report).map(Read::Peer)
-        }
-        ObjectKind::AuthorizationPolicy => {
-            authorization::authorization_policy(origin, metadata, document, report).map(Read::Authorization)
-        }
-        ObjectKind::DestinationRule => {
-            destinations::destination_rule(origin, metadata, document, report).map(Read::Destination)
-        }
-        ObjectKind::ServiceEntry => services::service_entry(origin, metadata, document, report)
-            .map(|service| Read::Service(Arc::new(service))),
-        ObjectKind::WorkloadEntry => resources::workload_entry(origin, metadata, document, report)
-            .map(|entry| Read::Workload(Arc::new(entry))),
-    };
+    let read =
+        match kind {
+            ObjectKind::PeerAuthentication => {
+                policies::peer_authentication(origin, metadata, document, report).map(Read::Peer)
+            }
+            ObjectKind::AuthorizationPolicy => {
+                authorization::authorization_policy(origin, metadata, document, report).map(Read::Authorization)
+            }
+            ObjectKind::DestinationRule => {
+                destinations::destination_rule(origin, metadata, document, report).map(Read::Destination)
+            }
+            ObjectKind::ServiceEntry => services::service_entry(origin, metadata, document, report)
+                .map(|service| Read::Service(Arc::new(service))),
+            ObjectKind::WorkloadEntry => resources::workload_entry(origin, metadata, document, report)
+                .map(|entry| Read::Workload(Arc::new(entry))),
+        };
     read.filter(|_| report.errors.is_empty())
 }
 

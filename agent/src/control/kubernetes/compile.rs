@@ -188,7 +188,8 @@ fn one_for_each_address(found: Vec<(&Key, &Box<str>, &Pod, Arc<Workload>)>, fact
             }
         }
     }
-    let mut told: Vec<_> = losers.iter().filter_map(|(loser, to)| Some((found.get(*loser)?.0, found.get(*to)?.0))).collect();
+    let mut told: Vec<_> =
+        losers.iter().filter_map(|(loser, to)| Some((found.get(*loser)?.0, found.get(*to)?.0))).collect();
     told.sort();
     let lost = |(loser, to): (&Key, &Key)| {
         format!("pod {} has an address that {} has too, and younger: it is not known by it", name(loser), name(to))
@@ -288,7 +289,10 @@ fn sources(model: &Model) -> Vec<Source> {
         file: Arc::clone(&file),
         line: 0,
     };
-    kinds.flat_map(|(store, kind)| store.iter().map(move |(key, _)| (kind, key))).map(|(kind, key)| source(kind, key)).collect()
+    kinds
+        .flat_map(|(store, kind)| store.iter().map(move |(key, _)| (kind, key)))
+        .map(|(kind, key)| source(kind, key))
+        .collect()
 }
 
 fn name(key: &Key) -> String {

@@ -12,7 +12,10 @@ use super::objects::{Item, Key};
 #[derive(Clone, Debug)]
 pub enum Change<T> {
     /// A complete list: whatever is not in it is not there.
-    Replace { items: Vec<Item<T>>, version: Option<u64> },
+    Replace {
+        items: Vec<Item<T>>,
+        version: Option<u64>,
+    },
     /// Added or modified.
     Apply(Item<T>),
     Delete {
@@ -56,10 +59,6 @@ impl<T: PartialEq, M: Default> Store<T, M> {
 
     pub fn len(&self) -> usize {
         self.items.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.items.is_empty()
     }
 
     pub fn get(&self, key: &Key) -> Option<&T> {
