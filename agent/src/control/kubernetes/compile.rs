@@ -130,13 +130,10 @@ fn workloads(model: &mut Model, viewpoint: &Viewpoint, facts: &mut Facts) -> Vec
     let mut found = Vec::with_capacity(model.pods.len());
     for (key, slot) in model.pods.iter_mut() {
         let pod = &slot.object;
-        if pod.ended || pod.addresses.is_empty() {
-            continue;
+        if pod.host_network && !pod.ended && pod.node == viewpoint.node {
+            facts.host_network.push(name(key));
         }
-        if pod.host_network {
-            if pod.node == viewpoint.node {
-                facts.host_network.push(name(key));
-            }
+        if pod.ended || pod.host_network || pod.addresses.is_empty() {
             continue;
         }
         let in_mesh = match pod.labels.get(MESH) {
@@ -298,3 +295,6 @@ fn sources(model: &Model) -> Vec<Source> {
 fn name(key: &Key) -> String {
     format!("{}/{}", key.namespace, key.name)
 }
+
+#[cfg(test)]
+mod tests;
