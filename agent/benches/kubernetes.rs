@@ -57,7 +57,9 @@ fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let mut passed = true;
     println!("    pods  nodes   known in  (processor)   memory       read  requests   a change");
-    for size in [Size { pods: 1_000, nodes: 50 }, Size { pods: 10_000, nodes: 500 }, Size { pods: 100_000, nodes: 5_000 }] {
+    for size in
+        [Size { pods: 1_000, nodes: 50 }, Size { pods: 10_000, nodes: 500 }, Size { pods: 100_000, nodes: 5_000 }]
+    {
         passed &= runtime.block_on(measure(size));
     }
     if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
@@ -89,8 +91,7 @@ async fn measure(size: Size) -> bool {
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
     });
     fs::write(dir.path().join("kubeconfig"), kubeconfig.to_string()).unwrap();
-    let config =
-        KubernetesConfig { node_name: Some("node-0".into()), kubeconfig: Some(dir.path().join("kubeconfig")) };
+    let config = KubernetesConfig { node_name: Some("node-0".into()), kubeconfig: Some(dir.path().join("kubeconfig")) };
     let before = resident();
     let (start, work) = (Instant::now(), processor_time());
     let mut source = Source::open(&config, TrustDomains::default()).await.unwrap();
@@ -114,7 +115,8 @@ async fn measure(size: Size) -> bool {
                 None => tokio::time::sleep(Duration::from_millis(5)).await,
             }
         };
-        let changed = pod(&cluster, version - 2_000_000).replace("\"resourceVersion\":\"1\"", &format!("\"resourceVersion\":\"{version}\""));
+        let changed = pod(&cluster, version - 2_000_000)
+            .replace("\"resourceVersion\":\"1\"", &format!("\"resourceVersion\":\"{version}\""));
         let changed = changed.replace("\"app\":\"httpbin\"", &format!("\"app\":\"changed-{version}\""));
         let mut generations = state.subscribe();
         generations.mark_unchanged();
@@ -155,7 +157,9 @@ async fn answer(Shared(cluster): Shared<Arc<Cluster>>, uri: Uri) -> Response<Bod
         "/api/v1/services" => (pods / 10, service),
         "/apis/discovery.k8s.io/v1/endpointslices" => (pods / 10, slice),
         "/api/v1/namespaces" => (pods / 50, |_, n| {
-            format!(r#"{{"metadata":{{"name":"ns-{n}","resourceVersion":"1","labels":{{"marline.io/mesh":"enabled"}}}}}}"#)
+            format!(
+                r#"{{"metadata":{{"name":"ns-{n}","resourceVersion":"1","labels":{{"marline.io/mesh":"enabled"}}}}}}"#
+            )
         }),
         "/api/v1/nodes" => (1, |_, n| format!(r#"{{"metadata":{{"name":"node-{n}","resourceVersion":"1"}}}}"#)),
         "/apis/security.istio.io/v1/authorizationpolicies" => (pods / 50, |_, n| {

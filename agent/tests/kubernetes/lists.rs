@@ -48,7 +48,7 @@ async fn what_was_recorded_is_what_is_believed() {
         (authentication.mode(pod, 8080), authentication.mode(outside, 8080)),
         (MtlsMode::Strict, MtlsMode::Permissive)
     );
-    assert_eq!((snapshot.policies.authorization.len(), snapshot.policies.destinations.len()), (1, 1));
+    assert_eq!((snapshot.policies.len(), snapshot.policies.destinations.len()), (5, 1));
 
     let report = bed.health.report();
     assert_eq!((report.away, report.waiting.len()), (None, 0));
@@ -111,9 +111,9 @@ async fn nodes_are_asked_for_one_and_namespaces_by_their_metadata() {
 async fn kinds_that_the_cluster_has_not_are_looked_for_until_it_has_them() {
     let bed = Bed::ready(|api| api.unlists(PEERS)).await;
     assert_eq!(bed.health.report().absent, ["peerauthentications", "serviceentries", "workloadentries"]);
-    assert_eq!(bed.state.load().policies.authentication.len(), 0);
+    assert_eq!(bed.state.load().policies.len(), 2);
     bed.api.lists(PEERS, Answer::recorded("list-peerauthentications"));
-    bed.knows("the policies", |snapshot| snapshot.policies.authentication.len() == 3).await;
+    bed.knows("the policies", |snapshot| snapshot.policies.len() == 5).await;
     bed.tells("that they are there", |report| report.absent == ["serviceentries", "workloadentries"]).await;
 }
 
@@ -124,7 +124,7 @@ async fn policies_under_an_older_version_of_their_kind_count() {
         api.lists("/apis/security.istio.io/v1beta1/peerauthentications", Answer::recorded("list-peerauthentications"));
     })
     .await;
-    assert_eq!(bed.state.load().policies.authentication.len(), 3);
+    assert_eq!(bed.state.load().policies.len(), 5);
     bed.api.is_watched("/apis/security.istio.io/v1beta1/peerauthentications").await;
 }
 
