@@ -62,15 +62,22 @@ async fn what_was_recorded_is_what_is_believed() {
     assert!(snapshot.local.is_empty());
 }
 
+/// What the two recorded pages leave: they were recorded with four pods each.
+fn last_page() -> Answer {
+    let list = recorded("list-pods");
+    Answer::list(list["response"]["body"]["items"].as_array().unwrap()[8..].to_vec(), 310)
+}
+
 #[tokio::test]
 async fn a_list_in_pages_is_one_list() {
     let bed = Bed::ready(|api| {
         api.lists(PODS, Answer::recorded("list-pods-page1"));
-        api.lists("/api/v1/pods#more", Answer::recorded("list-pods-page2"));
+        api.answers_once("/api/v1/pods#more", Answer::recorded("list-pods-page2"));
+        api.answers_once("/api/v1/pods#more", last_page());
     })
     .await;
     assert_eq!(workloads(&bed.state.load()), RECORDED);
-    assert_eq!(bed.api.asked("/api/v1/pods#more?limit=500&continue=").len(), 1);
+    assert_eq!(bed.api.asked("/api/v1/pods#more?limit=500&continue=").len(), 2);
     bed.api.is_watched(PODS).await;
     assert!(bed.api.asked("/api/v1/pods#watch")[0].contains("resourceVersion=310&"));
 }
@@ -81,7 +88,8 @@ async fn pages_that_are_too_old_are_asked_for_from_the_first() {
     let bed = Bed::ready(|api| {
         api.lists(PODS, Answer::recorded("list-pods-page1"));
         api.answers_once("/api/v1/pods#more", Answer::Said(410, gone.into()));
-        api.lists("/api/v1/pods#more", Answer::recorded("list-pods-page2"));
+        api.answers_once("/api/v1/pods#more", Answer::recorded("list-pods-page2"));
+        api.answers_once("/api/v1/pods#more", last_page());
     })
     .await;
     assert_eq!(workloads(&bed.state.load()), RECORDED);
