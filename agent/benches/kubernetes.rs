@@ -101,7 +101,7 @@ async fn measure(size: Size) -> bool {
     let (state, (stop, stopped)) = (State::new(empty), watch::channel(false));
     let running = tokio::spawn(source.run(state.clone(), stopped));
     health.ready().wait_for(|ready| *ready).await.unwrap();
-    let (known, work) = (start.elapsed(), processor_time() - work - *cluster.made.lock().unwrap());
+    let (known, work) = (start.elapsed(), (processor_time() - work).saturating_sub(*cluster.made.lock().unwrap()));
     assert_eq!(state.load().workloads().len(), size.pods);
     let memory = resident().saturating_sub(before);
 

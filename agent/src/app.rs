@@ -123,7 +123,7 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
         None => None,
         Some(kubernetes) => Some(Source::open(kubernetes, agent.trust.domains.clone()).await?),
     };
-    let shown_source = source.as_ref().map(|source| view::source::Shown::new(source));
+    let shown_source = source.as_ref().map(view::source::Shown::new);
     let state = State::new(loaded.snapshot);
     let proxy = Proxy::new(Parts {
         state: state.clone(),

@@ -155,7 +155,7 @@ fn workloads(model: &mut Model, viewpoint: &Viewpoint, facts: &mut Facts) -> Vec
             slot.memo = id.as_ref().map(|id| Arc::new(workload(key, pod, id.clone(), in_mesh)));
         }
         match &slot.memo {
-            Some(made) => found.push((key, &slot.uid, pod, Arc::clone(made))),
+            Some(made) => found.push((key, &*slot.uid, pod, Arc::clone(made))),
             None => facts.errors.push(format!("pod {}: its service account gives no identity", name(key))),
         }
     }
@@ -166,7 +166,7 @@ fn workloads(model: &mut Model, viewpoint: &Viewpoint, facts: &mut Facts) -> Vec
 
 /// Addresses are given out again, sometimes before the API server hears that their pod has ended: the youngest that is not on its way out
 /// has it, and the other is nobody's workload any more.
-fn one_for_each_address(found: Vec<(&Key, &Box<str>, &Pod, Arc<Workload>)>, facts: &mut Facts) -> Vec<Known> {
+fn one_for_each_address(found: Vec<(&Key, &str, &Pod, Arc<Workload>)>, facts: &mut Facts) -> Vec<Known> {
     let rank = |at: usize| found.get(at).map(|(key, _, pod, _)| (!pod.deleting, &pod.created, Reverse(*key)));
     let (mut holders, mut losers): (HashMap<IpAddr, usize>, HashMap<usize, usize>) = (HashMap::new(), HashMap::new());
     for (at, (_, _, pod, _)) in found.iter().enumerate() {
@@ -193,7 +193,7 @@ fn one_for_each_address(found: Vec<(&Key, &Box<str>, &Pod, Arc<Workload>)>, fact
     };
     facts.warnings.extend(told.into_iter().map(lost));
     let kept = found.iter().enumerate().filter(|(at, _)| !losers.contains_key(at));
-    kept.map(|(_, (key, uid, _, workload))| ((*key).clone(), (*uid).clone(), Arc::clone(workload))).collect()
+    kept.map(|(_, (key, uid, _, workload))| ((*key).clone(), (*uid).into(), Arc::clone(workload))).collect()
 }
 
 fn workload(key: &Key, pod: &Pod, id: SpiffeId, in_mesh: bool) -> Workload {
