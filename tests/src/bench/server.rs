@@ -16,13 +16,16 @@ pub(super) const BULK: u8 = b'b';
 /// How much is read and written at once where bytes flow one way.
 pub(super) const CHUNK: usize = 128 * 1024;
 
+/// Ten thousand idle connections are as many threads.
+const STACK: usize = 128 * 1024;
+
 /// Serves at an address until it is killed.
 pub fn serve(address: SocketAddr) -> io::Result<()> {
     let listener = TcpListener::bind(address)?;
     for connection in listener.incoming() {
         let connection = connection?;
         // How a client goes is its own matter: it tells by itself what went wrong.
-        thread::spawn(move || answer(connection));
+        thread::Builder::new().stack_size(STACK).spawn(move || answer(connection))?;
     }
     Ok(())
 }
