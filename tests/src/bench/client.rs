@@ -254,3 +254,44 @@ fn in_threads<T: Send>(count: u32, work: impl Fn(u32) -> Result<T> + Sync) -> Re
         threads.into_iter().map(join).collect()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::{super::server, *};
+    use crate::wait::{Look as Seen, wait_for};
+
+    /// A server on this machine, and what the client says of a piece of work with it. Nothing is watched.
+    fn work(work: Work) -> Answer {
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        thread::spawn(move || server::serve(address));
+        let connects = || Ok(TcpStream::connect(address).map_or(Seen::NotYet("nobody".into()), |_| Seen::Done(())));
+        wait_for("the server to listen", seconds(10), connects).unwrap();
+        run(&Order { address, work, http: false, watch: [].into(), trace: false }).unwrap()
+    }
+
+    #[test]
+    fn streams_carry_all_bytes_together_also_if_they_cannot_be_shared_evenly() {
+        // The receiver's counts are checked inside: a byte less is an error.
+        assert!(work(Work::Bulk { bytes: 1_000_003, streams: 7 }).seconds > 0.0);
+    }
+
+    #[test]
+    fn idle_connections_are_all_open_at_once_and_tell_of_memory() {
+        let answer = work(Work::Idle { connections: 50, seconds: 0 });
+        assert_eq!(answer.memory, Some(Memory { before: 0, then: 0 }));
+    }
+
+    #[test]
+    fn system_calls_of_nobody_are_an_error_and_not_none() {
+        let order = Order {
+            address: ([127, 0, 0, 1], 1).into(),
+            work: Work::Exchanges { count: 1 },
+            http: false,
+            watch: [].into(),
+            trace: true,
+        };
+        assert!(Measuring::begin(&order).is_err());
+    }
+}

@@ -220,9 +220,9 @@ mod tests {
 
     #[test]
     fn three_percent_are_tolerated_and_more_is_told_either_way() {
-        assert_eq!(judged([100.0; 3], [103.0; 3]), Judgement::Same);
+        assert_eq!(judged([100.0; 3], [102.9; 3]), Judgement::Same);
         assert_eq!(judged([100.0; 3], [103.1; 3]), Judgement::Costs);
-        assert_eq!(judged([100.0; 3], [97.0; 3]), Judgement::Same);
+        assert_eq!(judged([100.0; 3], [97.1; 3]), Judgement::Same);
         assert_eq!(judged([100.0; 3], [96.9; 3]), Judgement::Gains);
     }
 
