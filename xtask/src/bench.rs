@@ -253,7 +253,7 @@ fn chosen(only: &[Mode], ktls: bool) -> Vec<Mode> {
 fn on_this_kernel(here: &Here, programs: &Programs, modes: &[Mode], rounds: usize, quick: bool) -> Result<Report> {
     let mut notes = Vec::new();
     let perf = deps::ensure("count system calls", &PERF);
-    files_enough();
+    let files = files_enough();
     let signals = Signals::take()?;
     let mut beds = Vec::new();
     for &mode in modes {
@@ -262,7 +262,7 @@ fn on_this_kernel(here: &Here, programs: &Programs, modes: &[Mode], rounds: usiz
         beds.push(Bed::open(mode, programs).map_err(|error| step.fail(format!("{error:#}")))?);
     }
     clean_up_when_interrupted(signals, beds.iter().map(|bed| bed.name().to_owned()).collect());
-    let workloads = plan::timed(quick);
+    let workloads = plan::timed(quick, files);
     let mut all = Rounds::interleaved(&mut beds, &workloads, rounds)?;
     // Without them all else is as true as with them.
     if let Err(error) = perf.and_then(|()| all.trace(&beds, &workloads)) {
@@ -272,14 +272,15 @@ fn on_this_kernel(here: &Here, programs: &Programs, modes: &[Mode], rounds: usiz
     Ok(report(all, here, false, rounds, quick, notes))
 }
 
-/// An idle connection is two of a proxy's files, and there may be ten thousand; agents take what they are allowed.
-fn files_enough() {
+/// An idle connection is two of a proxy's files, and there may be ten thousand. Agents take what they are allowed; returns what that is.
+fn files_enough() -> u64 {
     const FILES: u64 = 1 << 18;
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, FILES.max(hard), FILES.max(hard))
-    {
-        step::note(&format!("the limit of open files stays {hard}: {error}"));
+    let limit = || getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(_, hard)| hard);
+    let before = limit();
+    if before < FILES && setrlimit(Resource::RLIMIT_NOFILE, FILES, FILES).is_err() {
+        step::note(&format!("no more than {before} open files are allowed here: there may be fewer idle connections"));
     }
+    limit()
 }
 
 /// Runs this very program inside, and fetches its results.
