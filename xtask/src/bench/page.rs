@@ -69,9 +69,8 @@ fn heading(html: &mut String, report: &Report) {
         );
     }
     html.push_str("</dl>\n");
-    for line in report.footing().split("\n\n").flat_map(str::lines) {
-        let _ = writeln!(html, "<p class=\"quiet\">{}</p>", escape(line));
-    }
+    let footing: Vec<String> = report.footing().split_whitespace().map(escape).collect();
+    let _ = writeln!(html, "<p class=\"quiet\">{}</p>", footing.join(" "));
     html.push_str("<p class=\"quiet\">In plots: bars are medians, whiskers the least and the greatest round.</p>\n");
 }
 

@@ -70,6 +70,7 @@ fn draw<'a>(panel: &Area<'a>, rows: &[&Row], most: usize) -> Result<(), Error<'a
     let size = if title.len() > 34 { 12 } else { 15 };
     let mut chart = ChartBuilder::on(panel)
         .margin(8)
+        .margin_left(20)
         .margin_right(16)
         .caption(title, ("sans-serif", size))
         .x_label_area_size(34)
