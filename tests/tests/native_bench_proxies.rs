@@ -58,14 +58,14 @@ fn work(roles: &Roles, http: bool, work: Work) -> Result<()> {
 
 fn work_over(roles: &Roles, family: Family, http: bool, work: Work) -> Result<()> {
     let address = roles.server.socket(family, PORT);
-    let order = serde_json::to_string(&Order { address, work, http, watch: [].into() })?;
+    let order = serde_json::to_string(&Order { address, work, http, watch: [].into(), trace: false })?;
     let run = output(roles.client.command(load()).arg("run").arg(order), seconds(30))?;
     ensure!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     Ok(())
 }
 
 const FEW: Work = Work::Connect { count: 10, at_once: 2 };
-const WORKS: [Work; 3] = [FEW, Work::Exchanges { count: 20 }, Work::Bulk { bytes: 3_000_000 }];
+const WORKS: [Work; 3] = [FEW, Work::Exchanges { count: 20 }, Work::Bulk { bytes: 3_000_000, streams: 2 }];
 
 #[test]
 fn sidecars_carry_all_connections_and_nothing_but_tls_is_on_the_wire() -> Result<()> {
@@ -149,6 +149,6 @@ fn another_proxy_is_put_beside_by_a_command_and_one_that_does_nothing_is_refused
         let mut haproxy = start(&format!("exec sh {}", script.display()))?;
         let handshakes = haproxy.probe(cluster, || work(&roles, false, FEW))?;
         ensure!(handshakes == 15, "{handshakes} handshakes, {}", haproxy.report());
-        work(&roles, false, Work::Bulk { bytes: 3_000_000 }).with_context(|| haproxy.report())
+        work(&roles, false, Work::Bulk { bytes: 3_000_000, streams: 2 }).with_context(|| haproxy.report())
     })
 }

@@ -181,12 +181,22 @@ impl Bed {
 
     /// Has the client do a piece of work.
     pub(super) fn run(&self, work: Work) -> Result<Answer> {
+        self.order(work, false)
+    }
+
+    /// The same, while the proxies' system calls are counted.
+    pub(super) fn trace(&self, work: Work) -> Result<Answer> {
+        self.order(work, true)
+    }
+
+    fn order(&self, work: Work, trace: bool) -> Result<Answer> {
         let (client, server) = (self.cluster.filtered(CLIENT)?, self.cluster.pod(SERVER)?);
         let order = Order {
             address: server.socket(FAMILY, PORT),
             work,
             http: self.mode.sidecars() == Some(Layer::Http),
             watch: self.watch.clone(),
+            trace,
         };
         let mut command = client.command(&self.load);
         let text = succeed(command.arg("run").arg(serde_json::to_string(&order)?), limit(work))
@@ -250,7 +260,7 @@ fn serve(pod: &Pod, load: &Path) -> Result<Process> {
 /// Far more than any mode needs: it is there to end what hangs.
 fn limit(work: Work) -> Duration {
     let own = match work {
-        Work::Requests { seconds, .. } => u64::from(seconds),
+        Work::Requests { seconds, .. } | Work::Idle { seconds, .. } => u64::from(seconds),
         _ => 0,
     };
     seconds(120) + Duration::from_secs(own)
