@@ -193,8 +193,7 @@ struct Plan {
 }
 
 /// Runs the scenarios in one boot of the kernel. Where a suite takes the kernel down, it has failed with what the kernel said last, and
-/// those after it get another boot. An emulator that goes away under a kernel that has nothing to say of it proves nothing: that
-/// suite begins anew, once.
+/// those after it get another boot. What is the emulator's own fault proves nothing: that suite begins anew, some times.
 fn in_vm(kernel: Kernel, suites: &[Suite], settings: Settings, args: &Args) -> Result<Vec<Report>> {
     let mut chosen = Vec::new();
     for suite in suites {
@@ -206,14 +205,15 @@ fn in_vm(kernel: Kernel, suites: &[Suite], settings: Settings, args: &Args) -> R
     fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
     let results = out.join(format!("test-results-{}.json", kernel.name()));
     let mut plan = Plan { suites: chosen, settings, results };
-    let (end, mut reports, mut again) = (Instant::now() + VM_ALL, Vec::new(), true);
+    let (end, mut reports, mut again) = (Instant::now() + VM_ALL, Vec::new(), AGAIN);
     while !plan.suites.is_empty() {
         let (done, how) = boot(kernel, &plan, end.saturating_duration_since(Instant::now()))?;
         plan.suites.retain(|suite| !done.iter().any(|report| report.suite == suite.name));
         reports.extend(done);
         let Some(first) = plan.suites.first() else { break };
-        if std::mem::take(&mut again) && how == End::NoWord && Instant::now() < end {
-            step::note(&format!("the VM went away during {} and its kernel said nothing: once more", first.name));
+        if again > 0 && how.is_the_emulators() && Instant::now() < end {
+            step::note(&format!("{}: {}. That is the emulator's fault: once more", first.name, how.text()));
+            again -= 1;
             continue;
         }
         // Without time there is no other boot.
@@ -232,7 +232,22 @@ enum End {
     NoWord,
 }
 
+/// How often one kernel may begin anew.
+const AGAIN: usize = 3;
+
 impl End {
+    /// Seen with QEMU 7.2 and two processors that two threads emulate: the kernel patches its own code while it runs (text_poke_bp, for the
+    /// static key in sched_clock_cpu at boot), and the other processor executes the breakpoint that was there until then, of which no
+    /// handler knows any more. Neither Marline nor its tests can make the kernel execute a breakpoint, or end QEMU without a word
+    /// of the kernel.
+    fn is_the_emulators(&self) -> bool {
+        match self {
+            Self::NoWord => true,
+            Self::Died(words) => words.starts_with("Oops: int3"),
+            Self::Exit(_) => false,
+        }
+    }
+
     fn text(&self) -> String {
         match self {
             Self::Exit(code) => format!("the VM ended with exit code {code} before a result"),
@@ -303,5 +318,19 @@ mod tests {
         let reports = [without_result(&suite, &settings, &End::Died("BUG: at x".into()).text())];
         assert_eq!(summary::totals(&reports), (0, 1, 0));
         assert_eq!(reports[0].tally.failed, ["(the VM died before a result: BUG: at x)"]);
+    }
+
+    #[test]
+    fn a_kernel_that_died_of_what_it_ran_is_not_excused() {
+        let died = |words: &str| End::Died(words.into());
+        assert!(
+            died("Oops: int3: 0000 [#1] PREEMPT SMP NOPTI; RIP: 0010:sched_clock_cpu+0x9/0x190").is_the_emulators()
+        );
+        assert!(End::NoWord.is_the_emulators());
+        assert!(
+            !died("BUG: kernel NULL pointer dereference; Oops: int3: 0000 [#2] PREEMPT SMP NOPTI").is_the_emulators()
+        );
+        assert!(!died("Kernel panic - not syncing: Attempted to kill init!").is_the_emulators());
+        assert!(!End::Exit(124).is_the_emulators());
     }
 }

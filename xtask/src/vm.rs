@@ -147,8 +147,10 @@ impl Vm {
             Outcome::NobodyListens => Ok(141),
             Outcome::Died(said) => {
                 let console = tail(&self.console(), 30);
-                let way =
-                    format!("look at {}; kernel and image are renewed by removing target/vm", self.console().display());
+                // The next boot overwrites it.
+                let kept = self.console().with_extension("died.log");
+                let kept = fs::copy(self.console(), &kept).map_or_else(|_| self.console(), |_| kept);
+                let way = format!("look at {}; kernel and image are renewed by removing target/vm", kept.display());
                 Err(step.way_out(way).fail(format!("{said}\n{console}")))
             }
         }

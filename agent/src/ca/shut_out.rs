@@ -2,11 +2,13 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File, OpenOptions},
+    fs::{self, File, Metadata, OpenOptions},
     io::{self, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, fchown},
     path::Path,
 };
+
+use nix::unistd::Uid;
 
 use super::CaError;
 
@@ -36,10 +38,59 @@ pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     name.push(".new");
     let beside = path.with_file_name(name);
     let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(mode).open(&beside)?;
-    let written = file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&beside, path));
+    let written = owned_as(&file, path)
+        .and_then(|()| file.write_all(bytes))
+        .and_then(|()| file.sync_all())
+        .and_then(|()| fs::rename(&beside, path));
     if written.is_err() {
         let _ = fs::remove_file(&beside);
     }
     written?;
     path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
+}
+
+/// What root makes among the files of a service that runs as somebody else is that one's: it could not read it else. Whose it is tells the
+/// file in whose place it comes, or the folder.
+pub fn owned_as(file: &File, path: &Path) -> io::Result<()> {
+    if !Uid::effective().is_root() {
+        return Ok(());
+    }
+    let there = match fs::symlink_metadata(path) {
+        Ok(there) if !is_roots(&there) => there,
+        _ => fs::metadata(path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new(".")))?,
+    };
+    if is_roots(&there) { Ok(()) } else { fchown(file, Some(there.uid()), Some(there.gid())) }
+}
+
+fn is_roots(there: &Metadata) -> bool {
+    there.uid() == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::chown;
+
+    use super::*;
+
+    #[test]
+    fn what_root_writes_belongs_to_the_service_whose_folder_it_is() {
+        if !Uid::effective().is_root() {
+            println!("SKIPPED: what_root_writes_belongs_to_the_service_whose_folder_it_is: needs root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let owner = || fs::metadata(&path).map(|it| (it.uid(), it.gid())).unwrap();
+        replace(&path, b"1", 0o600).unwrap();
+        assert_eq!(owner(), (0, 0));
+        chown(dir.path(), Some(4321), Some(8765)).unwrap();
+        replace(&path, b"2", 0o600).unwrap();
+        assert_eq!(owner(), (4321, 8765), "also if an earlier one was root's");
+        chown(&path, Some(1234), Some(5678)).unwrap();
+        replace(&path, b"3", 0o600).unwrap();
+        assert_eq!((owner(), fs::read(&path).unwrap()), ((1234, 5678), b"3".to_vec()));
+        let _lock = crate::ca::ledger::file::lock(dir.path()).unwrap();
+        let lock = fs::metadata(dir.path().join("lock")).unwrap();
+        assert_eq!((lock.uid(), lock.gid()), (4321, 8765));
+    }
 }
