@@ -18,6 +18,7 @@ use crate::{
     config::{self, AgentConfig, ConfigErrors, DirectConfig, DirectMode, PumpMode, RecordsMode},
     control::{
         files::{self, WatchSettings},
+        kubernetes::{Source, SourceError},
         trust::LastRefusal,
     },
     identity::{IdentityError, SpiffeId, TrustDomain, ca::Ca},
@@ -43,6 +44,8 @@ pub enum AppError {
     Identity(#[from] IdentityError),
     #[error("the trust domain or the probe's identity")]
     Id(#[from] crate::identity::IdError),
+    #[error("the API server as the source")]
+    Source(#[from] SourceError),
     #[error("capture")]
     Capture(#[from] BpfError),
     #[error(
@@ -116,6 +119,11 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
     if WITHOUT_RECORDS {
         tracing::warn!("THIS BUILD DOES NOT ENCRYPT direct connections: it is for benches and tests alone");
     }
+    let source = match &agent.kubernetes {
+        None => None,
+        Some(kubernetes) => Some(Source::open(kubernetes, agent.trust.domains.clone()).await?),
+    };
+    let shown_source = source.as_ref().map(view::source::Shown::new);
     let state = State::new(loaded.snapshot);
     let proxy = Proxy::new(Parts {
         state: state.clone(),
@@ -136,10 +144,18 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
         agent: agent.clone(),
         reloads: reloads.clone(),
         refusal: refusal.clone(),
+        source: shown_source.clone(),
     };
     let shown: Arc<dyn admin::View> = Arc::new(view::Gathered::new(proxy.clone(), metrics.clone(), levels, about));
     let mut servers = admin::serve(&agent, &shown).await?;
     certificates.run(&mut servers, &agent, &metrics, refusal, &stopped);
+    if let Some(source) = source {
+        let (state, stopped) = (state.clone(), stopped.clone());
+        servers.spawn(async move {
+            source.run(state, stopped).await;
+            Ok(())
+        });
+    }
     servers.spawn({
         async move {
             files::watch(dir, agent, state, reloads, WatchSettings::default(), stopped).await;
@@ -147,13 +163,14 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
         }
     });
     servers.spawn({
-        let proxy = proxy.clone();
+        let (proxy, source) = (proxy.clone(), shown_source.clone());
         async move {
+            known(source).await;
             proxy.run().await;
             Ok(())
         }
     });
-    let announced = tokio::spawn(announce(proxy));
+    let announced = tokio::spawn(announce(proxy, shown_source));
 
     let mut terminate = signal(SignalKind::terminate()).map_err(AppError::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(AppError::Signal)?;
@@ -233,8 +250,17 @@ fn records_name(agent: &AgentConfig) -> &'static str {
     }
 }
 
+/// Waits for the first complete list from the API server. Before that it is not known which pods there are, and those that an agent before
+/// this one has closed must not be let go.
+async fn known(source: Option<view::source::Shown>) {
+    if let Some(source) = source {
+        source.ready().await;
+    }
+}
+
 /// One line whenever the agent becomes ready, for people and scripts that watch the log.
-async fn announce(proxy: Proxy) {
+async fn announce(proxy: Proxy, source: Option<view::source::Shown>) {
+    known(source).await;
     let (mut changes, mut was_ready) = (proxy.changes(), false);
     loop {
         let ready = proxy.ready().is_ok();

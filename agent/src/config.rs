@@ -12,6 +12,7 @@ mod destinations;
 mod document;
 mod fields;
 mod finding;
+mod objects;
 mod policies;
 mod resources;
 mod services;
@@ -27,11 +28,12 @@ use std::{
 
 pub use agent::{
     AccessLogConfig, AccessLogFilter, AccessLogFormat, AgentConfig, CaConfig, CaSource, CaptureConfig, DirectConfig,
-    DirectMode, PumpMode, RecordsConfig, RecordsMode, Timeouts, TlsConfig,
+    DirectMode, KubernetesConfig, PumpMode, RecordsConfig, RecordsMode, Timeouts, TlsConfig,
 };
 pub use ca_lists::{Network, Placements, TokenEntry, load_ca_nodes, load_ca_tokens};
 pub use ca_server::{ApiServer, CaLimits, CaServerConfig, KubernetesReview, load_ca_server};
 pub use finding::{ConfigErrors, Finding};
+pub use objects::{Compiled, Object, ObjectKind, compile};
 
 use crate::{
     identity::TrustDomains,
@@ -353,6 +355,16 @@ impl Documents {
             report.errors.push(about_file(dir, None, "holds no resource of kind AgentConfig".to_owned(), hint));
             return;
         };
+        if let Some((agent, Some(AgentConfig { kubernetes: Some(_), .. }))) = self.agents.first()
+            && need == Need::Agent
+        {
+            for origin in &self.named {
+                let message =
+                    format!("is beside spec.kubernetes of {}: all resources come from the API server", agent.place());
+                let hint = "give it to the API server and remove it here, or remove spec.kubernetes".to_owned();
+                report.errors.push(origin.finding("", origin.line, message, hint));
+            }
+        }
         for (origin, _) in others {
             let message = format!("there is another AgentConfig in {}", first.place());
             report.errors.push(origin.finding("kind", origin.line, message, "keep one of them".to_owned()));

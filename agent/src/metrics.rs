@@ -26,7 +26,7 @@ mod traffic;
 
 pub use flags::ResponseFlags;
 pub use labels::{Seen, counted_as};
-pub use others::{Others, Process};
+pub use others::{Others, Process, Source};
 pub use traffic::{Open, Progress};
 
 use crate::{

@@ -44,7 +44,8 @@ pub struct Snapshot {
     /// For people who look at what is in force: where it was read, and what was remarked then.
     pub sources: Vec<Source>,
     pub warnings: Vec<String>,
-    pub policies: Policies,
+    /// Shared, because most changes are of workloads and leave them as they are.
+    pub policies: Arc<Policies>,
     /// Ours, and those that mean the same.
     pub trust_domains: TrustDomains,
     pub local: Vec<Arc<LocalPod>>,
@@ -67,7 +68,7 @@ impl Snapshot {
     /// `workloads` holds the local ones too. Where two workloads claim one address the first keeps it; the
     /// configuration refuses that case before it gets here.
     pub fn new(
-        policies: Policies,
+        policies: impl Into<Arc<Policies>>,
         trust_domains: impl Into<TrustDomains>,
         workloads: Vec<Arc<Workload>>,
         local: Vec<Arc<LocalPod>>,
@@ -83,7 +84,7 @@ impl Snapshot {
         Self {
             sources,
             warnings,
-            policies,
+            policies: policies.into(),
             trust_domains: trust_domains.into(),
             local,
             generation: 0,

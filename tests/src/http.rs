@@ -30,6 +30,25 @@ pub fn raw(netns: &Path, address: SocketAddr, request: &str) -> Result<String> {
     text.with_context(|| format!("asking {address} in {}", netns.display()))
 }
 
+/// The body of an answer in HTTP/1.1 that was read to the connection's end, chunked or not.
+#[must_use]
+pub fn body(answer: &str) -> Option<String> {
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    if !head.to_ascii_lowercase().contains("\r\ntransfer-encoding: chunked") {
+        return Some(body.to_owned());
+    }
+    let (mut left, mut whole) = (body, String::new());
+    loop {
+        let (size, rest) = left.split_once("\r\n")?;
+        let size = usize::from_str_radix(size, 16).ok()?;
+        if size == 0 {
+            return Some(whole);
+        }
+        whole.push_str(rest.get(..size)?);
+        left = rest.get(size..)?.strip_prefix("\r\n")?;
+    }
+}
+
 fn exchange(address: SocketAddr, path: &str) -> std::io::Result<String> {
     // HTTP/1.0: the answer ends where the connection ends, without chunks.
     send(address, &format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n"))
@@ -60,5 +79,14 @@ mod tests {
         let response = parse("HTTP/1.0 503 Service Unavailable\r\ncontent-length: 3\r\n\r\nnot");
         assert!(response.is_some_and(|response| response.status == 503 && response.body == "not"));
         assert!(parse("SSH-2.0-OpenSSH_9.2\r\n").is_none());
+    }
+
+    #[test]
+    fn chunks_are_put_together_and_one_that_is_cut_off_is_no_answer() {
+        let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+        let of = |chunks: &str| body(&format!("{head}{chunks}"));
+        assert_eq!(of("3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n").as_deref(), Some("abcde"));
+        assert_eq!(of("3\r\nabc\r\n2\r\nd"), None);
+        assert_eq!(body("HTTP/1.1 200 OK\r\n\r\nabc").as_deref(), Some("abc"));
     }
 }

@@ -3,7 +3,7 @@
 //! Not cargo-nextest: it is not on a fresh machine, and building it would cost more than it brings here, since scenarios run one after
 //! the other anyway. Finding binaries is cargo's, one run is `runner`'s, the count `tally`'s, the end `summary`'s.
 
-mod programs;
+pub(crate) mod programs;
 mod runner;
 mod suite;
 mod summary;

@@ -120,7 +120,7 @@ impl Vm {
     /// Runs the command with its output where the caller wants it.
     pub(crate) fn run_into(&self, command: &[String], out: Sink, err: Sink) -> Result<i32> {
         workspace::require_x86_64()?;
-        deps::ensure("run a VM", &NEEDS)?;
+        prepare()?;
         let boot = Boot { kernel: kernel::prepare(self.kernel)?, busybox: kernel::busybox()? };
         let accelerator = if self.icount { Accelerator::Counted } else { self.accelerator(&boot)? };
         let how = match accelerator {
@@ -259,6 +259,16 @@ impl Vm {
         }
         Ok(if works { Accelerator::Kvm } else { Accelerator::Tcg })
     }
+}
+
+/// Installs what a VM needs.
+pub(crate) fn prepare() -> Result<()> {
+    deps::ensure("run a VM", &NEEDS)
+}
+
+/// The release of the kernel that would be booted, fetched if it is not there.
+pub(crate) fn release(kernel: Kernel) -> Result<String> {
+    Ok(kernel::prepare(kernel)?.release)
 }
 
 const NEEDS: [deps::Need; 4] = [

@@ -21,6 +21,9 @@ pub struct Status {
     /// As `/certs` lists them.
     pub certificates: Vec<Certificate>,
     pub configuration: Configuration,
+    /// The API server, if resources come from there and not from the directory.
+    #[serde(default)]
+    pub source: Option<Source>,
     pub listeners: Listeners,
 }
 
@@ -126,6 +129,30 @@ pub struct Reload {
     pub accepted: bool,
     /// Why not.
     pub errors: Vec<String>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Source {
+    pub node: String,
+    /// Whether everything was listed once. Before that the agent knows of no pod.
+    pub ready: bool,
+    /// What was not listed yet.
+    pub waiting: Vec<String>,
+    /// Why the API server is not heard of, if it is not: what is known stays in force meanwhile.
+    pub away: Option<String>,
+    /// Since when it is heard of, or not; seconds since 1970.
+    pub since: u64,
+    /// Kinds that the cluster does not have.
+    pub absent: Vec<String>,
+    /// Pods of the whole cluster that have addresses of their own.
+    pub pods: usize,
+    /// Pods of this node that belong into the mesh and are not captured, because nobody has told where they run.
+    pub not_captured: Vec<String>,
+    /// Pods of this node in the node's own network, which are left alone.
+    pub host_network: Vec<String>,
+    /// Objects that cannot be read, and deny until they can.
+    pub errors: Vec<String>,
+    pub warnings: Vec<String>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

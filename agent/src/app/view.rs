@@ -3,6 +3,7 @@
 mod configuration;
 mod policies;
 mod process;
+pub(super) mod source;
 pub(super) mod status;
 
 use std::{
@@ -75,9 +76,10 @@ impl Gathered {
             capture_events,
             maps: ctx.capture.occupancy().to_vec(),
             log_lines: ctx.log.lines(),
-            ready: self.proxy.ready().is_ok(),
+            ready: self.ready().is_ok(),
             pods: vec![("ready", pods_in(PodState::Ready)), ("refused", pods_in(PodState::Refused))],
             hooks: Hook::by_name(&self.proxy.hooks()),
+            source: self.about.source.as_ref().map(source::Shown::counts),
             process: process::metrics(),
         }
     }
@@ -85,6 +87,7 @@ impl Gathered {
 
 impl View for Gathered {
     fn ready(&self) -> Result<(), String> {
+        self.about.source.as_ref().map_or(Ok(()), source::Shown::is_known)?;
         self.proxy.ready()
     }
 

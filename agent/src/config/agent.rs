@@ -31,6 +31,17 @@ pub struct AgentConfig {
     pub readiness: SocketAddr,
     pub access_log: AccessLogConfig,
     pub timeouts: Timeouts,
+    /// Where resources come from, if not from the directory.
+    pub kubernetes: Option<KubernetesConfig>,
+}
+
+/// The API server, in place of the directory's resources.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct KubernetesConfig {
+    /// The node that this agent is on. If it is left out, NODE_NAME of the environment says it.
+    pub node_name: Option<String>,
+    /// For development outside of a cluster; in one, the pod's service account.
+    pub kubeconfig: Option<PathBuf>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -191,6 +202,7 @@ impl AgentConfig {
             ("spec.readiness.address", self.readiness == other.readiness),
             ("spec.accessLog", self.access_log == other.access_log),
             ("spec.timeouts", self.timeouts == other.timeouts),
+            ("spec.kubernetes", self.kubernetes == other.kubernetes),
         ];
         pairs.into_iter().filter(|(_, same)| !same).map(|(name, _)| name).collect()
     }
@@ -240,6 +252,7 @@ pub(super) fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut 
     }
     let access_log = read_access_log(&mut spec, report);
     let timeouts = read_timeouts(&mut spec, report);
+    let kubernetes = read_kubernetes(dir, &mut spec, report);
     spec.finish(report, Unknown::Error);
 
     Some(AgentConfig {
@@ -256,7 +269,16 @@ pub(super) fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut 
         readiness,
         access_log,
         timeouts,
+        kubernetes,
     })
+}
+
+fn read_kubernetes(dir: &Path, spec: &mut Fields<'_>, report: &mut Report) -> Option<KubernetesConfig> {
+    let mut fields = spec.fields(report, "kubernetes")?;
+    let node_name = fields.text(report, "nodeName").filter(|name| !name.is_empty()).map(str::to_owned);
+    let kubeconfig = fields.text(report, "kubeconfig").map(|path| dir.join(path));
+    fields.finish(report, Unknown::Error);
+    Some(KubernetesConfig { node_name, kubeconfig })
 }
 
 fn read_trust(dir: &Path, own: Option<&TrustDomain>, spec: &mut Fields<'_>, report: &mut Report) -> TrustFiles {

@@ -118,7 +118,11 @@ fn agree(netns: &std::path::Path, entries: &[&WorkloadEntry], report: &mut Repor
     }
 }
 
-fn workload(trust_domain: &TrustDomain, entries: &[&WorkloadEntry], report: &mut Report) -> Option<Arc<Workload>> {
+pub(super) fn workload(
+    trust_domain: &TrustDomain,
+    entries: &[&WorkloadEntry],
+    report: &mut Report,
+) -> Option<Arc<Workload>> {
     let first = entries.first()?;
     let id = SpiffeId::new(trust_domain, &first.namespace, &first.service_account)
         .map_err(|error| {

@@ -15,7 +15,7 @@ use crate::policy::Labels;
 
 pub(super) const DEFAULT_NAMESPACE: &str = "default";
 
-const NETNS: &str = "marline.io/netns";
+pub(super) const NETNS: &str = "marline.io/netns";
 const MESH: &str = "marline.io/mesh";
 pub(super) const OUR_PREFIX: &str = "marline.io/";
 
@@ -33,6 +33,7 @@ pub(super) struct Metadata {
 }
 
 /// A WorkloadEntry, checked by itself.
+#[derive(Clone, PartialEq)]
 pub(super) struct WorkloadEntry {
     pub(super) origin: Origin,
     pub(super) name: String,

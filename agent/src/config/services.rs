@@ -17,6 +17,7 @@ use crate::{
 };
 
 /// Either kind.
+#[derive(Clone, PartialEq)]
 pub(super) struct ServiceResource {
     pub(super) origin: Origin,
     pub(super) namespace: String,
@@ -29,6 +30,7 @@ pub(super) struct ServiceResource {
     pub(super) internal: bool,
 }
 
+#[derive(Clone, PartialEq)]
 pub(super) struct Port {
     pub(super) name: String,
     pub(super) number: u16,
@@ -36,6 +38,7 @@ pub(super) struct Port {
 }
 
 /// Where the endpoints listen, unless they say otherwise by the port's name.
+#[derive(Clone, PartialEq)]
 pub(super) enum Target {
     Number(u16),
     /// Only who has a port of this name listens.
@@ -43,6 +46,7 @@ pub(super) enum Target {
 }
 
 /// What is behind a service.
+#[derive(Clone, PartialEq)]
 pub(super) enum Behind {
     /// The workloads of its namespace with these labels.
     Selector(Labels),
@@ -51,6 +55,7 @@ pub(super) enum Behind {
     Nothing,
 }
 
+#[derive(Clone, PartialEq)]
 pub(super) struct Inline {
     pub(super) address: IpAddr,
     pub(super) line: u64,

@@ -122,6 +122,11 @@ impl Follower {
             self.announced = changed;
         }
         let current = self.state.load();
+        // With an API server as the source the files hold the agent's own settings and nothing else.
+        if self.running.kubernetes.is_some() {
+            self.observer.accepted(current.generation, &loaded.warnings, &self.announced);
+            return;
+        }
         if current.describes_the_same_as(&loaded.snapshot) {
             self.observer.accepted(current.generation, &loaded.warnings, &self.announced);
             return;

@@ -36,7 +36,22 @@ pub struct Others {
     pub pods: Vec<(&'static str, u64)>,
     /// Hooks that should be attached, and whether each is.
     pub hooks: Vec<(&'static str, bool)>,
+    pub source: Option<Source>,
     pub process: Option<Process>,
+}
+
+/// Of the API server as the source of resources.
+#[derive(Debug, Default, Clone)]
+pub struct Source {
+    pub connected: bool,
+    pub times_away: u64,
+    /// Requests by what they were for.
+    pub requests: Vec<(&'static str, u64)>,
+    pub bytes: u64,
+    /// Objects that cannot be read, and deny.
+    pub refused: usize,
+    /// Pods of this node that are not captured, by the reason.
+    pub uncaptured: Vec<(&'static str, usize)>,
 }
 
 /// What the kernel says of this process, under the names that every Prometheus client uses.
@@ -101,7 +116,35 @@ impl Collector for Latest {
         gauge(encoder, "marline_pods", "Local pods by state", pods)?;
         let ready = f64::from(u8::from(others.ready));
         single(encoder, "marline_ready", "Whether the agent is ready (1) or not (0)", ready)?;
+        others.source.as_ref().map_or(Ok(()), |source| source.encode(encoder))?;
         others.process.map_or(Ok(()), |process| process.encode(encoder))
+    }
+}
+
+impl Source {
+    fn encode(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let help = "Whether the API server is heard of (1) or not (0)";
+        single(encoder, "marline_kubernetes_connected", help, f64::from(u8::from(self.connected)))?;
+        let help = "How often the API server was not heard of any more";
+        counter(
+            encoder,
+            "marline_kubernetes_losses",
+            help,
+            [([("source", "api_server")], self.times_away)].into_iter(),
+        )?;
+        let requests = self.requests.iter().map(|(request, count)| ([("request", *request)], *count));
+        counter(encoder, "marline_kubernetes_requests", "What was asked of the API server", requests)?;
+        let help = "What the API server has answered, decompressed";
+        counter(
+            encoder,
+            "marline_kubernetes_received_bytes",
+            help,
+            [([("source", "api_server")], self.bytes)].into_iter(),
+        )?;
+        let help = "Objects that cannot be read, and deny until they can";
+        single(encoder, "marline_kubernetes_refused_objects", help, self.refused as f64)?;
+        let pods = self.uncaptured.iter().map(|(reason, count)| ([("reason", *reason)], *count as f64));
+        gauge(encoder, "marline_kubernetes_pods_not_captured", "Pods of this node that are not captured", pods)
     }
 }
 

@@ -11,7 +11,9 @@ use anyhow::{Context, Result};
 use nix::unistd::{SysconfVar, sysconf};
 use serde::{Deserialize, Serialize};
 
-/// Processor seconds.
+use super::tasks::Switches;
+
+/// Processor seconds, and how often processors turned to another thread.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Spent {
     /// Of the whole machine, whoever spent them.
@@ -20,6 +22,9 @@ pub struct Spent {
     pub idle: f64,
     /// Of the cgroups that were watched, by their names.
     pub watched: BTreeMap<String, f64>,
+    /// Context switches of the threads in them; without those of which nobody can tell any more.
+    #[serde(default)]
+    pub switches: BTreeMap<String, u64>,
 }
 
 impl Spent {
@@ -34,12 +39,14 @@ impl Spent {
 pub struct Look<'a> {
     watch: &'a BTreeMap<String, PathBuf>,
     counted: Spent,
+    switches: BTreeMap<String, Switches>,
 }
 
 impl<'a> Look<'a> {
     pub fn now(watch: &'a BTreeMap<String, PathBuf>) -> Result<Self> {
+        let switches = switches(watch);
         let counted = counted(watch)?;
-        Ok(Self { watch, counted })
+        Ok(Self { watch, counted, switches })
     }
 
     /// What was spent since.
@@ -47,7 +54,9 @@ impl<'a> Look<'a> {
         let now = counted(self.watch)?;
         let before = |name: &String| self.counted.watched.get(name).copied().unwrap_or_default();
         let watched = now.watched.iter().map(|(name, spent)| (name.clone(), spent - before(name))).collect();
-        Ok(Spent { machine: now.machine - self.counted.machine, idle: now.idle - self.counted.idle, watched })
+        let since = |(name, now): (String, Switches)| Some((now.since(self.switches.get(&name)?)?, name));
+        let switches = switches(self.watch).into_iter().filter_map(since).map(|(count, name)| (name, count)).collect();
+        Ok(Spent { machine: now.machine - self.counted.machine, idle: now.idle - self.counted.idle, watched, switches })
     }
 }
 
@@ -63,7 +72,11 @@ fn counted(watch: &BTreeMap<String, PathBuf>) -> Result<Spent> {
     let ticks = sysconf(SysconfVar::CLK_TCK).context("asking for the length of a tick")?.context("no CLK_TCK")?;
     let (machine, idle) = machine(&text, ticks as f64).context("no line for all processors in /proc/stat")?;
     let watched = watch.iter().map(|(name, cgroup)| Ok((name.clone(), of_cgroup(cgroup)?))).collect::<Result<_>>()?;
-    Ok(Spent { machine, idle, watched })
+    Ok(Spent { machine, idle, watched, switches: BTreeMap::new() })
+}
+
+fn switches(watch: &BTreeMap<String, PathBuf>) -> BTreeMap<String, Switches> {
+    watch.iter().map(|(name, cgroup)| (name.clone(), Switches::of_cgroup(cgroup))).collect()
 }
 
 fn usage(text: &str) -> Option<f64> {

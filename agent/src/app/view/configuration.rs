@@ -102,5 +102,8 @@ pub(super) fn agent(agent: &AgentConfig) -> Value {
             "connect": time(agent.timeouts.connect), "handshake": time(agent.timeouts.handshake),
             "deadPeer": time(agent.timeouts.dead_peer),
         },
+        "kubernetes": agent.kubernetes.as_ref().map(|kubernetes| json!({
+            "nodeName": kubernetes.node_name, "kubeconfig": kubernetes.kubeconfig.as_deref().map(path),
+        })),
     })
 }

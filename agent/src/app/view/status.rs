@@ -11,7 +11,10 @@ use serde_json::{Value, json};
 
 use super::Gathered;
 use crate::{
-    admin::status::{Authority, Capture, Configuration, Hook, Keeper, Kernel, Listeners, Map, Pod, Reload, Status},
+    admin::{
+        self,
+        status::{Authority, Capture, Configuration, Hook, Keeper, Kernel, Listeners, Map, Pod, Reload, Status},
+    },
     bpf::{PodNetns, facts::cgroup_fault},
     config::{AgentConfig, ConfigErrors, Finding, RecordsMode},
     control::{files::ReloadObserver, trust::LastRefusal},
@@ -29,6 +32,7 @@ pub(in crate::app) struct About {
     pub(in crate::app) agent: AgentConfig,
     pub(in crate::app) reloads: Arc<Reloads>,
     pub(in crate::app) refusal: LastRefusal,
+    pub(in crate::app) source: Option<super::source::Shown>,
 }
 
 /// Counts reloads, and remembers how the last one went.
@@ -80,7 +84,7 @@ pub(super) fn status(shown: &Gathered) -> Value {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
         started: seconds(about.started),
-        not_ready: shown.proxy.ready().err(),
+        not_ready: admin::View::ready(shown).err(),
         kernel: Kernel {
             release: crate::sys::release(),
             suites: ctx.kernel.suites.iter().map(|suite| format!("{suite:?}")).collect(),
@@ -117,6 +121,7 @@ pub(super) fn status(shown: &Gathered) -> Value {
             warnings: last.warnings,
             restart: last.restart,
         },
+        source: about.source.as_ref().map(super::source::Shown::facts),
         listeners: Listeners { admin: agent.admin, metrics: agent.metrics, readiness: agent.readiness },
     })
 }

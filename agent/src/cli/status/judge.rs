@@ -4,7 +4,7 @@ use super::{
     super::table::{age, time},
     Check,
 };
-use crate::admin::status::{Certificate, Status};
+use crate::admin::status::{Certificate, Source, Status};
 
 /// Above this part of its capacity a map deserves a look.
 const NEARLY_FULL: f64 = 0.9;
@@ -18,6 +18,7 @@ pub(super) fn judge(status: &Status) -> Vec<Check> {
     checks.push(authority(status));
     checks.extend(certificates(status));
     checks.extend(configuration(status));
+    checks.extend(status.source.iter().flat_map(source));
     checks.push(maps(status));
     checks
 }
@@ -244,6 +245,56 @@ fn configuration(status: &Status) -> Vec<Check> {
     if !configuration.restart.is_empty() {
         let text = format!("changed and not in force yet: {}", configuration.restart.join(", "));
         checks.push(Check::warn(NAME, text, "restart the agent"));
+    }
+    checks
+}
+
+/// The API server, where resources come from there.
+fn source(source: &Source) -> Vec<Check> {
+    const NAME: &str = "kubernetes";
+    let since = time(source.since);
+    let mut checks = vec![match (&source.away, source.ready) {
+        (Some(why), true) => Check::warn(
+            NAME,
+            format!("the API server is away since {since}, what was known then stays in force: {why}"),
+            "mend what it names: the agent tries again by itself",
+        ),
+        (Some(why), false) => Check::fail(
+            NAME,
+            format!("nothing is known of the cluster yet, and no pod is served: {why}"),
+            "mend what it names: the agent tries again by itself",
+        ),
+        (None, false) => Check::fail(
+            NAME,
+            format!("nothing is known of the cluster yet: waiting for {}", source.waiting.join(", ")),
+            "it lists everything first; if that takes minutes, look at the agent's log",
+        ),
+        (None, true) => {
+            let absent = &source.absent;
+            let absent =
+                if absent.is_empty() { String::new() } else { format!("; the cluster has no {}", absent.join(", ")) };
+            Check::ok(NAME, format!("connected since {since} as node {}, {} pods{absent}", source.node, source.pods))
+        }
+    }];
+    if !source.errors.is_empty() {
+        let text = format!("{} objects cannot be read, and DENY: {}", source.errors.len(), named(&source.errors));
+        checks.push(Check::fail(NAME, text, "correct or remove them: they are taken in by themselves"));
+    }
+    if !source.not_captured.is_empty() {
+        let text = format!(
+            "{} pods of this node are not captured yet: nobody has told where they run: {}",
+            source.not_captured.len(),
+            named(&source.not_captured)
+        );
+        checks.push(Check::warn(NAME, text, "others speak mTLS to them, which they do not understand uncaptured"));
+    }
+    if !source.host_network.is_empty() {
+        let text = format!("left alone, as they have the node's own network: {}", named(&source.host_network));
+        checks.push(Check::ok(NAME, text));
+    }
+    if !source.warnings.is_empty() {
+        let text = format!("{} warnings: {}", source.warnings.len(), named(&source.warnings));
+        checks.push(Check::warn(NAME, text, "marline status --json has all"));
     }
     checks
 }

@@ -1,0 +1,300 @@
+//! From the cluster as it is to the snapshot that all other rooms go by: the same that files give. Pure.
+//!
+//! Who a pod is, the API server says: its namespace and service account. Nothing of it is taken from what a pod can write.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    sync::Arc,
+};
+
+use super::{
+    model::Model,
+    objects::{Endpoint, Key, Pod, Service, Slice},
+    places::Places,
+};
+use crate::{
+    config,
+    identity::{SpiffeId, TrustDomains},
+    policy::{self, Labels, Policies, ServiceEndpoint, Workload},
+    state::{LocalPod, Snapshot, Source},
+};
+
+const MESH: &str = "marline.io/mesh";
+const REGION: &str = "topology.kubernetes.io/region";
+const ZONE: &str = "topology.kubernetes.io/zone";
+/// So many remarks are kept; a cluster may give cause for any number.
+const REMARKS: usize = 1000;
+
+/// Whose cluster it is seen from.
+#[derive(Clone, Debug)]
+pub struct Viewpoint {
+    pub domains: TrustDomains,
+    pub node: Arc<str>,
+}
+
+/// What is told of the source beside the snapshot.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Facts {
+    /// Workloads of the whole cluster, in the mesh or not.
+    pub pods: usize,
+    /// `NAMESPACE/NAME` of pods on this node that belong into the mesh and of which nobody has told where they run.
+    pub not_captured: Vec<String>,
+    /// `NAMESPACE/NAME` of pods on this node that are in the node's own network: they cannot be told apart, and are left alone.
+    pub host_network: Vec<String>,
+    /// Objects that cannot be read, and deny; and what else is the matter.
+    pub errors: Vec<String>,
+    pub warnings: Vec<String>,
+}
+
+/// Makes the snapshot. What was worked out for objects that are as they were is taken from the model.
+pub fn compile(model: &mut Model, viewpoint: &Viewpoint, places: &Places) -> (Snapshot, Facts) {
+    let mut facts = Facts::default();
+    let policies = policies(model, viewpoint);
+    let own = model.nodes.iter().find(|(key, _)| key.name == viewpoint.node);
+    let own = own.map(|(_, slot)| slot.object.labels.clone()).unwrap_or_default();
+    let workloads = workloads(model, viewpoint, &mut facts);
+    let by_address: HashMap<IpAddr, &Arc<Workload>> =
+        workloads.iter().flat_map(|(_, _, it)| it.addresses.iter().map(move |address| (*address, it))).collect();
+    let services = services(model, viewpoint, &own, &by_address);
+    let virtual_addresses: HashSet<IpAddr> = services.iter().flat_map(|service| service.addresses.clone()).collect();
+    let taken = |address: IpAddr| by_address.contains_key(&address) || virtual_addresses.contains(&address);
+
+    let mut local = Vec::new();
+    for (key, uid, workload) in workloads.iter().filter(|(_, _, workload)| workload.in_mesh) {
+        if model.pods.get(key).is_none_or(|pod| pod.node != viewpoint.node) {
+            continue;
+        }
+        match places.of(uid) {
+            Some(place) => local.push(Arc::new(LocalPod {
+                workload: Arc::clone(workload),
+                netns: place.netns,
+                zone: zone(&own, own.get(ZONE)),
+            })),
+            None => facts.not_captured.push(name(key)),
+        }
+    }
+    local.sort_by(|a, b| a.netns.cmp(&b.netns));
+
+    let mut all: Vec<Arc<Workload>> = workloads.iter().map(|(_, _, workload)| Arc::clone(workload)).collect();
+    facts.pods = all.len();
+    let objects = || {
+        let mut objects: Vec<_> = model.objects.iter().flat_map(|store| store.iter()).collect();
+        objects.sort_by_key(|(key, _)| *key);
+        objects.into_iter().map(|(_, slot)| &slot.object)
+    };
+    let compiled = config::compile(&viewpoint.domains, objects(), &all, &taken);
+    drop(by_address);
+    for object in objects() {
+        facts.errors.extend(object.errors.iter().map(ToString::to_string));
+        facts.warnings.extend(object.warnings.iter().map(ToString::to_string));
+    }
+    facts.warnings.extend(compiled.findings.iter().map(ToString::to_string));
+    for remarks in [&mut facts.errors, &mut facts.warnings] {
+        remarks.sort();
+        remarks.truncate(REMARKS);
+    }
+    all.extend(compiled.workloads);
+    // Of one host or address the Service counts, and not the ServiceEntry.
+    let services = [compiled.services, services].concat();
+    let mut snapshot = Snapshot::new(policies, &viewpoint.domains, all, local).with_services(services);
+    snapshot.warnings = [facts.errors.clone(), facts.warnings.clone()].concat();
+    snapshot.sources = sources(model);
+    (snapshot, facts)
+}
+
+fn policies(model: &mut Model, viewpoint: &Viewpoint) -> Arc<Policies> {
+    if let Some(policies) = &model.policies {
+        return Arc::clone(policies);
+    }
+    let mut all: Vec<_> = model.objects.iter().flat_map(|store| store.iter()).collect();
+    all.sort_by_key(|(key, _)| *key);
+    let compiled = Policies::of_objects(&viewpoint.domains, all.into_iter().map(|(_, slot)| &slot.object));
+    Arc::clone(model.policies.insert(Arc::new(compiled)))
+}
+
+type Known = (Key, Box<str>, Arc<Workload>);
+
+/// All pods that have addresses of their own and have not run to their end, in the order of their names. A pod counts while its init
+/// containers run: they connect, too.
+fn workloads(model: &mut Model, viewpoint: &Viewpoint, facts: &mut Facts) -> Vec<Known> {
+    let enrolled: HashSet<Arc<str>> = model
+        .namespaces
+        .iter()
+        .filter(|(_, slot)| slot.object.labels.get(MESH) == Some("enabled"))
+        .map(|(key, _)| Arc::clone(&key.name))
+        .collect();
+    let mut ids: HashMap<(Arc<str>, Arc<str>), Option<SpiffeId>> = HashMap::new();
+    let mut found = Vec::with_capacity(model.pods.len());
+    for (key, slot) in model.pods.iter_mut() {
+        let pod = &slot.object;
+        if pod.host_network && !pod.ended && pod.node == viewpoint.node {
+            facts.host_network.push(name(key));
+        }
+        if pod.ended || pod.host_network || pod.addresses.is_empty() {
+            continue;
+        }
+        let in_mesh = match pod.labels.get(MESH) {
+            Some("enabled") => true,
+            Some("disabled") => false,
+            said => {
+                // Not to be understood is not to opt out.
+                if let Some(other) = said {
+                    let hint = format!("write {MESH}: enabled or {MESH}: disabled");
+                    facts.warnings.push(format!("pod {}: {MESH}: {other:?} is not known; {hint}", name(key)));
+                }
+                enrolled.contains(&key.namespace)
+            }
+        };
+        if slot.memo.as_ref().is_none_or(|made| made.in_mesh != in_mesh) {
+            let id = ids
+                .entry((Arc::clone(&key.namespace), Arc::clone(&pod.account)))
+                .or_insert_with(|| SpiffeId::new(viewpoint.domains.own(), &key.namespace, &pod.account).ok());
+            slot.memo = id.as_ref().map(|id| Arc::new(workload(key, pod, id.clone(), in_mesh)));
+        }
+        match &slot.memo {
+            Some(made) => found.push((key, &*slot.uid, pod, Arc::clone(made))),
+            None => facts.errors.push(format!("pod {}: its service account gives no identity", name(key))),
+        }
+    }
+    found.sort_unstable_by_key(|(key, ..)| *key);
+    facts.host_network.sort();
+    one_for_each_address(found, facts)
+}
+
+/// Addresses are given out again, sometimes before the API server hears that their pod has ended: the youngest that is not on its way out
+/// has it, and the other is nobody's workload any more.
+fn one_for_each_address(found: Vec<(&Key, &str, &Pod, Arc<Workload>)>, facts: &mut Facts) -> Vec<Known> {
+    let rank = |at: usize| found.get(at).map(|(key, _, pod, _)| (!pod.deleting, &pod.created, Reverse(*key)));
+    let (mut holders, mut losers): (HashMap<IpAddr, usize>, HashMap<usize, usize>) = (HashMap::new(), HashMap::new());
+    for (at, (_, _, pod, _)) in found.iter().enumerate() {
+        for address in &pod.addresses {
+            match holders.entry(*address) {
+                Entry::Vacant(vacant) => {
+                    vacant.insert(at);
+                }
+                Entry::Occupied(mut holder) if rank(*holder.get()) < rank(at) => {
+                    losers.insert(*holder.get(), at);
+                    holder.insert(at);
+                }
+                Entry::Occupied(holder) => {
+                    losers.insert(at, *holder.get());
+                }
+            }
+        }
+    }
+    let mut told: Vec<_> =
+        losers.iter().filter_map(|(loser, to)| Some((found.get(*loser)?.0, found.get(*to)?.0))).collect();
+    told.sort();
+    let lost = |(loser, to): (&Key, &Key)| {
+        format!("pod {} has an address that {} has too, and younger: it is not known by it", name(loser), name(to))
+    };
+    facts.warnings.extend(told.into_iter().map(lost));
+    let kept = found.iter().enumerate().filter(|(at, _)| !losers.contains_key(at));
+    kept.map(|(_, (key, uid, _, workload))| ((*key).clone(), (*uid).into(), Arc::clone(workload))).collect()
+}
+
+fn workload(key: &Key, pod: &Pod, id: SpiffeId, in_mesh: bool) -> Workload {
+    Workload {
+        name: key.name.to_string(),
+        namespace: key.namespace.to_string(),
+        service_account: pod.account.to_string(),
+        id,
+        addresses: pod.addresses.to_vec(),
+        in_mesh,
+        labels: pod.labels.clone(),
+        host: Workload::host_of(&key.name, &key.namespace),
+    }
+}
+
+fn services(
+    model: &Model,
+    viewpoint: &Viewpoint,
+    own: &Labels,
+    by_address: &HashMap<IpAddr, &Arc<Workload>>,
+) -> Vec<Arc<policy::Service>> {
+    let mut slices: HashMap<(&str, &str), Vec<&Slice>> = HashMap::new();
+    for (key, slot) in model.slices.iter() {
+        slices.entry((&key.namespace, &slot.object.service)).or_default().push(&slot.object);
+    }
+    let mut all: Vec<_> = model.services.iter().filter(|(_, slot)| !slot.object.external).collect();
+    all.sort_unstable_by_key(|(key, _)| *key);
+    let service = |(key, service): (&Key, &Service)| {
+        let slices = slices.get(&(&*key.namespace, &*key.name)).map_or(&[][..], Vec::as_slice);
+        let headless = service.addresses.is_empty();
+        let endpoint = |(address, endpoint): (SocketAddr, &Endpoint)| ServiceEndpoint {
+            address,
+            workload: by_address.get(&address.ip()).map(|workload| Arc::clone(workload)),
+            zone: endpoint.zone.as_deref().and_then(|zone_name| zone(own, Some(zone_name))),
+        };
+        let ports = service.ports.iter().map(|port| {
+            let found = endpoints(service, &port.name, slices, viewpoint);
+            // Whoever calls an endpoint of a headless service does so at the service's port, as in files.
+            let at = |listens| if headless { port.number } else { listens };
+            let found = found.into_iter().map(|((ip, listens), it)| endpoint((SocketAddr::new(ip, at(listens)), it)));
+            (port.number, found.collect())
+        });
+        Arc::new(policy::Service {
+            host: Workload::host_of(&key.name, &key.namespace),
+            namespace: key.namespace.to_string(),
+            addresses: service.addresses.clone(),
+            ports: ports.collect(),
+            identities: Vec::new(),
+        })
+    };
+    all.into_iter().map(|(key, slot)| service((key, &slot.object))).collect()
+}
+
+/// Where one port of a service leads, as kube-proxy has it: to what is ready; if nothing is, to what goes away and still serves. An endpoint
+/// that several slices name is one.
+fn endpoints<'a>(
+    service: &Service,
+    port: &str,
+    slices: &[&'a Slice],
+    viewpoint: &Viewpoint,
+) -> BTreeMap<(IpAddr, u16), &'a Endpoint> {
+    let (mut ready, mut serving) = (BTreeMap::new(), BTreeMap::new());
+    for slice in slices {
+        let Some((_, listens)) = slice.ports.iter().find(|(name, _)| **name == *port) else { continue };
+        for endpoint in &slice.endpoints {
+            if service.local_only && endpoint.node.as_ref() != Some(&viewpoint.node) {
+                continue;
+            }
+            let place = (endpoint.address, *listens);
+            if endpoint.ready {
+                ready.insert(place, endpoint);
+            } else if endpoint.serving {
+                serving.insert(place, endpoint);
+            }
+        }
+    }
+    if ready.is_empty() { serving } else { ready }
+}
+
+/// `REGION/ZONE`, where a cluster is in one region: that of the own node.
+fn zone(own: &Labels, zone: Option<&str>) -> Option<String> {
+    Some(format!("{}/{}", own.get(REGION).unwrap_or_default(), zone?))
+}
+
+fn sources(model: &Model) -> Vec<Source> {
+    let file: Arc<Path> = Arc::from(Path::new("kubernetes"));
+    let kinds = model.objects.iter().zip(config::ObjectKind::ALL);
+    let source = |kind: config::ObjectKind, key: &Key| Source {
+        resource: format!("{} {}", kind.as_str(), name(key)).into(),
+        file: Arc::clone(&file),
+        line: 0,
+    };
+    kinds
+        .flat_map(|(store, kind)| store.iter().map(move |(key, _)| (kind, key)))
+        .map(|(kind, key)| source(kind, key))
+        .collect()
+}
+
+fn name(key: &Key) -> String {
+    format!("{}/{}", key.namespace, key.name)
+}
+
+#[cfg(test)]
+mod tests;

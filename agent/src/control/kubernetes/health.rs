@@ -1,0 +1,153 @@
+//! How the source is: what it waits for, since when it hears of everything, or why it does not. Logs a change once.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
+
+use tokio::sync::watch;
+
+use super::{compile::Facts, model::Kind, wire::WireError};
+use crate::words::with_causes;
+
+/// A clone is another handle on the same.
+#[derive(Clone, Debug)]
+pub struct Health(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    inner: Mutex<Inner>,
+    ready: watch::Sender<bool>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    waiting: BTreeSet<Kind>,
+    absent: BTreeSet<Kind>,
+    troubles: BTreeMap<Kind, String>,
+    /// Since when there are troubles, or none.
+    since: SystemTime,
+    told: bool,
+    facts: Facts,
+    away: u64,
+}
+
+/// What is told of it.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Whether there was a complete list of everything.
+    pub ready: bool,
+    /// Why not all is heard of, if it is not: what is known stays in force meanwhile.
+    pub away: Option<String>,
+    /// Since when it is so.
+    pub since: SystemTime,
+    /// What was not listed yet.
+    pub waiting: Vec<&'static str>,
+    /// Kinds that the cluster does not know.
+    pub absent: Vec<&'static str>,
+    /// How often it was away so far.
+    pub times_away: u64,
+    pub facts: Facts,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        let inner = Inner {
+            waiting: Kind::all().collect(),
+            absent: BTreeSet::new(),
+            troubles: BTreeMap::new(),
+            since: SystemTime::now(),
+            told: false,
+            facts: Facts::default(),
+            away: 0,
+        };
+        Self(Arc::new(Shared { inner: Mutex::new(inner), ready: watch::Sender::new(false) }))
+    }
+}
+
+impl Health {
+    /// This kind is heard of.
+    pub(super) fn well(&self, kind: Kind) {
+        let mut inner = self.lock();
+        inner.absent.remove(&kind);
+        inner.recover(kind);
+    }
+
+    /// The cluster does not know this kind, which is well.
+    pub(super) fn absent(&self, kind: Kind) {
+        let mut inner = self.lock();
+        if inner.absent.insert(kind) {
+            tracing::info!(kind = kind.plural(), "the cluster does not have this kind; it is looked for again");
+        }
+        inner.recover(kind);
+    }
+
+    pub(super) fn trouble(&self, kind: Kind, error: &WireError) {
+        let why = format!("{}: {}", kind.plural(), with_causes(error));
+        let mut inner = self.lock();
+        if inner.troubles.is_empty() {
+            (inner.since, inner.told) = (SystemTime::now(), true);
+            inner.away += 1;
+            tracing::error!("the API server is not heard of; what is known stays in force: {why}");
+        }
+        inner.troubles.insert(kind, why);
+    }
+
+    /// What was listed meanwhile, and what there is to tell of it.
+    pub(super) fn facts(&self, facts: Facts) {
+        let mut inner = self.lock();
+        let news = facts.errors.iter().filter(|error| !inner.facts.errors.contains(error));
+        for error in news {
+            tracing::error!("cluster: {error}; until it is mended, what it is about is denied");
+        }
+        for warning in facts.warnings.iter().filter(|warning| !inner.facts.warnings.contains(warning)) {
+            tracing::warn!("cluster: {warning}");
+        }
+        inner.facts = facts;
+    }
+
+    pub(super) fn waiting(&self, missing: impl Iterator<Item = Kind>) {
+        self.lock().waiting = missing.collect();
+    }
+
+    pub(super) fn set_ready(&self) {
+        self.0.ready.send_replace(true);
+    }
+
+    /// Becomes true with the first complete list of everything, and stays so.
+    pub fn ready(&self) -> watch::Receiver<bool> {
+        self.0.ready.subscribe()
+    }
+
+    pub fn report(&self) -> Report {
+        let inner = self.lock();
+        let plural = |kinds: &BTreeSet<Kind>| kinds.iter().map(|kind| kind.plural()).collect();
+        let more = inner.troubles.len().saturating_sub(1);
+        let more = if more > 0 { format!(" (and {more} more kinds)") } else { String::new() };
+        Report {
+            ready: *self.0.ready.borrow(),
+            away: inner.troubles.values().next().map(|why| format!("{why}{more}")),
+            since: inner.since,
+            waiting: plural(&inner.waiting),
+            absent: plural(&inner.absent),
+            times_away: inner.away,
+            facts: inner.facts.clone(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn recover(&mut self, kind: Kind) {
+        if self.troubles.remove(&kind).is_some() && self.troubles.is_empty() {
+            self.since = SystemTime::now();
+            if std::mem::take(&mut self.told) {
+                tracing::info!("the API server is heard of again");
+            }
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! Where the pods of this node run, as whoever sets their networks up tells it, by their UIDs. Nobody else says it: neither an object of
+//! the API server nor a pod.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::watch;
+
+/// Where one pod runs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PodPlace {
+    /// A path that can be opened for setns.
+    pub netns: PathBuf,
+    /// Below the cgroup that is captured, where that is known.
+    pub cgroup: Option<PathBuf>,
+}
+
+/// All that was told. A clone is another handle on the same.
+#[derive(Clone, Debug)]
+pub struct Places(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    by_uid: Mutex<HashMap<Box<str>, PodPlace>>,
+    changed: watch::Sender<u64>,
+}
+
+impl Default for Places {
+    fn default() -> Self {
+        Self(Arc::new(Shared { by_uid: Mutex::default(), changed: watch::Sender::new(0) }))
+    }
+}
+
+impl Places {
+    /// Takes note of a pod's place; one that was told before is replaced.
+    pub fn tell(&self, uid: &str, place: PodPlace) {
+        self.lock().insert(uid.into(), place);
+        self.0.changed.send_modify(|count| *count += 1);
+    }
+
+    /// The pod is gone.
+    pub fn forget(&self, uid: &str) {
+        if self.lock().remove(uid).is_some() {
+            self.0.changed.send_modify(|count| *count += 1);
+        }
+    }
+
+    pub fn of(&self, uid: &str) -> Option<PodPlace> {
+        self.lock().get(uid).cloned()
+    }
+
+    /// Hears of every change.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.0.changed.subscribe()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Box<str>, PodPlace>> {
+        self.0.by_uid.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,123 @@
+//! What is believed while the API server is away, confused, or does not let the agent in.
+
+use marline::policy::MtlsMode;
+
+use crate::bed::*;
+
+fn knows_all(bed: &Bed) -> bool {
+    let snapshot = bed.state.load();
+    let pod = snapshot.workload("10.244.0.11".parse().unwrap());
+    pod.is_some_and(|pod| snapshot.policies.authentication.mode(pod, 8080) == MtlsMode::Strict)
+        && snapshot.workloads().len() == 9
+}
+
+#[tokio::test]
+async fn after_410_what_was_known_stays_until_the_list_is_complete() {
+    let bed = Bed::ready(|_| {}).await;
+    bed.api.is_watched(PODS).await;
+    bed.api.holds("/api/v1/pods#more");
+    // The second page has all but what is on the first, and neither knows of one pod more.
+    bed.api.lists(PODS, Answer::recorded("list-pods-page1"));
+    bed.api.lists("/api/v1/pods#more", Answer::list(Vec::new(), 500));
+    bed.api.sends(PODS, &events("410-watch-too-old").concat());
+    bed.api.was_asked("/api/v1/pods#more", 1).await;
+    assert!(knows_all(&bed), "half of a list is nothing");
+    assert_eq!(bed.health.report().away, None, "it is no fault");
+    bed.api.lets_go("/api/v1/pods#more");
+    bed.knows("the new list", |snapshot| workloads(snapshot) == ["bar/httpbin-a", "bar/httpbin-b", "bar/sleep-a"])
+        .await;
+}
+
+#[tokio::test]
+async fn a_410_as_the_answer_to_a_watch_leads_to_a_list() {
+    let gone =
+        r#"{"kind":"Status","status":"Failure","message":"too old resource version","reason":"Expired","code":410}"#;
+    let bed = Bed::ready(|api| api.answers_once("/api/v1/pods#watch", Answer::Said(410, gone.into()))).await;
+    bed.api.was_asked("/api/v1/pods?", 2).await;
+    bed.api.is_watched(PODS).await;
+    assert!(knows_all(&bed));
+}
+
+#[tokio::test]
+async fn a_stream_that_the_server_refuses_with_500_is_tried_again_and_nothing_is_forgotten() {
+    let bed = Bed::ready(|api| {
+        for _ in 0..3 {
+            api.answers_once("/api/v1/pods#watch", Answer::recorded("watchlist-refused-500"));
+        }
+    })
+    .await;
+    bed.api.is_watched(PODS).await;
+    assert!(bed.api.asked("/api/v1/pods#watch").len() >= 4);
+    bed.tells("that it is well again", |report| report.away.is_none() && report.times_away > 0).await;
+    assert!(knows_all(&bed));
+}
+
+#[tokio::test]
+async fn a_token_that_is_not_taken_is_told_of_and_nothing_is_believed() {
+    let bed = Bed::with_token("another", |_| {}).await;
+    let report = bed.tells("401", |report| report.away.as_ref().is_some_and(|why| why.contains("401"))).await;
+    assert!(!report.ready);
+    assert_eq!(bed.state.load().generation, 1);
+}
+
+#[tokio::test]
+async fn a_kind_that_may_not_be_listed_is_named_and_nothing_is_believed_without_it() {
+    let bed = Bed::start(|api| api.lists(PODS, Answer::recorded("403-anonymous"))).await;
+    let report = bed.tells("403", |report| report.away.as_ref().is_some_and(|why| why.contains("403"))).await;
+    let why = report.away.unwrap();
+    assert!(why.starts_with("pods: ") && why.contains("cannot list resource \"pods\""), "{why}");
+    assert!(!report.ready);
+    bed.api.lists(PODS, Answer::recorded("list-pods"));
+    bed.is_ready().await;
+    bed.tells("that it is well", |report| report.away.is_none()).await;
+}
+
+#[tokio::test]
+async fn while_the_server_refuses_everything_what_was_known_stays() {
+    let bed = Bed::ready(|_| {}).await;
+    let generation = bed.state.load().generation;
+    for path in [PODS, PEERS, AUTHORIZATIONS] {
+        bed.api.is_watched(path).await;
+        bed.api.lists(&format!("{path}#watch"), Answer::recorded("401-bad-token"));
+        bed.api.lists(path, Answer::recorded("403-anonymous"));
+        bed.api.ends(path, true);
+    }
+    // Watches fail until lists are made, and these do, too.
+    bed.api.was_asked("/api/v1/pods?", 2).await;
+    let report = bed.tells("that it is away", |report| report.away.is_some()).await;
+    assert!(report.ready && knows_all(&bed));
+    assert_eq!(bed.state.load().generation, generation);
+    for path in [PODS, PEERS, AUTHORIZATIONS] {
+        bed.api.unlists(&format!("{path}#watch"));
+    }
+    bed.api.lists(PODS, Answer::list(vec![pod("only", |_| {})], 900));
+    bed.api.lists(PEERS, Answer::recorded("list-peerauthentications"));
+    bed.api.lists(AUTHORIZATIONS, Answer::recorded("list-authorizationpolicies"));
+    bed.knows("the list after that", |snapshot| workloads(snapshot) == ["foo/only"]).await;
+    bed.tells("that it is back", |report| report.away.is_none() && report.times_away == 1).await;
+}
+
+#[tokio::test]
+async fn a_kind_that_is_suddenly_unknown_keeps_its_policies() {
+    let bed = Bed::ready(|_| {}).await;
+    bed.api.is_watched(PEERS).await;
+    bed.api.unlists(PEERS);
+    bed.api.sends(PEERS, &events("410-watch-too-old").concat());
+    let report = bed.tells("404", |report| report.away.as_ref().is_some_and(|why| why.contains("404"))).await;
+    assert!(!report.absent.contains(&"peerauthentications"));
+    assert!(knows_all(&bed));
+}
+
+#[tokio::test]
+async fn an_answer_that_is_no_list_or_is_cut_is_tried_again() {
+    let Answer::Said(_, whole) = Answer::recorded("list-pods") else { panic!() };
+    let bed = Bed::ready(|api| {
+        api.answers_once(PODS, Answer::Said(200, "<html>a proxy's</html>".into()));
+        api.answers_once(PODS, Answer::Stream(vec![whole[..whole.len() / 2].to_owned()], true));
+        api.answers_once(PODS, Answer::Stream(vec![whole[..whole.len() / 2].to_owned()], false));
+        api.answers_once(PODS, Answer::Said(503, "unavailable".into()));
+    })
+    .await;
+    assert_eq!(bed.api.asked("/api/v1/pods?").len(), 5);
+    assert!(knows_all(&bed));
+}
