@@ -1,12 +1,10 @@
 //! What a large cluster costs one agent: `cargo bench -p marline --bench kubernetes`. Pods are as large as the recorded ones of the tests.
-//!
-//! The limits: 100,000 pods of 5,000 nodes in 10,000 services are known within 60 s of the processor and stay within 300 MiB, and a change
-//! is in force within 2 s. A limit that is passed makes it fail.
+//! Told are the time and the processor's until everything is known, the memory held, what was asked of the API server, and how long the change
+//! of a pod takes to be in force. Nothing is asserted of them.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::{
     fs,
-    process::ExitCode,
     sync::{Arc, Mutex, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
@@ -31,10 +29,6 @@ use tokio::{
 };
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
-const PROCESSOR: Duration = Duration::from_secs(60);
-const MEMORY: u64 = 300 << 20;
-const CHANGE: Duration = Duration::from_secs(2);
-
 /// How large the cluster is. Fifty pods a namespace, ten a service.
 #[derive(Clone, Copy)]
 struct Size {
@@ -53,19 +47,17 @@ struct Cluster {
     made: Mutex<Duration>,
 }
 
-fn main() -> ExitCode {
+fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    let mut passed = true;
     println!("    pods  nodes   known in  (processor)   memory       read  requests   a change");
     for size in
         [Size { pods: 1_000, nodes: 50 }, Size { pods: 10_000, nodes: 500 }, Size { pods: 100_000, nodes: 5_000 }]
     {
-        passed &= runtime.block_on(measure(size));
+        runtime.block_on(measure(size));
     }
-    if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-async fn measure(size: Size) -> bool {
+async fn measure(size: Size) {
     let template = |name: &str| {
         let path = format!("{}/tests/kubernetes/recorded/list-{name}.json", env!("CARGO_MANIFEST_DIR"));
         let list: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
@@ -135,7 +127,6 @@ async fn measure(size: Size) -> bool {
     );
     stop.send_replace(true);
     running.await.unwrap();
-    work < PROCESSOR && memory < MEMORY && change < CHANGE
 }
 
 async fn answer(Shared(cluster): Shared<Arc<Cluster>>, uri: Uri) -> Response<Body> {
