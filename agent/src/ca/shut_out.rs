@@ -8,7 +8,7 @@ use std::{
     path::Path,
 };
 
-use nix::unistd::Uid;
+use nix::{fcntl::OFlag, unistd::Uid};
 
 use super::CaError;
 
@@ -37,7 +37,12 @@ pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
     let beside = path.with_file_name(name);
-    let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(mode).open(&beside)?;
+    // What an earlier attempt has left, and anything else that is called so: it is not followed, it may lead anywhere.
+    match fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
     let written = owned_as(&file, path)
         .and_then(|()| file.write_all(bytes))
         .and_then(|()| file.sync_all())
@@ -49,9 +54,21 @@ pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
 }
 
+/// Opens a file for writing that is kept for good, as the service's own if it is made now. The folder is the service's, which may have put a
+/// link there: it is not followed, and what was there before keeps its owner.
+pub fn open_kept(path: &Path, mode: u32) -> io::Result<File> {
+    match OpenOptions::new().write(true).create_new(true).mode(mode).open(path) {
+        Ok(file) => owned_as(&file, path).map(|()| file),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            OpenOptions::new().write(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(path)
+        }
+        Err(error) => Err(error),
+    }
+}
+
 /// What root makes among the files of a service that runs as somebody else is that one's: it could not read it else. Whose it is tells the
-/// file in whose place it comes, or the folder.
-pub fn owned_as(file: &File, path: &Path) -> io::Result<()> {
+/// file in whose place it comes, or the folder. Only for files that were made just now.
+fn owned_as(file: &File, path: &Path) -> io::Result<()> {
     if !Uid::effective().is_root() {
         return Ok(());
     }
@@ -92,5 +109,25 @@ mod tests {
         let _lock = crate::ca::ledger::file::lock(dir.path()).unwrap();
         let lock = fs::metadata(dir.path().join("lock")).unwrap();
         assert_eq!((lock.uid(), lock.gid()), (4321, 8765));
+    }
+
+    #[test]
+    fn links_in_the_services_folder_lead_root_nowhere() {
+        let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let precious = elsewhere.path().join("precious");
+        fs::write(&precious, "precious").unwrap();
+        for name in ["file.new", "lock"] {
+            std::os::unix::fs::symlink(&precious, dir.path().join(name)).unwrap();
+        }
+        if Uid::effective().is_root() {
+            chown(dir.path(), Some(4321), Some(8765)).unwrap();
+        }
+        replace(&dir.path().join("file"), b"new", 0o600).unwrap();
+        assert!(crate::ca::ledger::file::lock(dir.path()).is_err());
+        let owner = |path: &Path| fs::metadata(path).unwrap().uid();
+        assert_eq!((fs::read(&precious).unwrap(), owner(&precious)), (b"precious".to_vec(), owner(elsewhere.path())));
+        let file = dir.path().join("file");
+        assert!(fs::symlink_metadata(&file).unwrap().is_file());
+        assert_eq!(fs::read(file).unwrap(), b"new");
     }
 }

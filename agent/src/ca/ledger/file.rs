@@ -11,7 +11,7 @@ use std::{
 use nix::fcntl::{Flock, FlockArg};
 
 use super::entry::Entry;
-use crate::ca::{CaError, shut_out::owned_as};
+use crate::ca::{CaError, shut_out::open_kept};
 
 const NAME: &str = "ledger.jsonl";
 const LOCK: &str = "lock";
@@ -37,9 +37,7 @@ pub fn lock(dir: &Path) -> Result<Flock<File>, CaError> {
     let path = dir.join(LOCK);
     let file = (|| {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path)?;
-        owned_as(&file, &path)?;
-        Ok(file)
+        open_kept(&path, 0o600)
     })();
     let file = file.map_err(CaError::io("open", &path))?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| CaError::io("lock", &path)(error.into()))
