@@ -3,7 +3,7 @@
 //! denies where it would have had a say, until it is mended. Fetching them is `control::kubernetes`'s.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
     path::Path,
     sync::Arc,
@@ -53,7 +53,7 @@ enum Read {
     Destination(DestinationRule),
     Service(Arc<services::ServiceResource>),
     Workload(Arc<resources::WorkloadEntry>),
-    /// It cannot be read, and protects nothing by itself.
+    /// It cannot be read, not even whom it is about.
     Nothing,
 }
 
@@ -103,7 +103,7 @@ impl Object {
         let placeless = |findings: Vec<Finding>| -> Vec<Finding> {
             findings.into_iter().map(|finding| Finding { line: None, ..finding }).collect()
         };
-        let read = read.unwrap_or_else(|| denying(kind, namespace, name, object));
+        let read = read.unwrap_or_else(|| denying(kind, &origin, namespace, name, object));
         Self { read, errors: placeless(report.errors), warnings: placeless(report.warnings) }
     }
 }
@@ -196,9 +196,13 @@ fn read_map(kind: ObjectKind, origin: &Origin, document: &[Pair], report: &mut R
     read.filter(|_| report.errors.is_empty())
 }
 
+/// A service account that no cluster can have: its name is none.
+const NOBODY: &str = "_unreadable";
+
 /// What an object that cannot be read means. A policy denies in all of its namespace, because its selector is not to be relied on; for the
-/// host of a DestinationRule nobody may answer.
-fn denying(kind: ObjectKind, namespace: &str, name: &str, object: &Json) -> Read {
+/// host of a DestinationRule nobody may answer, nor at the address of a WorkloadEntry; at those of a ServiceEntry nothing listens.
+/// Without them such an address would be a stranger's, who is spoken to in plaintext.
+fn denying(kind: ObjectKind, origin: &Origin, namespace: &str, name: &str, object: &Json) -> Read {
     let policy = PolicyName { kind: kind.as_str(), namespace: namespace.to_owned(), name: name.to_owned() };
     // Of two the older counts, and this one must.
     let header = Header { name: policy, created: Some(Duration::ZERO), selector: Labels::default() };
@@ -223,7 +227,43 @@ fn denying(kind: ObjectKind, namespace: &str, name: &str, object: &Json) -> Read
             let (ports, subsets) = Default::default();
             Read::Destination(DestinationRule { header, host, exported_to: None, traffic, ports, subsets })
         }
-        ObjectKind::ServiceEntry | ObjectKind::WorkloadEntry => Read::Nothing,
+        ObjectKind::WorkloadEntry => {
+            let address = object.pointer("/spec/address").and_then(Json::as_str).and_then(|text| text.parse().ok());
+            address.map_or(Read::Nothing, |address| {
+                Read::Workload(Arc::new(resources::WorkloadEntry {
+                    origin: origin.clone(),
+                    name: name.to_owned(),
+                    namespace: namespace.to_owned(),
+                    service_account: NOBODY.to_owned(),
+                    address,
+                    address_line: 0,
+                    labels: Labels::default(),
+                    in_mesh: true,
+                    netns: None,
+                    ports: BTreeMap::default(),
+                    zone: None,
+                }))
+            })
+        }
+        ObjectKind::ServiceEntry => {
+            let texts = |pointer| object.pointer(pointer).and_then(Json::as_array).into_iter().flatten();
+            let hosts = texts("/spec/hosts").filter_map(Json::as_str).map(str::to_owned).collect();
+            let addresses = texts("/spec/addresses").filter_map(Json::as_str).filter_map(|text| text.parse().ok());
+            let addresses: Vec<IpAddr> = addresses.collect();
+            if addresses.is_empty() {
+                return Read::Nothing;
+            }
+            Read::Service(Arc::new(services::ServiceResource {
+                origin: origin.clone(),
+                namespace: namespace.to_owned(),
+                hosts,
+                addresses,
+                ports: Vec::new(),
+                behind: services::Behind::Nothing,
+                identities: Vec::new(),
+                internal: true,
+            }))
+        }
     }
 }
 
@@ -373,6 +413,33 @@ mod tests {
         assert_eq!((free.workloads.len(), free.findings.len()), (1, 0));
         let taken = compile(&domains, [&entry].into_iter(), &[], &|_| true);
         assert_eq!((taken.workloads.len(), taken.findings.len()), (0, 1));
+    }
+
+    #[test]
+    fn the_addresses_of_an_entry_that_cannot_be_read_are_no_strangers() {
+        let entry = object(ObjectKind::WorkloadEntry, "shop", json!({"address": "10.0.0.7", "serviceAccount": "A B"}));
+        let service = object(
+            ObjectKind::ServiceEntry,
+            "shop",
+            json!({"hosts": ["db.example"], "addresses": ["240.0.0.1"], "ports": "5432"}),
+        );
+        assert!(!entry.errors.is_empty() && !service.errors.is_empty());
+        let domains = TrustDomains::default();
+        let compiled = compile(&domains, [&entry, &service].into_iter(), &[], &|_| false);
+        let [workload] = compiled.workloads.as_slice() else { panic!("{:?}", compiled.findings) };
+        assert_eq!((workload.in_mesh, workload.addresses.clone()), (true, vec!["10.0.0.7".parse().unwrap()]));
+        let policies = Policies::of_objects(&domains, [&entry, &service].into_iter());
+        let Outbound::Mtls { expect } = policy::towards(&policies, Some(workload), 80, None, &Traffic::default())
+        else {
+            panic!("plaintext to a workload that cannot be read")
+        };
+        assert!(expect.iter().all(|id| id.service_account() == NOBODY), "{expect:?}");
+        let [service] = compiled.services.as_slice() else { panic!("{:?}", compiled.findings) };
+        assert!(service.ports.is_empty() && service.addresses == ["240.0.0.1".parse::<IpAddr>().unwrap()]);
+        let to = "240.0.0.1:5432".parse().unwrap();
+        assert_eq!(service.endpoints(to, None, |_| Some(0), 0).map(|found| found.len()), None, "nothing listens there");
+        // A pod's address stays the pod's.
+        assert_eq!(compile(&domains, [&entry].into_iter(), &[], &|_| true).workloads.len(), 0);
     }
 
     proptest! {
