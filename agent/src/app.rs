@@ -15,7 +15,7 @@ use crate::{
     access_log::AccessLog,
     admin,
     bpf::{BpfError, Capture, CaptureSettings},
-    config::{self, AgentConfig, ConfigErrors, DirectConfig, DirectMode, PumpMode, RecordsMode},
+    config::{self, AgentConfig, ConfigErrors, DirectConfig, DirectMode, PumpMode, RecordsMode, SpareMode},
     control::{
         files::{self, WatchSettings},
         kubernetes::{Source, SourceError},
@@ -239,6 +239,7 @@ fn settings(agent: &AgentConfig) -> Settings {
         handshake: agent.timeouts.handshake,
         dead_peer: agent.timeouts.dead_peer,
         pqc_only: agent.tls.pqc_only,
+        spares: agent.spares == SpareMode::Auto,
     }
 }
 

@@ -28,7 +28,7 @@ use std::{
 
 pub use agent::{
     AccessLogConfig, AccessLogFilter, AccessLogFormat, AgentConfig, CaConfig, CaSource, CaptureConfig, DirectConfig,
-    DirectMode, KubernetesConfig, PumpMode, RecordsConfig, RecordsMode, Timeouts, TlsConfig,
+    DirectMode, KubernetesConfig, PumpMode, RecordsConfig, RecordsMode, SpareMode, Timeouts, TlsConfig,
 };
 pub use ca_lists::{Network, Placements, TokenEntry, load_ca_nodes, load_ca_tokens};
 pub use ca_server::{ApiServer, CaLimits, CaServerConfig, KubernetesReview, load_ca_server};

@@ -52,6 +52,7 @@ pub struct Metrics {
     carried: Family<Labels<5>, Counter>,
     handshakes: Family<Labels<3>, Counter>,
     handshake_seconds: Family<Labels<1>, Histogram>,
+    spares: Family<Labels<1>, Counter>,
     reloads: Family<Labels<1>, Counter>,
     trust_reloads: Family<Labels<1>, Counter>,
     trust_withdrawn: Family<Labels<2>, Counter>,
@@ -85,6 +86,7 @@ impl Metrics {
                 drop(family.get_or_create(&[("result", result)]));
             }
         }
+        let spares = Family::<Labels<1>, Counter>::default();
         let pending = Gauge::default();
         let (traffic, others) = (Arc::new(Traffic::new()), Latest::default());
 
@@ -106,6 +108,11 @@ impl Metrics {
             "Time a successful handshake took",
             Unit::Seconds,
             handshake_seconds.clone(),
+        );
+        registry.register(
+            "marline_spare_connections",
+            "Connections to peers that were made before an application asked for one, by what became of them",
+            spares.clone(),
         );
         registry.register("marline_config_reloads", "Configuration reloads by result", reloads.clone());
         registry.register(
@@ -130,6 +137,7 @@ impl Metrics {
             carried,
             handshakes,
             handshake_seconds,
+            spares,
             reloads,
             trust_reloads,
             trust_withdrawn,
@@ -182,6 +190,12 @@ impl Metrics {
             Err(reason) => ("failed", reason),
         };
         self.handshakes.get_or_create(&[reporter(direction), ("result", outcome), ("reason", reason)]).inc();
+    }
+
+    pub fn spare(&self, what: &'static str, count: u64) {
+        if count > 0 {
+            self.spares.get_or_create(&[("event", what)]).inc_by(count);
+        }
     }
 
     pub fn reloaded(&self, accepted: bool) {

@@ -10,12 +10,15 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use tokio::{net::TcpStream, sync::watch};
+use tokio::{
+    net::TcpStream,
+    sync::{Semaphore, watch},
+};
 
 use crate::{
     access_log::AccessLog,
     bpf::{Capture, Hook, PodNetns, selftest::SelfTest},
-    identity::{SpiffeId, Svid, Trust, manager::Manager},
+    identity::{SpiffeId, Svid, Trust, manager::Manager, trust::Voucher},
     metrics::Metrics,
     state::{LocalPod, Snapshot, State},
     sys::{
@@ -38,9 +41,11 @@ mod inbound;
 pub mod offload;
 mod outbound;
 mod pod;
+mod pool;
 pub mod probe;
 pub mod pump;
 mod refusal;
+mod spare;
 mod target;
 mod watchdog;
 
@@ -64,6 +69,8 @@ pub struct Settings {
     pub dead_peer: Duration,
     /// Nothing but post-quantum key exchange.
     pub pqc_only: bool,
+    /// Whether connections are made before they are asked for.
+    pub spares: bool,
 }
 
 /// All that the stages share.
@@ -76,6 +83,8 @@ pub struct Context {
     pub settings: Settings,
     pub connections: Connections,
     pub loads: Loads,
+    /// Places for spare connections, of all pods.
+    spares: Arc<Semaphore>,
     pub metrics: Arc<Metrics>,
     pub log: AccessLog,
     /// `None` where direct connections are off.
@@ -121,6 +130,7 @@ impl Proxy {
     /// To be called within a tokio runtime.
     pub fn new(parts: Parts) -> Self {
         let Parts { state, identities, capture, kernel, settings, metrics, log, direct } = parts;
+        let spares = if settings.spares { pool::SPARES } else { 0 };
         let ctx = Context {
             state,
             identities,
@@ -130,6 +140,7 @@ impl Proxy {
             settings,
             connections: Connections::default(),
             loads: Loads::default(),
+            spares: Arc::new(Semaphore::new(spares)),
             metrics,
             log,
             direct,
@@ -331,23 +342,20 @@ impl Context {
         learned: &Learned,
         result: Result<Secured, HandshakeError>,
     ) -> Result<Secured, Refusal> {
+        let secured = self.count_handshake(direction, since, result)?;
+        Proved::new(&secured, learned).note(direction, &account.live);
+        Ok(secured)
+    }
+
+    fn count_handshake(
+        &self,
+        direction: Direction,
+        since: Instant,
+        result: Result<Secured, HandshakeError>,
+    ) -> Result<Secured, Refusal> {
         match result {
             Ok(secured) => {
                 self.metrics.handshake(direction, Ok(since.elapsed()));
-                account.live.learn(|facts| {
-                    let peer = match direction {
-                        Direction::Outbound => &mut facts.destination,
-                        Direction::Inbound => &mut facts.source,
-                    };
-                    peer.identity = Some(secured.peer.to_string());
-                    facts.proved = Some(secured.peer.clone());
-                    facts.voucher = learned.voucher().cloned();
-                    facts.tls = Some(TlsFacts {
-                        cipher: format!("{:?}", secured.suite.suite()),
-                        group: secured.group.map(|group| format!("{group:?}")),
-                        alpn: secured.alpn.as_deref().map(|name| String::from_utf8_lossy(name).into_owned()),
-                    });
-                });
                 Ok(secured)
             }
             Err(error) => {
@@ -356,6 +364,38 @@ impl Context {
                 Err(refusal)
             }
         }
+    }
+}
+
+/// What a handshake has told of the peer.
+struct Proved {
+    peer: SpiffeId,
+    voucher: Option<Voucher>,
+    tls: TlsFacts,
+}
+
+impl Proved {
+    fn new(secured: &Secured, learned: &Learned) -> Self {
+        Self {
+            peer: secured.peer.clone(),
+            voucher: learned.voucher().cloned(),
+            tls: TlsFacts {
+                cipher: format!("{:?}", secured.suite.suite()),
+                group: secured.group.map(|group| format!("{group:?}")),
+                alpn: secured.alpn.as_deref().map(|name| String::from_utf8_lossy(name).into_owned()),
+            },
+        }
+    }
+
+    fn note(self, direction: Direction, live: &Live) {
+        live.learn(|facts| {
+            let end = match direction {
+                Direction::Outbound => &mut facts.destination,
+                Direction::Inbound => &mut facts.source,
+            };
+            end.identity = Some(self.peer.to_string());
+            (facts.proved, facts.voucher, facts.tls) = (Some(self.peer), self.voucher, Some(self.tls));
+        });
     }
 }
 

@@ -26,6 +26,7 @@ pub struct AgentConfig {
     pub records: RecordsConfig,
     pub pump: PumpMode,
     pub direct: DirectConfig,
+    pub spares: SpareMode,
     pub admin: SocketAddr,
     pub metrics: SocketAddr,
     pub readiness: SocketAddr,
@@ -132,6 +133,15 @@ pub enum DirectMode {
     Off,
 }
 
+/// Connections that are made before an application asks for one.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum SpareMode {
+    /// To places that a pod connects to again and again.
+    #[default]
+    Auto,
+    Off,
+}
+
 #[derive(Clone, PartialEq, Debug)]
 pub struct AccessLogConfig {
     /// Standard output if there is none.
@@ -197,6 +207,7 @@ impl AgentConfig {
             ("spec.records", self.records == other.records),
             ("spec.pump", self.pump == other.pump),
             ("spec.direct", self.direct == other.direct),
+            ("spec.spareConnections", self.spares == other.spares),
             ("spec.admin.address", self.admin == other.admin),
             ("spec.metrics.address", self.metrics == other.metrics),
             ("spec.readiness.address", self.readiness == other.readiness),
@@ -235,6 +246,8 @@ pub(super) fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut 
     let pumps = [("auto", PumpMode::Auto), ("splice", PumpMode::Splice), ("copy", PumpMode::Copy)];
     let pump = spec.choice(report, "pump", &pumps).unwrap_or_default();
     let direct = read_direct(&mut spec, report);
+    let modes = [("auto", SpareMode::Auto), ("off", SpareMode::Off)];
+    let spares = spec.choice(report, "spareConnections", &modes).unwrap_or_default();
     let admin = read_address(&mut spec, report, "admin", (Ipv4Addr::LOCALHOST, 15000));
     if !admin.ip().to_canonical().is_loopback() {
         let message = format!("{admin} can be reached from other hosts, and whoever reaches it rules the agent");
@@ -264,6 +277,7 @@ pub(super) fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut 
         records,
         pump,
         direct,
+        spares,
         admin,
         metrics,
         readiness,

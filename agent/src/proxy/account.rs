@@ -5,7 +5,7 @@ use std::{sync::Arc, time::SystemTime};
 
 use super::{
     Context,
-    connections::{self, Connections, Live},
+    connections::{self, Connections, Facts, Live},
     identify,
     offload::Records,
     pump::PumpError,
@@ -76,6 +76,14 @@ impl Account {
         if !std::mem::replace(&mut self.counted, true) {
             self.metrics.pending.inc();
         }
+    }
+
+    /// It is a connection that no application has come for yet, and leaves no trace until one does. What is known of it is given back.
+    pub fn set_aside(mut self) -> Facts {
+        if std::mem::replace(&mut self.counted, false) {
+            self.metrics.pending.dec();
+        }
+        self.live.facts()
     }
 
     /// It is known who talks to whom: from here on it counts as opened. What was moved until now was counted by an earlier agent.

@@ -42,6 +42,14 @@ pub enum Way {
     Plaintext { permit: Permit },
 }
 
+impl Way {
+    pub fn permit(self) -> Permit {
+        match self {
+            Self::Mtls { permit, .. } | Self::Plaintext { permit } => permit,
+        }
+    }
+}
+
 /// The client's side.
 pub fn towards(snapshot: &Snapshot, target: &Target, live: &Live) -> Result<Way, Denied> {
     let (endpoint, port) = (target.workload.as_deref(), target.address.port());

@@ -10,6 +10,7 @@ use super::{
     account::Account,
     authorize::{self, Arrival, Permit},
     capture, carry,
+    connections::Facts,
     direct::{Offered, Ready, Why, canonical},
     handshake::{self, HandshakeError},
     identify::{self, ClientAddr},
@@ -17,15 +18,18 @@ use super::{
     pod::{Pod, Turn},
     pump,
     refusal::Refusal,
+    spare,
 };
 use crate::{
     bpf::ClientEntry,
+    identity::SpiffeId,
     policy::Inbound,
+    state::Snapshot,
     tls::{
         config::{self, Accept, Learned},
         records::Ending,
     },
-    words::{Direction, Mode},
+    words::{Direction, Mode, with_causes},
 };
 
 /// `internal_error`: the application behind this agent does not take the connection (RFC 8446 section 6.2).
@@ -47,7 +51,20 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
         facts.served = Some(pod.workload.clone());
     });
     // In a box, which goes with the handshake: the task would have room for it as long as the connection lives.
-    match Box::pin(open(&ctx, &pod, wire, client, local, &account)).await {
+    let arrived = match Box::pin(secure(&ctx, &pod, wire, client, local, &account)).await {
+        Err(refusal) => return account.refused(refusal.reason(), &refusal),
+        Ok(arrived) => arrived,
+    };
+    let (account, arrived, turn) = if arrived.spare {
+        drop(turn);
+        match Box::pin(wait(&ctx, &pod, arrived, account.set_aside())).await {
+            None => return,
+            Some(claimed) => claimed,
+        }
+    } else {
+        (account, arrived, turn)
+    };
+    match Box::pin(admit(&ctx, &pod, arrived, client, local, &account)).await {
         Err(refusal) => account.refused(refusal.reason(), &refusal),
         Ok(opened) => {
             let Opened { app, wire, records, mut permit, entry, offered } = opened;
@@ -99,14 +116,29 @@ struct Opened {
     entry: ClientEntry,
 }
 
-async fn open(
-    ctx: &Arc<Context>,
-    pod: &Arc<Pod>,
+/// What has come, after its handshake if it had one.
+struct Arrived {
+    wire: TcpStream,
+    records: Records,
+    peer: Option<SpiffeId>,
+    snapshot: Arc<Snapshot>,
+    rule: Inbound,
+    /// Bytes of the handshake, there and back.
+    handshake: (u64, u64),
+    /// Whether streams end by FIN.
+    fin: bool,
+    /// Whether an application will come for it later.
+    spare: bool,
+}
+
+async fn secure(
+    ctx: &Context,
+    pod: &Pod,
     mut wire: TcpStream,
     client: ClientAddr,
     local: SocketAddr,
     account: &Account,
-) -> Result<Opened, Refusal> {
+) -> Result<Arrived, Refusal> {
     capture::guard(&wire, ctx.settings.dead_peer).map_err(Refusal::Client)?;
     // Only a program in the pod that connects to the agent's listener by itself comes to loopback.
     if local.ip().is_loopback() {
@@ -141,15 +173,60 @@ async fn open(
     } else {
         None
     };
-    let peer = secured.as_ref().map(|secured| &secured.peer);
-    let permit = authorize::inbound(&snapshot, arrival, peer, &rule, &account.live);
-    let handshake = secured.as_ref().map_or((0, 0), |secured| (secured.sent, secured.received));
-    let agreed = secured.as_ref().is_some_and(|secured| config::ending(secured.alpn.as_deref()) == Ending::Fin);
-    let records = match secured {
-        Some(secured) => offload::offload(&wire, secured, ctx.settings.records, &ctx.kernel)?,
-        None => Records::Plain(ctx.kernel.pump),
+    let Some(secured) = secured else {
+        let (records, peer, handshake) = (Records::Plain(ctx.kernel.pump), None, (0, 0));
+        return Ok(Arrived { wire, records, peer, snapshot, rule, handshake, fin: false, spare: false });
     };
-    let permit = match permit {
+    let alpn = secured.alpn.as_deref();
+    let (fin, spare) = (config::ending(alpn) == Ending::Fin, alpn == Some(config::SPARE));
+    let (peer, handshake) = (Some(secured.peer.clone()), (secured.sent, secured.received));
+    let records = offload::offload(&wire, secured, ctx.settings.records, &ctx.kernel)?;
+    Ok(Arrived { wire, records, peer, snapshot, rule, handshake, fin, spare })
+}
+
+/// Until the client's application comes for it. Then it is a connection like others, judged by what holds now; `None` if none comes.
+async fn wait(ctx: &Context, pod: &Pod, mut arrived: Arrived, known: Facts) -> Option<(Account, Arrived, Turn)> {
+    // Beyond the bound the client hears of it by the end, and goes on without.
+    let place = pod.spares.clone().try_acquire_owned().ok()?;
+    let mut served = pod.served.clone();
+    let claimed = tokio::select! {
+        claimed = spare::claimed(&mut arrived.wire, &mut arrived.records) => claimed,
+        // Nobody sends: it tells its sender's end.
+        _ = served.changed() => return None,
+    };
+    drop(place);
+    match claimed {
+        Ok(true) => {}
+        Ok(false) => return None,
+        Err(error) => {
+            tracing::warn!(source = ?known.source.address, "a spare connection was given up: {}", with_causes(&error));
+            return None;
+        }
+    }
+    let turn = pod.inbound.clone().acquire_owned().await.ok()?;
+    let account = Account::open(ctx, Direction::Inbound);
+    let (client, local) = (known.source.address?, known.destination.address?);
+    arrived.snapshot = ctx.state.load();
+    let (workload, mut source) = identify::endpoint(&arrived.snapshot, client);
+    source.identity = known.source.identity.clone();
+    account.live.learn(|facts| *facts = Facts { source, ..known });
+    let arrival = Arrival { workload: &pod.workload, client, local };
+    arrived.rule = authorize::arriving(&arrived.snapshot, arrival, workload.as_deref());
+    Some((account, arrived, turn))
+}
+
+/// Policy's word, and the way to the application.
+async fn admit(
+    ctx: &Arc<Context>,
+    pod: &Arc<Pod>,
+    arrived: Arrived,
+    client: ClientAddr,
+    local: SocketAddr,
+    account: &Account,
+) -> Result<Opened, Refusal> {
+    let Arrived { wire, records, peer, snapshot, rule, handshake, fin, .. } = arrived;
+    let arrival = Arrival { workload: &pod.workload, client: client.0, local };
+    let permit = match authorize::inbound(&snapshot, arrival, peer.as_ref(), &rule, &account.live) {
         Ok(permit) => permit,
         Err(denied) => {
             pump::refuse(wire, records, ACCESS_DENIED).await;
@@ -157,7 +234,7 @@ async fn open(
         }
     };
     // Before the leg is connected: whoever accepts it must find the connection.
-    let offers = agreed && accept(ctx, pod, local.port()) == Accept::DirectReady && records.kernel_keeps();
+    let offers = fin && accept(ctx, pod, local.port()) == Accept::DirectReady && records.kernel_keeps();
     let offered = if offers {
         Offered::new(ctx, pod, client.0, &wire, account, handshake).map_err(Some)
     } else {

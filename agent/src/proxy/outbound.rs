@@ -16,6 +16,7 @@ use super::{
     identify::{self, ClientAddr, OrigDst},
     offload::{self, Records},
     pod::{Pod, Turn},
+    pool::{self, Aim, Spare},
     pump::PumpError,
     refusal::Refusal,
     target::Target,
@@ -23,7 +24,7 @@ use super::{
 use crate::{
     state::Snapshot,
     tls::{
-        config::{self, Learned, Offer},
+        config::{self, Ciphers, Learned, Offer},
         records::RecordError,
     },
     words::Direction,
@@ -70,8 +71,8 @@ fn origin(ctx: &Context, pod: &Pod, client: ClientAddr) -> Result<(OrigDst, u64)
 }
 
 async fn open(
-    ctx: &Context,
-    pod: &Pod,
+    ctx: &Arc<Context>,
+    pod: &Arc<Pod>,
     app: &TcpStream,
     client: ClientAddr,
     origin: Result<OrigDst, Refusal>,
@@ -81,33 +82,39 @@ async fn open(
     let destination = origin?;
     let snapshot = ctx.state.load();
     let targets = ctx.loads.targets(&snapshot, pod, destination.0)?;
-    let (target, way, mut wire) = match reach(ctx, pod, &snapshot, chosen(client), targets, account).await {
+    let (target, leg) = match reach(ctx, pod, &snapshot, (chosen(client), destination), targets, account).await {
         Err(refusal @ Refusal::Refused(_)) => {
             remember_refused(ctx, pod, destination);
             return Err(refusal);
         }
         reached => reached?,
     };
-    capture::guard(&wire, ctx.settings.dead_peer).map_err(Refusal::Unreachable)?;
+    let (wire, records, permit) = match leg {
+        Leg::Plaintext(wire, permit) => (wire, Records::Plain(ctx.kernel.pump), permit),
+        Leg::Mtls(wire, permit, aim) => {
+            let (wire, records) = secure(ctx, pod, wire, aim, chosen(client).is_none(), account).await?;
+            (wire, records, permit)
+        }
+        Leg::Spare(spare, permit, aim) => {
+            let Spare { wire, records, proved, .. } = *spare;
+            proved.note(Direction::Outbound, &account.live);
+            pool::asked(ctx, pod, &aim);
+            (wire, records, permit)
+        }
+    };
     if let Some(wanted) = &target.traffic.keepalive {
         capture::keep_alive(&wire, wanted).map_err(Refusal::Unreachable)?;
     }
-    let (records, permit) = match way {
-        Way::Plaintext { permit } => (Records::Plain(ctx.kernel.pump), permit),
-        Way::Mtls { permit, expect } => {
-            let svid = ctx.svid(&pod.workload.id)?;
-            let parameters = ctx.parameters(Direction::Outbound, target.address);
-            let offer = if ctx.direct.is_some() { Offer::ProxiedFinOk } else { Offer::Proxied };
-            let (trust, learned) = (ctx.identities.trust(), Learned::default());
-            let config = config::client_config_with(parameters, &svid, trust, &expect, offer, learned.clone())?;
-            let name = config::server_name(destination.0.port(), target.host());
-            let since = Instant::now();
-            let handshake = handshake::connect(&mut wire, config, name, ctx.settings.handshake).await;
-            let secured = ctx.handshaken(account, Direction::Outbound, since, &learned, handshake)?;
-            (offload::offload(&wire, secured, ctx.settings.records, &ctx.kernel)?, permit)
-        }
-    };
     Ok((Arc::new(wire), records, permit, destination, target))
+}
+
+/// A connection to a target, as far as it is.
+enum Leg {
+    Plaintext(TcpStream, Permit),
+    /// Without its handshake.
+    Mtls(TcpStream, Permit, Aim),
+    /// It was there, and is the application's now.
+    Spare(Box<Spare>, Permit, Aim),
 }
 
 /// Connects to the first target that can be reached. Policy is asked for each: who may answer is another's for another.
@@ -115,17 +122,40 @@ async fn reach(
     ctx: &Context,
     pod: &Pod,
     snapshot: &Snapshot,
-    from: Option<IpAddr>,
+    (from, destination): (Option<IpAddr>, OrigDst),
     targets: Vec<Target>,
     account: &mut Account,
-) -> Result<(Target, Way, TcpStream), Refusal> {
+) -> Result<(Target, Leg), Refusal> {
     let mut refusal = Refusal::NotCaptured;
     for target in targets {
         account.aims_at(ctx, &target);
-        let way = authorize::towards(snapshot, &target, &account.live)?;
+        let mut way = authorize::towards(snapshot, &target, &account.live)?;
+        let aim = match &mut way {
+            Way::Plaintext { .. } => None,
+            Way::Mtls { expect, .. } => {
+                let (port, host) = (destination.0.port(), target.host().to_owned());
+                Some(Aim { address: target.address, port, host, expect: std::mem::take(expect) })
+            }
+        };
+        // What had bound an address connects from there.
+        let spare = match &aim {
+            Some(aim) if from.is_none() => pool::claim(ctx, pod, aim)?,
+            _ => None,
+        };
+        let permit = way.permit();
+        if let (Some(spare), Some(aim)) = (spare, &aim) {
+            return Ok((target, Leg::Spare(Box::new(spare), permit, aim.clone())));
+        }
         let limit = target.traffic.connect_timeout.unwrap_or(ctx.settings.connect);
         match capture::connect(&pod.netns, from, target.address, limit).await {
-            Ok(wire) => return Ok((target, way, wire)),
+            Ok(wire) => {
+                capture::guard(&wire, ctx.settings.dead_peer).map_err(Refusal::Unreachable)?;
+                let leg = match aim {
+                    Some(aim) => Leg::Mtls(wire, permit, aim),
+                    None => Leg::Plaintext(wire, permit),
+                };
+                return Ok((target, leg));
+            }
             Err(error) => {
                 ctx.loads.refused(&target);
                 refusal = Refusal::connecting(error);
@@ -133,6 +163,32 @@ async fn reach(
         }
     }
     Err(refusal)
+}
+
+/// The handshake, and its keys to where the records will be.
+async fn secure(
+    ctx: &Arc<Context>,
+    pod: &Arc<Pod>,
+    mut wire: TcpStream,
+    aim: Aim,
+    usual: bool,
+    account: &Account,
+) -> Result<(TcpStream, Records), Refusal> {
+    let svid = ctx.svid(&pod.workload.id)?;
+    let parameters = ctx.parameters(Direction::Outbound, aim.address);
+    let offer = if ctx.direct.is_some() { Offer::ProxiedFinOk } else { Offer::Proxied };
+    let (trust, learned) = (ctx.identities.trust(), Learned::default());
+    let config = config::client_config_with(parameters, &svid, trust, &aim.expect, offer, learned.clone())?;
+    let name = config::server_name(aim.port, &aim.host);
+    let since = Instant::now();
+    let handshake = handshake::connect(&mut wire, config, name, ctx.settings.handshake).await;
+    let secured = ctx.handshaken(account, Direction::Outbound, since, &learned, handshake)?;
+    // Another agent's proxied connection, sealed as a spare one would be.
+    if usual && secured.alpn.as_deref() == Some(config::MARLINE) && parameters.ciphers == Ciphers::Fastest {
+        pool::asked(ctx, pod, &aim);
+    }
+    let records = offload::offload(&wire, secured, ctx.settings.records, &ctx.kernel)?;
+    Ok((wire, records))
 }
 
 /// The address that the application had bound, if it had: an unbound one comes from loopback.

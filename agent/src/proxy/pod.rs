@@ -23,6 +23,7 @@ use super::{
     direct::{Enrolled, Turns},
     identify::ClientAddr,
     inbound, outbound,
+    pool::Pool,
 };
 use crate::{
     bpf::{
@@ -46,6 +47,8 @@ const FIRST_CERTIFICATE: Duration = Duration::from_secs(1);
 /// How many connections of one pod may be on their way to be established, in each direction. Those beyond wait in the listeners'
 /// queues, so that a pod cannot take what the node's other pods need, nor its peers what it needs to call out.
 const PENDING: usize = 1024;
+/// How many connections may wait at one pod for a peer's application to come for them.
+const SPARES: usize = 256;
 /// After an accept that failed.
 const BREATH: Duration = Duration::from_millis(200);
 
@@ -58,15 +61,30 @@ pub struct Pod {
     pub inbound: Arc<Semaphore>,
     /// Of questions to the kernel about the pod's sockets.
     pub turns: Turns,
+    /// Connections to others that are made before they are asked for.
+    pub(super) pool: Pool,
+    /// Places for those that others have made to this pod.
+    pub spares: Arc<Semaphore>,
+    /// Its sender goes when the pod is served no more.
+    pub served: watch::Receiver<()>,
     /// Which of the pod's ports want IPv4 clients v4-mapped.
     pub mapped: Mutex<HashMap<u16, bool>>,
 }
 
 impl Pod {
-    fn new(workload: Arc<Workload>, netns: Netns) -> Self {
-        let places = || Arc::new(Semaphore::new(PENDING));
-        let (outbound, inbound) = (places(), places());
-        Self { workload, netns, outbound, inbound, turns: Turns::default(), mapped: Mutex::default() }
+    fn new(workload: Arc<Workload>, netns: Netns, served: watch::Receiver<()>) -> Self {
+        let places = |count| Arc::new(Semaphore::new(count));
+        Self {
+            workload,
+            netns,
+            outbound: places(PENDING),
+            inbound: places(PENDING),
+            turns: Turns::default(),
+            pool: Pool::default(),
+            spares: places(SPARES),
+            served,
+            mapped: Mutex::default(),
+        }
     }
 }
 
@@ -203,7 +221,9 @@ async fn serve(
         }
         _ = order.wait_for(|order| *order != Order::Serve) => return Ok(Left::Ordered),
     }
-    let pod = Arc::new(Pod::new(local.workload.clone(), netns));
+    let (serving, served) = watch::channel(());
+    let pod = Arc::new(Pod::new(local.workload.clone(), netns, served));
+    let _spares = SparesOf(&pod, serving);
     let listeners = Listeners::open(&pod.netns).map_err(EnrolError::Listen)?;
     let captured = listeners.for_capture(&pod.netns, addresses).map_err(EnrolError::Listen)?;
     let enrolment = ctx.capture.enrol(&captured)?;
@@ -299,6 +319,15 @@ impl<'a> Served<'a> {
 impl Drop for Served<'_> {
     fn drop(&mut self) {
         lock(&self.0.served).remove(&self.1);
+    }
+}
+
+/// That a pod's spare connections may be used, as long as it lives: those to it hear of its sender's end.
+struct SparesOf<'a>(&'a Pod, #[expect(dead_code, reason = "dropping it is what it is for")] watch::Sender<()>);
+
+impl Drop for SparesOf<'_> {
+    fn drop(&mut self) {
+        self.0.pool.close();
     }
 }
 

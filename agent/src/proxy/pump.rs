@@ -213,10 +213,10 @@ fn split(wire: &TcpStream, records: Records) -> (Out, In) {
 
 /// What to wait for before reading. Kernel TLS reports a record that it cannot open as an error alone, without the socket
 /// becoming readable (net/tls/tls_sw.c, tls_err_abort).
-const READ: Interest = Interest::READABLE.add(Interest::ERROR);
+pub(super) const READ: Interest = Interest::READABLE.add(Interest::ERROR);
 
 /// Reads if there is something to be read, or an error to be heard. tokio's `try_io` knows only one interest at a time.
-fn try_read<T>(from: &TcpStream, mut read: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+pub(super) fn try_read<T>(from: &TcpStream, mut read: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     match from.try_io(Interest::READABLE, &mut read) {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => from.try_io(Interest::ERROR, read),
         result => result,

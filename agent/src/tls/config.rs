@@ -31,10 +31,12 @@ pub const DIRECT: &[u8] = if WITHOUT_RECORDS { b"marline/direct-without-records"
 pub const FIN: &[u8] = if WITHOUT_RECORDS { b"marline/fin-without-records" } else { b"marline/fin" };
 /// An agent at each end.
 pub const MARLINE: &[u8] = if WITHOUT_RECORDS { b"marline-without-records" } else { b"marline" };
+/// An agent at each end, and no application yet: see `proxy::spare`.
+pub const SPARE: &[u8] = b"marline/spare";
 /// What Istio's sidecars speak.
 pub const ISTIO: &[u8] = b"istio";
 /// Every name by which the mesh's TLS is told from an application's own.
-pub const ALPN: [&[u8]; 4] = [DIRECT, FIN, MARLINE, ISTIO];
+pub const ALPN: [&[u8]; 5] = [DIRECT, FIN, MARLINE, SPARE, ISTIO];
 
 /// What a client can be, and can meet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +47,8 @@ pub enum Offer {
     ProxiedFinOk,
     /// The application holds the connection. Nothing else is offered, so that a server that is not up to it fails the handshake early.
     Direct,
+    /// An application may come for the connection later. Nothing else is offered, so that no server takes it for an application's.
+    Spare,
 }
 
 impl Offer {
@@ -53,6 +57,7 @@ impl Offer {
             Self::Proxied => &[MARLINE, ISTIO],
             Self::ProxiedFinOk => &[FIN, MARLINE, ISTIO],
             Self::Direct => &[DIRECT],
+            Self::Spare => &[SPARE],
         }
     }
 }
@@ -71,9 +76,9 @@ pub enum Accept {
 impl Accept {
     pub fn names(self) -> &'static [&'static [u8]] {
         match self {
-            Self::Plain => &[MARLINE, ISTIO],
-            Self::DirectClients => &[DIRECT, MARLINE, ISTIO],
-            Self::DirectReady => &[DIRECT, FIN, MARLINE, ISTIO],
+            Self::Plain => &[MARLINE, SPARE, ISTIO],
+            Self::DirectClients => &[DIRECT, MARLINE, SPARE, ISTIO],
+            Self::DirectReady => &[DIRECT, FIN, MARLINE, SPARE, ISTIO],
         }
     }
 }

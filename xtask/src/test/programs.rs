@@ -39,6 +39,7 @@ const SUITES: &[(&str, &[Need])] = &[
     ("direct_programs_sockets", &[PYTHON]),
     ("direct_transfer", &[PYTHON]),
     ("mesh_counters", &[PYTHON]),
+    ("mesh_spares", &[PYTHON]),
     ("native_monitoring", &[PYTHON, need("prometheus", "prometheus"), need("promtool", "prometheus")]),
     ("native_reloads", &[PYTHON]),
     ("native_visibility", &[PYTHON]),

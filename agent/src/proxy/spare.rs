@@ -1,0 +1,141 @@
+//! A spare connection: mTLS to a peer agent that is made before an application asks for it, and becomes one application's connection when
+//! that comes. Both ends agree on it by ALPN. The client's agent says so with one byte, the first of the stream; until then the server's
+//! agent has decided nothing, and asks policy for its word when the byte is here. Who keeps spare connections, and how many, is `pool`'s.
+
+use std::{io, os::fd::AsFd, time::Duration};
+
+use tokio::{
+    io::{AsyncReadExt, Interest},
+    net::TcpStream,
+    time::timeout,
+};
+
+use super::{
+    offload::Records,
+    pump::{READ, try_read},
+};
+use crate::{
+    sys::{
+        options,
+        socket::{self, Received},
+        tcp_info::TcpState,
+    },
+    tls::records::{APPLICATION_DATA, Control, HEADER, OVERHEAD, RecordError, read_control, sealed_body_length},
+};
+
+/// From here on the stream is an application's.
+const CLAIM: u8 = 1;
+/// The record that has it, where records are made here: nobody pads it.
+const CLAIM_RECORD: usize = OVERHEAD as usize + 1;
+/// How long the server's end waits for it. The client's gives a connection up sooner (`pool::LIFE`).
+const WAIT: Duration = Duration::from_secs(30);
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SpareError {
+    #[error("the connection")]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error("a spare connection begins with something else than its claim")]
+    NotAClaim,
+    #[error("a spare connection has no records")]
+    Plain,
+}
+
+/// The client's word: an application has come.
+pub(super) fn claim(wire: &TcpStream, records: &mut Records) -> Result<(), SpareError> {
+    let record = match records {
+        Records::Plain(_) => return Err(SpareError::Plain),
+        Records::Kernel { .. } => vec![CLAIM],
+        Records::Userspace { sealer, .. } => sealer.seal(APPLICATION_DATA, &[CLAIM])?,
+    };
+    // Nothing was sent on it yet: a socket without room for this is broken.
+    match wire.try_io(Interest::WRITABLE, || socket::send(wire, &record))? {
+        sent if sent == record.len() => Ok(()),
+        _ => Err(io::Error::from(io::ErrorKind::WriteZero).into()),
+    }
+}
+
+/// Waits for the client's word; false if it gave the connection up, or has let it wait for too long.
+pub(super) async fn claimed(wire: &mut TcpStream, records: &mut Records) -> Result<bool, SpareError> {
+    let word = async {
+        match records {
+            Records::Plain(_) => Err(SpareError::Plain),
+            Records::Kernel { .. } => kernel(wire).await,
+            Records::Userspace { opener, .. } => {
+                let mut record = [0; CLAIM_RECORD];
+                match wire.read_exact(&mut record).await {
+                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(false),
+                    read => read?,
+                };
+                if sealed_body_length(&record)? != Some(CLAIM_RECORD - HEADER) {
+                    return Err(SpareError::NotAClaim);
+                }
+                judge(opener.open(&mut record[HEADER..])?)
+            }
+        }
+    };
+    timeout(WAIT, word).await.unwrap_or(Ok(false))
+}
+
+async fn kernel(wire: &TcpStream) -> Result<bool, SpareError> {
+    let mut buffer = [0; 64];
+    loop {
+        wire.ready(READ).await?;
+        match try_read(wire, || socket::recv_record(wire, &mut buffer)) {
+            Ok(Received { len: 0, content_type: None }) => return Ok(false),
+            Ok(Received { len, content_type }) => {
+                return judge((content_type.unwrap_or_default(), buffer.get(..len).unwrap_or_default()));
+            }
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(false),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Keys are not changed, and tickets not sent, on a connection that nobody uses yet.
+fn judge((content_type, content): (u8, &[u8])) -> Result<bool, SpareError> {
+    match (content_type, content) {
+        (APPLICATION_DATA, &[CLAIM]) => Ok(true),
+        (APPLICATION_DATA, _) => Err(SpareError::NotAClaim),
+        (other, content) => match read_control(other, content)? {
+            Control::Closed => Ok(false),
+            Control::KeyUpdate { .. } | Control::Nothing => Err(SpareError::NotAClaim),
+        },
+    }
+}
+
+/// Whether the peer still holds a connection on which it has nothing to say.
+pub(super) fn lives(wire: impl AsFd) -> bool {
+    let established = options::counts(&wire).is_ok_and(|counts| counts.state == TcpState::ESTABLISHED);
+    established && socket::unread(&wire).is_ok_and(|unread| unread == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::tls::records::{ALERT, HANDSHAKE, key_update_message};
+
+    #[test]
+    fn one_byte_is_a_claim_and_nothing_else_is() {
+        assert!(judge((APPLICATION_DATA, &[CLAIM])).unwrap());
+        for not in [&[][..], &[0], &[2], &[CLAIM, CLAIM]] {
+            assert!(matches!(judge((APPLICATION_DATA, not)), Err(SpareError::NotAClaim)), "{not:?}");
+        }
+        assert!(!judge((ALERT, &[1, 0])).unwrap());
+        assert!(matches!(judge((ALERT, &[2, 40])), Err(SpareError::Record(_))));
+        assert!(matches!(judge((HANDSHAKE, &key_update_message(false))), Err(SpareError::NotAClaim)));
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_but_the_claim_is_taken_for_it(content_type: u8, content: Vec<u8>) {
+            let taken = matches!(judge((content_type, &content)), Ok(true));
+            prop_assert_eq!(taken, content_type == APPLICATION_DATA && content == [CLAIM]);
+        }
+    }
+}
