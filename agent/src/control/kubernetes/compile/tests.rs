@@ -128,8 +128,8 @@ fn a_pod_in_the_nodes_network_is_reported_and_is_nobodys_workload() {
 #[test]
 fn a_pod_is_captured_when_it_is_told_where_it_runs_by_its_uid() {
     let places = Places::default();
-    places.tell("uid-web", PodPlace { netns: PathBuf::from("/run/netns/web"), cgroup: None });
-    places.tell("uid-far", PodPlace { netns: PathBuf::from("/run/netns/far"), cgroup: None });
+    places.tell("uid-web", PodPlace { netns: PathBuf::from("/run/netns/web"), ..PodPlace::default() });
+    places.tell("uid-far", PodPlace { netns: PathBuf::from("/run/netns/far"), ..PodPlace::default() });
     let far = pod("far", |pod| {
         (pod["spec"]["nodeName"], pod["status"]["podIPs"], pod["status"]["podIP"]) =
             (json!("node-b"), json!(null), json!("10.0.0.2"))
