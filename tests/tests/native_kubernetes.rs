@@ -8,14 +8,19 @@ mod kubelet;
 #[path = "native_commands/typed.rs"]
 mod typed;
 
-use std::{fs, net::SocketAddr, sync::atomic::{AtomicBool, Ordering}, thread};
+use std::{
+    fs,
+    net::SocketAddr,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
 
 use anyhow::{Context, Result, ensure};
 use api::{PODS, SERVICES, SLICES};
 use kubelet::{World, on_kubernetes, result, uid};
 use marline_tests::{
-    cluster::{Family, Pod, Side},
     cgroup,
+    cluster::{Family, Pod, Side},
     process::{Place, Process, output},
     wait::{Look, seconds, wait_for},
 };
@@ -69,7 +74,8 @@ fn pods_are_captured_before_they_start_and_all_nine_pairs_are_as_they_should_be(
         let (node, other) = (world.cluster.node(Side::A), world.cluster.node(Side::B));
         let (_one, _two) = (serves(&server)?, serves(&plain)?);
         let log = world.cluster.directory().join("node-echo.log");
-        let mut third = Process::start("echo on node b", other.command(TALKER).args(["echo", &PORT.to_string()]), &log)?;
+        let mut third =
+            Process::start("echo on node b", other.command(TALKER).args(["echo", &PORT.to_string()]), &log)?;
         third.listens(&other.netns, PORT)?;
         let on_node: SocketAddr = (marline_tests::cluster::network::link_address(Side::B), PORT).into();
         // Both agents hear of the addresses in their own time.
@@ -98,7 +104,8 @@ fn pods_are_captured_before_they_start_and_all_nine_pairs_are_as_they_should_be(
             }
         }
         let entries = world.cluster.agent(Side::A)?.wait_entries("mTLS", 0, 4, |entry| {
-            entry.connects(&client, server.socket(Family::V4, PORT)) || entry.connects(&client, server.socket(Family::V6, PORT))
+            entry.connects(&client, server.socket(Family::V4, PORT))
+                || entry.connects(&client, server.socket(Family::V6, PORT))
         })?;
         ensure!(entries.iter().all(|entry| entry.tls.is_some()), "{entries:?}");
         on(world.cluster, Side::A)?.types(&["status"])?.has(0, &["connected since", "this node is well"])?;
@@ -126,7 +133,11 @@ fn an_agent_that_is_restarted_or_killed_keeps_pods_captured_and_starts_none_mean
         let (_one, _two) = (serves(&server)?, serves(&plain)?);
         let to = server.socket(Family::V4, PORT);
         for kill in [false, true] {
-            if kill { world.cluster.agent_mut(Side::A)?.kill()? } else { let _ended = world.cluster.agent_mut(Side::A)?.stop()?; }
+            if kill {
+                world.cluster.agent_mut(Side::A)?.kill()?
+            } else {
+                let _ended = world.cluster.agent_mut(Side::A)?.stop()?;
+            }
             for address in [to, plain.socket(Family::V4, PORT)] {
                 let went = talks(&client.place, address)?;
                 ensure!(went.as_ref().is_err_and(|why| why.contains("ECONNREFUSED")), "without its agent: {went:?}");
@@ -140,7 +151,10 @@ fn an_agent_that_is_restarted_or_killed_keeps_pods_captured_and_starts_none_mean
             let error = error_of(&world.call("ADD", "foo", &pod)?)?;
             fs::write(&chain, text)?;
             let said = error.to_string();
-            ensure!(error["code"] == 11 && said.contains("does not answer") && said.contains("marline status"), "{said}");
+            ensure!(
+                error["code"] == 11 && said.contains("does not answer") && said.contains("marline status"),
+                "{said}"
+            );
             let deleted = world.call("DEL", "foo", &pod)?;
             ensure!(deleted.status.success(), "DEL without an agent: {}", String::from_utf8_lossy(&deleted.stdout));
             // One that comes while the agent starts waits for it.
@@ -152,7 +166,10 @@ fn an_agent_that_is_restarted_or_killed_keeps_pods_captured_and_starts_none_mean
             ensure!(added.status.success(), "{}", String::from_utf8_lossy(&added.stdout));
             captured(world, Side::A, "client", true)?;
             let went = wait_for("client to reach server", seconds(20), || {
-                Ok(match talks(&client.place, to)? { Ok(()) => Look::Done(()), Err(why) => Look::NotYet(why) })
+                Ok(match talks(&client.place, to)? {
+                    Ok(()) => Look::Done(()),
+                    Err(why) => Look::NotYet(why),
+                })
             });
             went?;
             // What was known was never let go.
@@ -208,7 +225,10 @@ fn pods_from_before_the_plugin_and_pods_that_are_labelled_later_are_captured_lat
         label(world, "enabled")?;
         captured(world, Side::A, "later", true)?;
         wait_for("the label to reach the other node", seconds(20), || {
-            Ok(match talks(&later.place, server.socket(Family::V4, PORT))? { Ok(()) => Look::Done(()), Err(why) => Look::NotYet(why) })
+            Ok(match talks(&later.place, server.socket(Family::V4, PORT))? {
+                Ok(()) => Look::Done(()),
+                Err(why) => Look::NotYet(why),
+            })
         })?;
         wait_for("the flag", seconds(20), || flagged(&["foo/early", "legacy/later"]))?;
         label(world, "disabled")?;
@@ -234,10 +254,13 @@ fn an_add_that_cannot_be_answered_fails_in_time_and_says_why() -> Result<()> {
         let error = error_of(&world.call("ADD", "foo", &unknown)?)?;
         ensure!(error["code"] == 11 && error.to_string().contains("has not told of this pod"), "{error}");
         // Of that name there is another: what the kubelet says is not believed.
-        world.api.apply(PODS, json!({
-            "metadata": {"name": "unknown", "namespace": "foo", "uid": "another"},
-            "spec": {"nodeName": "node-a"}, "status": {},
-        }));
+        world.api.apply(
+            PODS,
+            json!({
+                "metadata": {"name": "unknown", "namespace": "foo", "uid": "another"},
+                "spec": {"nodeName": "node-a"}, "status": {},
+            }),
+        );
         let error = error_of(&world.call("ADD", "foo", &unknown)?)?;
         ensure!(error.to_string().contains("has not told of this pod"), "{error}");
         // Somebody else's UID.
@@ -251,11 +274,16 @@ fn an_add_that_cannot_be_answered_fails_in_time_and_says_why() -> Result<()> {
         let error = error_of(&world.call("ADD", "foo", &node)?)?;
         ensure!(error["code"] == 100 && error.to_string().contains("node's own"), "{error}");
         // The plugin is taken out of the chain: the node is not ready, and says so.
-        let without = text.split(",\n    {\"socket\"").next().map(|head| format!("{head}\n  ]\n}}\n")).context("the entry")?;
+        let without =
+            text.split(",\n    {\"socket\"").next().map(|head| format!("{head}\n  ]\n}}\n")).context("the entry")?;
         fs::write(&chain, without)?;
         wait_for("readiness to name the plugin", seconds(20), || {
             let said = world.cluster.agent(Side::A)?.readiness()?;
-            Ok(if said.status == 503 && said.body.contains("CNI plugin is missing") { Look::Done(()) } else { Look::NotYet(said.body) })
+            Ok(if said.status == 503 && said.body.contains("CNI plugin is missing") {
+                Look::Done(())
+            } else {
+                Look::NotYet(said.body)
+            })
         })?;
         on(world.cluster, Side::A)?.types(&["status"])?.has(1, &["the CNI plugin is missing", "marline cni install"])
     })
@@ -276,13 +304,26 @@ fn two_hundred_pods_come_and_go_at_the_same_time() -> Result<()> {
         let each = |command: &'static str| -> Result<()> {
             let caller = world.caller();
             thread::scope(|scope| {
-                let calls: Vec<_> = pods.iter().map(|pod| (pod, scope.spawn({
-                    let caller = caller.clone();
-                    move || caller.call(command, "foo", pod)
-                }))).collect();
+                let calls: Vec<_> = pods
+                    .iter()
+                    .map(|pod| {
+                        (
+                            pod,
+                            scope.spawn({
+                                let caller = caller.clone();
+                                move || caller.call(command, "foo", pod)
+                            }),
+                        )
+                    })
+                    .collect();
                 for (pod, call) in calls {
                     let said = call.join().map_err(|_| anyhow::anyhow!("panicked"))??;
-                    ensure!(said.status.success(), "{command} of {}: {}", pod.name, String::from_utf8_lossy(&said.stdout));
+                    ensure!(
+                        said.status.success(),
+                        "{command} of {}: {}",
+                        pod.name,
+                        String::from_utf8_lossy(&said.stdout)
+                    );
                 }
                 Ok(())
             })
@@ -304,14 +345,15 @@ fn two_hundred_pods_come_and_go_at_the_same_time() -> Result<()> {
 }
 
 fn slice(world: &World<'_>, pods: &[(&Pod, bool)]) {
-    let endpoint = |(pod, ready): &(&Pod, bool)| {
-        json!({"addresses": [pod.v4.to_string()], "conditions": {"ready": ready, "serving": true, "terminating": !ready}})
-    };
-    world.api.apply(SLICES, json!({
-        "metadata": {"name": "web-1", "namespace": "foo", "labels": {"kubernetes.io/service-name": "web"}},
-        "addressType": "IPv4", "ports": [{"name": "", "port": PORT, "protocol": "TCP"}],
-        "endpoints": pods.iter().map(endpoint).collect::<Vec<_>>(),
-    }));
+    let endpoint = |(pod, ready): &(&Pod, bool)| json!({"addresses": [pod.v4.to_string()], "conditions": {"ready": ready, "serving": true, "terminating": !ready}});
+    world.api.apply(
+        SLICES,
+        json!({
+            "metadata": {"name": "web-1", "namespace": "foo", "labels": {"kubernetes.io/service-name": "web"}},
+            "addressType": "IPv4", "ports": [{"name": "", "port": PORT, "protocol": "TCP"}],
+            "endpoints": pods.iter().map(endpoint).collect::<Vec<_>>(),
+        }),
+    );
 }
 
 #[test]
@@ -320,10 +362,13 @@ fn a_rolling_restart_under_load_fails_no_request() -> Result<()> {
     on_kubernetes(|world| {
         world.cluster.start_agents()?;
         let client = world.start("foo", "client", Side::A)?;
-        world.api.apply(SERVICES, json!({
-            "metadata": {"name": "web", "namespace": "foo"},
-            "spec": {"clusterIP": VIRTUAL, "clusterIPs": [VIRTUAL], "ports": [{"port": 80, "protocol": "TCP"}]},
-        }));
+        world.api.apply(
+            SERVICES,
+            json!({
+                "metadata": {"name": "web", "namespace": "foo"},
+                "spec": {"clusterIP": VIRTUAL, "clusterIPs": [VIRTUAL], "ports": [{"port": 80, "protocol": "TCP"}]},
+            }),
+        );
         let mut running = Vec::new();
         for name in ["web-0", "web-1"] {
             let pod = world.start("foo", name, Side::B)?;
@@ -332,13 +377,17 @@ fn a_rolling_restart_under_load_fails_no_request() -> Result<()> {
         slice(world, &[(&running[0].1, true), (&running[1].1, true)]);
         let to: SocketAddr = format!("{VIRTUAL}:80").parse()?;
         wait_for("the service to answer", seconds(20), || {
-            Ok(match talks(&client.place, to)? { Ok(()) => Look::Done(()), Err(why) => Look::NotYet(why) })
+            Ok(match talks(&client.place, to)? {
+                Ok(()) => Look::Done(()),
+                Err(why) => Look::NotYet(why),
+            })
         })?;
         // That agent a goes by what the slice says now.
         let heard = |world: &World<'_>, there: &Pod, gone: &Pod| {
             wait_for("the endpoints to be heard of", seconds(20), || {
                 let services = world.cluster.agent(Side::A)?.admin("/services")?.body;
-                let (there, gone) = (services.contains(&format!("{}:", there.v4)), services.contains(&format!("{}:", gone.v4)));
+                let (there, gone) =
+                    (services.contains(&format!("{}:", there.v4)), services.contains(&format!("{}:", gone.v4)));
                 Ok(if there && !gone { Look::Done(()) } else { Look::NotYet(services) })
             })
         };

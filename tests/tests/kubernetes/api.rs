@@ -59,7 +59,8 @@ impl Api {
     pub fn start(cluster: &Cluster) -> Result<Self> {
         let dir = cluster.directory();
         Ca::init(&dir.join("api"), &TrustDomain::default())?;
-        let (key, _) = Ca::open(&dir.join("api"))?.issue_server(&["127.0.0.1".to_owned()], Duration::from_secs(3600))?;
+        let (key, _) =
+            Ca::open(&dir.join("api"))?.issue_server(&["127.0.0.1".to_owned()], Duration::from_secs(3600))?;
         let tls = ServerConfig::builder()
             .with_no_client_auth()
             .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(key)));
@@ -106,7 +107,13 @@ impl Api {
         self.shared.news.send_modify(|count| *count += 1);
     }
 
-    pub fn change(&self, kind: &'static str, namespace: &str, name: &str, change: impl FnOnce(&mut Value)) -> Result<()> {
+    pub fn change(
+        &self,
+        kind: &'static str,
+        namespace: &str,
+        name: &str,
+        change: impl FnOnce(&mut Value),
+    ) -> Result<()> {
         let key = format!("{namespace}/{name}");
         let mut object = self.lock().objects.get(kind).and_then(|all| all.get(&key)).cloned().context(key)?;
         change(&mut object);
@@ -116,7 +123,9 @@ impl Api {
 
     pub fn delete(&self, kind: &'static str, namespace: &str, name: &str) {
         let mut inner = self.lock();
-        let Some(mut object) = inner.objects.entry(kind).or_default().remove(&format!("{namespace}/{name}")) else { return };
+        let Some(mut object) = inner.objects.entry(kind).or_default().remove(&format!("{namespace}/{name}")) else {
+            return;
+        };
         inner.version += 1;
         let version = inner.version;
         object["metadata"]["resourceVersion"] = json!(version.to_string());
@@ -159,7 +168,8 @@ async fn answer(State(shared): State<Arc<Shared>>, uri: Uri) -> Response<Body> {
     };
     if !query.contains("watch=1") {
         let inner = lock(&shared);
-        let items: Vec<_> = inner.objects.get(kind).into_iter().flat_map(|all| all.values()).filter(|it| selected(it)).collect();
+        let items: Vec<_> =
+            inner.objects.get(kind).into_iter().flat_map(|all| all.values()).filter(|it| selected(it)).collect();
         let list = json!({"metadata": {"resourceVersion": inner.version.to_string()}, "items": items});
         return Response::new(Body::from(list.to_string()));
     }

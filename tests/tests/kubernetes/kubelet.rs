@@ -52,10 +52,13 @@ pub fn on_kubernetes(scenario: impl FnOnce(&mut World<'_>) -> Result<()>) -> Res
         api.apply(NAMESPACES, json!({"metadata": {"name": "foo", "labels": {"marline.io/mesh": "enabled"}}}));
         api.apply(NAMESPACES, json!({"metadata": {"name": "legacy"}}));
         api.apply(NAMESPACES, json!({"metadata": {"name": "istio-system"}}));
-        api.apply(PEERS, json!({
-            "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication",
-            "metadata": {"name": "default", "namespace": "istio-system"}, "spec": {"mtls": {"mode": "STRICT"}},
-        }));
+        api.apply(
+            PEERS,
+            json!({
+                "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication",
+                "metadata": {"name": "default", "namespace": "istio-system"}, "spec": {"mtls": {"mode": "STRICT"}},
+            }),
+        );
         let plugins = cluster.directory().join("bin");
         for side in Side::BOTH {
             let config = cluster.config_directory(side);
@@ -107,7 +110,8 @@ impl World<'_> {
         let mut pod = self.cluster.create_pod(&PodSpec::new(name, side, Membership::Unknown))?;
         let slice = format!("kubepods-besteffort-pod{}.slice", uid(name).replace('-', "_"));
         let pods = pod.place.cgroup.parent().context("the pods' cgroup")?.to_owned();
-        pod.place.cgroup = pods.join("kubepods.slice/kubepods-besteffort.slice").join(slice).join("cri-containerd-c.scope");
+        pod.place.cgroup =
+            pods.join("kubepods.slice/kubepods-besteffort.slice").join(slice).join("cri-containerd-c.scope");
         marline_tests::cgroup::create(&pod.place.cgroup)?;
         Ok(pod)
     }

@@ -272,6 +272,26 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// What the runtime has told counts until the API server knows addresses, for pods of this node alone.
+#[test]
+fn a_pod_without_an_address_is_known_by_those_that_its_runtime_told() {
+    let places = Places::default();
+    let told = |address: &str| PodPlace { addresses: Box::new([address.parse().unwrap()]), ..PodPlace::default() };
+    places.tell("uid-web", told("10.0.0.9"));
+    places.tell("uid-far", PodPlace { late: true, ..told("10.0.0.8") });
+    let unreported = |pod: &mut serde_json::Value| pod["status"] = json!({});
+    let far = pod("far", |pod| {
+        unreported(pod);
+        pod["spec"]["nodeName"] = json!("node-b");
+    });
+    let pods = vec![pod("web", unreported), far];
+    let mut model = Cluster { namespaces: vec![namespace("foo", true)], pods, ..Cluster::default() }.model();
+    let (snapshot, facts) = compile(&mut model, &viewpoint(), &places);
+    let known: Vec<_> = snapshot.workloads().iter().map(|it| (it.name.as_str(), it.addresses.clone())).collect();
+    assert_eq!(known, [("web", vec!["10.0.0.9".parse().unwrap()])]);
+    assert_eq!((snapshot.local.len(), facts.members.len(), facts.late.len()), (1, 1, 0));
+}
+
 proptest! {
     /// What was kept from one snapshot to the next changes nothing, and neither do relists nor events that come twice.
     #[test]
