@@ -64,7 +64,7 @@ fn pods_are_captured_before_they_start_and_all_nine_pairs_are_as_they_should_be(
             // At this moment, with no address at the API server.
             let pods = world.cluster.agent(Side::B)?.pods()?;
             ensure!(pods.iter().any(|it| it.name == "server" && it.state == "ready"), "{pods:?}");
-            ensure!(String::from_utf8_lossy(&added.stdout).trim() == result(&pod).to_string(), "not to the letter");
+            ensure!(added.stdout.trim_ascii() == result(&pod).to_string().as_bytes(), "not to the letter");
             let checked = world.call("CHECK", "foo", &pod)?;
             ensure!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
             world.report("foo", &pod)?;
