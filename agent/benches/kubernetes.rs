@@ -16,7 +16,7 @@ use axum::{
     http::{Response, Uri},
 };
 use marline::{
-    config::KubernetesConfig,
+    config::{CniConfig, KubernetesConfig},
     control::kubernetes::{Settings, Source},
     identity::{TrustDomain, TrustDomains},
     policy::Policies,
@@ -83,7 +83,11 @@ async fn measure(size: Size) {
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
     });
     fs::write(dir.path().join("kubeconfig"), kubeconfig.to_string()).unwrap();
-    let config = KubernetesConfig { node_name: Some("node-0".into()), kubeconfig: Some(dir.path().join("kubeconfig")) };
+    let config = KubernetesConfig {
+        node_name: Some("node-0".into()),
+        kubeconfig: Some(dir.path().join("kubeconfig")),
+        cni: CniConfig::default(),
+    };
     let before = resident();
     let (start, work) = (Instant::now(), processor_time());
     let mut source = Source::open(&config, TrustDomains::default()).await.unwrap();

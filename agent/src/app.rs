@@ -2,6 +2,7 @@
 //! them when told to. Pods stay closed, not open, when it ends.
 
 mod certificates;
+mod enrol;
 mod view;
 
 use std::{io, path::PathBuf, sync::Arc};
@@ -15,6 +16,7 @@ use crate::{
     access_log::AccessLog,
     admin,
     bpf::{BpfError, Capture, CaptureSettings},
+    cni::{self, CniError},
     config::{self, AgentConfig, ConfigErrors, DirectConfig, DirectMode, PumpMode, RecordsMode, SpareMode},
     control::{
         files::{self, WatchSettings},
@@ -46,6 +48,8 @@ pub enum AppError {
     Id(#[from] crate::identity::IdError),
     #[error("the API server as the source")]
     Source(#[from] SourceError),
+    #[error("pods of this node")]
+    Cni(#[from] CniError),
     #[error("capture")]
     Capture(#[from] BpfError),
     #[error(
@@ -123,7 +127,9 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
         None => None,
         Some(kubernetes) => Some(Source::open(kubernetes, agent.trust.domains.clone()).await?),
     };
-    let shown_source = source.as_ref().map(view::source::Shown::new);
+    let enrolment = source.as_ref().map(|source| enrol::Enrolment::open(source, &agent)).transpose()?;
+    let shown_source = source.as_ref().zip(enrolment.clone());
+    let shown_source = shown_source.map(|(source, enrolment)| view::source::Shown::new(source, enrolment));
     let state = State::new(loaded.snapshot);
     let proxy = Proxy::new(Parts {
         state: state.clone(),
@@ -149,6 +155,7 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
     let shown: Arc<dyn admin::View> = Arc::new(view::Gathered::new(proxy.clone(), metrics.clone(), levels, about));
     let mut servers = admin::serve(&agent, &shown).await?;
     certificates.run(&mut servers, &agent, &metrics, refusal, &stopped);
+    let (agent_kubernetes, enrolled) = (agent.kubernetes.clone(), stopped.clone());
     if let Some(source) = source {
         let (state, stopped) = (state.clone(), stopped.clone());
         servers.spawn(async move {
@@ -162,10 +169,23 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
             Ok(())
         }
     });
+    if let (Some(enrolment), Some(kubernetes)) = (&enrolment, &agent_kubernetes) {
+        let socket = kubernetes.cni.socket.clone();
+        let (listener, enroller) = (cni::server::listen(&socket)?, enrolment.enroller(proxy.clone()));
+        let stopped = enrolled.clone();
+        servers.spawn(async move {
+            cni::server::serve(listener, socket, enroller, stopped).await;
+            Ok(())
+        });
+    }
     servers.spawn({
         let (proxy, source) = (proxy.clone(), shown_source.clone());
         async move {
             known(source).await;
+            if let Some(enrolment) = enrolment {
+                enrolment.settle().await;
+                tokio::spawn(enrolment.run(enrolled));
+            }
             proxy.run().await;
             Ok(())
         }

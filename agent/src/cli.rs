@@ -7,6 +7,7 @@ mod ca;
 mod certs;
 mod check;
 mod client;
+mod cni;
 mod connections;
 mod generate;
 mod keeper;
@@ -88,6 +89,8 @@ enum Command {
         #[command(subcommand)]
         command: ca::CaCommand,
     },
+    /// Keep pods of a Kubernetes node from starting uncaptured: the CNI plugin, which container runtimes call, and its installation
+    Cni(cni::Args),
     /// Is this node healthy? One line for each part, with the way out where something is not
     Status(status::StatusArgs),
     /// List the workloads that a running agent knows
@@ -127,10 +130,18 @@ enum Command {
 }
 
 pub fn run() -> ExitCode {
+    if let Some(code) = cni::called() {
+        return code;
+    }
     let cli = Cli::parse();
     // Before there is a log with its thread.
     if let Command::Run(args) = &cli.command {
         return run::run(args);
+    }
+    if let Command::Cni(args) = &cli.command
+        && cni::is_plugin(args)
+    {
+        return cni::plugin();
     }
     let (levels, _flush) = match logging::init(&cli.log, cli.log_json) {
         Ok(log) => log,
@@ -147,6 +158,7 @@ pub fn run() -> ExitCode {
         Command::Policy { command } => policy::run(&command),
         Command::Certs(args) => certs::run(&args),
         Command::Ca { command } => ca::run(command),
+        Command::Cni(args) => cni::run(args),
         Command::Status(args) => status::run(&args),
         Command::Workloads(args) => workloads::run(&args),
         Command::Connections(args) => connections::run(&args),

@@ -27,8 +27,8 @@ use std::{
 };
 
 pub use agent::{
-    AccessLogConfig, AccessLogFilter, AccessLogFormat, AgentConfig, CaConfig, CaSource, CaptureConfig, DirectConfig,
-    DirectMode, KubernetesConfig, PumpMode, RecordsConfig, RecordsMode, SpareMode, Timeouts, TlsConfig,
+    AccessLogConfig, AccessLogFilter, AccessLogFormat, AgentConfig, CaConfig, CaSource, CaptureConfig, CniConfig,
+    DirectConfig, DirectMode, KubernetesConfig, PumpMode, RecordsConfig, RecordsMode, SpareMode, Timeouts, TlsConfig,
 };
 pub use ca_lists::{Network, Placements, TokenEntry, load_ca_nodes, load_ca_tokens};
 pub use ca_server::{ApiServer, CaLimits, CaServerConfig, KubernetesReview, load_ca_server};

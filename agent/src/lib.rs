@@ -5,6 +5,7 @@ pub mod app;
 pub mod bpf;
 pub mod ca;
 pub mod cli;
+pub mod cni;
 pub mod config;
 pub mod control;
 pub mod identity;

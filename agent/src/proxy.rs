@@ -5,7 +5,7 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, atomic::Ordering},
     time::{Duration, Instant, SystemTime},
 };
@@ -180,6 +180,11 @@ impl Proxy {
         let mut pods: Vec<_> = lock(&self.pods).values().map(|running| running.status.get()).collect();
         pods.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         pods
+    }
+
+    /// The pod that is served, or is to be, for the namespace at a path, and how it is.
+    pub fn pod_at(&self, netns: &Path) -> Option<(Arc<LocalPod>, PodStatus)> {
+        lock(&self.pods).get(netns).map(|running| (running.local.clone(), running.status.get()))
     }
 
     /// The kernel programs, as they were found a moment ago.

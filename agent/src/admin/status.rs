@@ -150,6 +150,12 @@ pub struct Source {
     pub not_captured: Vec<String>,
     /// Pods of this node in the node's own network, which are left alone.
     pub host_network: Vec<String>,
+    /// Pods of this node that are captured and have run uncaptured before.
+    #[serde(default)]
+    pub late: Vec<String>,
+    /// Why pods start without the CNI plugin, if they do and this agent looks at it.
+    #[serde(default)]
+    pub cni_fault: Option<String>,
     /// Objects that cannot be read, and deny until they can.
     pub errors: Vec<String>,
     pub warnings: Vec<String>,

@@ -43,6 +43,24 @@ pub struct KubernetesConfig {
     pub node_name: Option<String>,
     /// For development outside of a cluster; in one, the pod's service account.
     pub kubeconfig: Option<PathBuf>,
+    pub cni: CniConfig,
+}
+
+/// How the agent is told of pods by its CNI plugin.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CniConfig {
+    /// Where the plugin asks.
+    pub socket: PathBuf,
+    /// Where the agent keeps what it was told.
+    pub records: PathBuf,
+    /// The node's CNI configurations, where the agent is to say whether the plugin is in there.
+    pub configurations: Option<PathBuf>,
+}
+
+impl Default for CniConfig {
+    fn default() -> Self {
+        Self { socket: "/run/marline/cni.sock".into(), records: "/run/marline/pods".into(), configurations: None }
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -291,8 +309,21 @@ fn read_kubernetes(dir: &Path, spec: &mut Fields<'_>, report: &mut Report) -> Op
     let mut fields = spec.fields(report, "kubernetes")?;
     let node_name = fields.text(report, "nodeName").filter(|name| !name.is_empty()).map(str::to_owned);
     let kubeconfig = fields.text(report, "kubeconfig").map(|path| dir.join(path));
+    let cni = read_cni(dir, &mut fields, report);
     fields.finish(report, Unknown::Error);
-    Some(KubernetesConfig { node_name, kubeconfig })
+    Some(KubernetesConfig { node_name, kubeconfig, cni })
+}
+
+fn read_cni(dir: &Path, kubernetes: &mut Fields<'_>, report: &mut Report) -> CniConfig {
+    let default = CniConfig::default();
+    let Some(mut fields) = kubernetes.fields(report, "cni") else { return default };
+    let read = CniConfig {
+        socket: fields.text(report, "socket").map_or(default.socket, |path| dir.join(path)),
+        records: fields.text(report, "records").map_or(default.records, |path| dir.join(path)),
+        configurations: fields.text(report, "confDir").map(|path| dir.join(path)),
+    };
+    fields.finish(report, Unknown::Error);
+    read
 }
 
 fn read_trust(dir: &Path, own: Option<&TrustDomain>, spec: &mut Fields<'_>, report: &mut Report) -> TrustFiles {

@@ -9,6 +9,7 @@ mod health;
 mod model;
 mod objects;
 mod places;
+mod roster;
 mod store;
 mod wire;
 
@@ -33,6 +34,7 @@ pub use health::{Health, Report};
 pub use model::{Kind, Model, Update};
 pub use objects::{Item, Key};
 pub use places::{Places, PodPlace};
+pub use roster::{Listed, Member, Members, Roster};
 pub use store::Change;
 pub use wire::{Api, Asked};
 
@@ -68,6 +70,7 @@ pub struct Source {
     pub api: Api,
     pub viewpoint: Viewpoint,
     pub places: Places,
+    pub roster: Roster,
     pub health: Health,
     pub settings: Settings,
 }
@@ -80,6 +83,7 @@ impl Source {
             api: Api::new(client(config).await?, Arc::clone(&node)),
             viewpoint: Viewpoint { domains, node },
             places: Places::default(),
+            roster: Roster::default(),
             health: Health::default(),
             settings: Settings::default(),
         })
@@ -116,12 +120,14 @@ impl Source {
             }
             let began = Instant::now();
             let (viewpoint, places) = (self.viewpoint.clone(), self.places.clone());
+            let told = places.changes();
             let made = spawn_blocking(move || {
                 let (snapshot, facts) = compile::compile(&mut model, &viewpoint, &places);
                 (model, snapshot, facts)
             });
-            let Ok((kept, snapshot, facts)) = made.await else { return };
+            let Ok((kept, snapshot, mut facts)) = made.await else { return };
             model = kept;
+            let members = std::mem::take(&mut facts.members);
             self.health.facts(facts);
             let first = !*self.health.ready().borrow();
             if first || !state.load().describes_the_same_as(&snapshot) {
@@ -133,6 +139,7 @@ impl Source {
                     tracing::debug!(generation, workloads, local, "the cluster has changed");
                 }
             }
+            self.roster.set(members, told);
             self.health.set_ready();
             let rest = tokio::time::Instant::now() + began.elapsed() * SHARE;
             tokio::select! {

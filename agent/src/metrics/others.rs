@@ -52,6 +52,8 @@ pub struct Source {
     pub refused: usize,
     /// Pods of this node that are not captured, by the reason.
     pub uncaptured: Vec<(&'static str, usize)>,
+    /// Pods of this node that are captured and have run uncaptured before.
+    pub late: usize,
 }
 
 /// What the kernel says of this process, under the names that every Prometheus client uses.
@@ -144,7 +146,9 @@ impl Source {
         let help = "Objects that cannot be read, and deny until they can";
         single(encoder, "marline_kubernetes_refused_objects", help, self.refused as f64)?;
         let pods = self.uncaptured.iter().map(|(reason, count)| ([("reason", *reason)], *count as f64));
-        gauge(encoder, "marline_kubernetes_pods_not_captured", "Pods of this node that are not captured", pods)
+        gauge(encoder, "marline_kubernetes_pods_not_captured", "Pods of this node that are not captured", pods)?;
+        let help = "Pods of this node that are captured and have run uncaptured before";
+        single(encoder, "marline_kubernetes_pods_captured_late", help, self.late as f64)
     }
 }
 

@@ -15,7 +15,7 @@ use axum::{
     http::{HeaderMap, Response, StatusCode, Uri},
 };
 use marline::{
-    config::KubernetesConfig,
+    config::{CniConfig, KubernetesConfig},
     control::kubernetes::{Health, Places, Report, Settings, Source},
     identity::{Ca, TrustDomain, TrustDomains},
     policy::Policies,
@@ -286,8 +286,11 @@ impl Bed {
             "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         });
         fs::write(dir.path().join("kubeconfig"), kubeconfig.to_string()).unwrap();
-        let config =
-            KubernetesConfig { node_name: Some("node-a".into()), kubeconfig: Some(dir.path().join("kubeconfig")) };
+        let config = KubernetesConfig {
+            node_name: Some("node-a".into()),
+            kubeconfig: Some(dir.path().join("kubeconfig")),
+            cni: CniConfig::default(),
+        };
         let mut source = Source::open(&config, TrustDomains::default()).await.unwrap();
         source.settings = Settings {
             backoff: Duration::from_millis(20),

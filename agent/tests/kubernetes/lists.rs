@@ -147,13 +147,13 @@ async fn a_pod_is_served_from_when_it_is_told_where_it_runs() {
         item.unwrap()["metadata"]["uid"].as_str().unwrap().to_owned()
     };
     let netns = PathBuf::from("/run/netns/sleep");
-    bed.places.tell(&uid("foo", "sleep-a"), PodPlace { netns: netns.clone(), cgroup: None });
+    bed.places.tell(&uid("foo", "sleep-a"), PodPlace { netns: netns.clone(), ..PodPlace::default() });
     bed.knows("the pod's place", |snapshot| snapshot.local.len() == 1).await;
     let snapshot = bed.state.load();
     assert_eq!((snapshot.local[0].workload.to_string(), &snapshot.local[0].netns), ("foo/sleep-a".into(), &netns));
     bed.tells("the others", |report| report.facts.not_captured.len() == 3).await;
     // Of the namespace that is not in the mesh, nobody is captured.
-    bed.places.tell(&uid("legacy", "sleep-a"), PodPlace { netns: "/run/netns/legacy".into(), cgroup: None });
+    bed.places.tell(&uid("legacy", "sleep-a"), PodPlace { netns: "/run/netns/legacy".into(), ..PodPlace::default() });
     bed.places.forget(&uid("foo", "sleep-a"));
     bed.knows("that it is gone", |snapshot| snapshot.local.is_empty()).await;
 }

@@ -14,7 +14,7 @@ pub(crate) struct Finding {
 }
 
 /// The agent's rooms and those that each may use. Dependencies point one way; nobody but `app` uses `proxy`.
-const ROOMS: [(&str, &[&str]); 18] = [
+const ROOMS: [(&str, &[&str]); 19] = [
     ("words", &[]),
     ("logging", &[]),
     ("sys", &[]),
@@ -26,6 +26,7 @@ const ROOMS: [(&str, &[&str]); 18] = [
     ("access_log", &["words", "config", "state", "policy", "identity", "metrics", "sys"]),
     ("tls", &["sys", "identity"]),
     ("keeper", &["words", "sys"]),
+    ("cni", &["words"]),
     ("control", &["words", "config", "state", "policy", "identity", "metrics"]),
     ("ca", &["words", "config", "control", "identity"]),
     ("bpf", &["words", "state", "policy", "identity", "sys", "metrics"]),
@@ -38,6 +39,7 @@ const ROOMS: [(&str, &[&str]); 18] = [
             "access_log",
             "admin",
             "bpf",
+            "cni",
             "config",
             "control",
             "identity",
@@ -54,8 +56,8 @@ const ROOMS: [(&str, &[&str]); 18] = [
     (
         "cli",
         &[
-            "words", "admin", "app", "bpf", "ca", "config", "control", "identity", "keeper", "logging", "policy",
-            "state", "sys",
+            "words", "admin", "app", "bpf", "ca", "cni", "config", "control", "identity", "keeper", "logging",
+            "policy", "state", "sys",
         ],
     ),
 ];

@@ -104,6 +104,10 @@ pub(super) fn agent(agent: &AgentConfig) -> Value {
         },
         "kubernetes": agent.kubernetes.as_ref().map(|kubernetes| json!({
             "nodeName": kubernetes.node_name, "kubeconfig": kubernetes.kubeconfig.as_deref().map(path),
+            "cni": {
+                "socket": path(&kubernetes.cni.socket), "records": path(&kubernetes.cni.records),
+                "confDir": kubernetes.cni.configurations.as_deref().map(path),
+            },
         })),
     })
 }

@@ -7,6 +7,7 @@ use std::{
 
 use crate::{
     admin::status,
+    app::enrol::Enrolment,
     control::kubernetes::{Asked, Health, Source},
     metrics,
 };
@@ -16,14 +17,16 @@ pub(in crate::app) struct Shown {
     health: Health,
     asked: Arc<Asked>,
     node: Arc<str>,
+    enrolment: Enrolment,
 }
 
 impl Shown {
-    pub(in crate::app) fn new(source: &Source) -> Self {
+    pub(in crate::app) fn new(source: &Source, enrolment: Enrolment) -> Self {
         Self {
             health: source.health.clone(),
             asked: Arc::clone(source.api.asked()),
             node: Arc::clone(&source.viewpoint.node),
+            enrolment,
         }
     }
 
@@ -34,6 +37,11 @@ impl Shown {
     }
 
     pub(super) fn is_known(&self) -> Result<(), String> {
+        if let Some(why) = self.enrolment.fault() {
+            return Err(format!(
+                "the CNI plugin is missing: {why}; run marline cni install, with --watch to keep it there"
+            ));
+        }
         let report = self.health.report();
         match (report.ready, report.away) {
             (true, _) => Ok(()),
@@ -57,6 +65,8 @@ impl Shown {
             pods: report.facts.pods,
             not_captured: report.facts.not_captured,
             host_network: report.facts.host_network,
+            late: report.facts.late,
+            cni_fault: self.enrolment.fault(),
             errors: report.facts.errors,
             warnings: report.facts.warnings,
         }
@@ -75,6 +85,7 @@ impl Shown {
                 ("not_told", report.facts.not_captured.len()),
                 ("host_network", report.facts.host_network.len()),
             ],
+            late: report.facts.late.len(),
         }
     }
 }

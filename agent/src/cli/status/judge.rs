@@ -288,6 +288,18 @@ fn source(source: &Source) -> Vec<Check> {
         );
         checks.push(Check::warn(NAME, text, "others speak mTLS to them, which they do not understand uncaptured"));
     }
+    if !source.late.is_empty() {
+        let text = format!(
+            "{} pods of this node were captured late, and what they had open before was not encrypted: {}",
+            source.late.len(),
+            named(&source.late)
+        );
+        checks.push(Check::warn(NAME, text, "restart them (kubectl rollout restart), so that they start captured"));
+    }
+    if let Some(why) = &source.cni_fault {
+        let text = format!("the CNI plugin is missing: {why}");
+        checks.push(Check::fail(NAME, text, "run marline cni install, with --watch to keep it there"));
+    }
     if !source.host_network.is_empty() {
         let text = format!("left alone, as they have the node's own network: {}", named(&source.host_network));
         checks.push(Check::ok(NAME, text));

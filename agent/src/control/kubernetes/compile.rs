@@ -14,6 +14,7 @@ use super::{
     model::Model,
     objects::{Endpoint, Key, Pod, Service, Slice},
     places::Places,
+    roster::{Member, Members},
 };
 use crate::{
     config,
@@ -44,6 +45,10 @@ pub struct Facts {
     pub not_captured: Vec<String>,
     /// `NAMESPACE/NAME` of pods on this node that are in the node's own network: they cannot be told apart, and are left alone.
     pub host_network: Vec<String>,
+    /// `NAMESPACE/NAME` of pods on this node that are captured and have run uncaptured before.
+    pub late: Vec<String>,
+    /// The pods of this node.
+    pub members: Members,
     /// Objects that cannot be read, and deny; and what else is the matter.
     pub errors: Vec<String>,
     pub warnings: Vec<String>,
@@ -55,7 +60,7 @@ pub fn compile(model: &mut Model, viewpoint: &Viewpoint, places: &Places) -> (Sn
     let policies = policies(model, viewpoint);
     let own = model.nodes.iter().find(|(key, _)| key.name == viewpoint.node);
     let own = own.map(|(_, slot)| slot.object.labels.clone()).unwrap_or_default();
-    let workloads = workloads(model, viewpoint, &mut facts);
+    let workloads = workloads(model, viewpoint, places, &mut facts);
     let by_address: HashMap<IpAddr, &Arc<Workload>> =
         workloads.iter().flat_map(|(_, _, it)| it.addresses.iter().map(move |address| (*address, it))).collect();
     let services = services(model, viewpoint, &own, &by_address);
@@ -68,11 +73,16 @@ pub fn compile(model: &mut Model, viewpoint: &Viewpoint, places: &Places) -> (Sn
             continue;
         }
         match places.of(uid) {
-            Some(place) => local.push(Arc::new(LocalPod {
-                workload: Arc::clone(workload),
-                netns: place.netns,
-                zone: zone(&own, own.get(ZONE)),
-            })),
+            Some(place) => {
+                if place.late {
+                    facts.late.push(name(key));
+                }
+                local.push(Arc::new(LocalPod {
+                    workload: Arc::clone(workload),
+                    netns: place.netns,
+                    zone: zone(&own, own.get(ZONE)),
+                }));
+            }
             None => facts.not_captured.push(name(key)),
         }
     }
@@ -119,7 +129,7 @@ type Known = (Key, Box<str>, Arc<Workload>);
 
 /// All pods that have addresses of their own and have not run to their end, in the order of their names. A pod counts while its init
 /// containers run: they connect, too.
-fn workloads(model: &mut Model, viewpoint: &Viewpoint, facts: &mut Facts) -> Vec<Known> {
+fn workloads(model: &mut Model, viewpoint: &Viewpoint, places: &Places, facts: &mut Facts) -> Vec<Known> {
     let enrolled: HashSet<Arc<str>> = model
         .namespaces
         .iter()
@@ -133,7 +143,9 @@ fn workloads(model: &mut Model, viewpoint: &Viewpoint, facts: &mut Facts) -> Vec
         if pod.host_network && !pod.ended && pod.node == viewpoint.node {
             facts.host_network.push(name(key));
         }
-        if pod.ended || pod.host_network || pod.addresses.is_empty() {
+        let is_own = pod.node == viewpoint.node;
+        let unreported = !pod.ended && !pod.host_network && pod.addresses.is_empty();
+        if !is_own && (pod.ended || pod.host_network || unreported) {
             continue;
         }
         let in_mesh = match pod.labels.get(MESH) {
@@ -148,11 +160,22 @@ fn workloads(model: &mut Model, viewpoint: &Viewpoint, facts: &mut Facts) -> Vec
                 enrolled.contains(&key.namespace)
             }
         };
-        if slot.memo.as_ref().is_none_or(|made| made.in_mesh != in_mesh) {
+        if is_own {
+            let (namespace, name) = (Arc::clone(&key.namespace), Arc::clone(&key.name));
+            let (host_network, ended) = (pod.host_network, pod.ended);
+            facts.members.insert(slot.uid.clone(), Member { namespace, name, in_mesh, host_network, ended });
+        }
+        // The API server hears of addresses when the pod has long been able to connect.
+        let told = if unreported { places.of(&slot.uid).map(|place| place.addresses) } else { None };
+        let addresses = told.as_deref().unwrap_or(&pod.addresses);
+        if pod.ended || pod.host_network || addresses.is_empty() {
+            continue;
+        }
+        if slot.memo.as_ref().is_none_or(|made| made.in_mesh != in_mesh || *made.addresses != *addresses) {
             let id = ids
                 .entry((Arc::clone(&key.namespace), Arc::clone(&pod.account)))
                 .or_insert_with(|| SpiffeId::new(viewpoint.domains.own(), &key.namespace, &pod.account).ok());
-            slot.memo = id.as_ref().map(|id| Arc::new(workload(key, pod, id.clone(), in_mesh)));
+            slot.memo = id.as_ref().map(|id| Arc::new(workload(key, pod, addresses, id.clone(), in_mesh)));
         }
         match &slot.memo {
             Some(made) => found.push((key, &*slot.uid, pod, Arc::clone(made))),
@@ -196,13 +219,13 @@ fn one_for_each_address(found: Vec<(&Key, &str, &Pod, Arc<Workload>)>, facts: &m
     kept.map(|(_, (key, uid, _, workload))| ((*key).clone(), (*uid).into(), Arc::clone(workload))).collect()
 }
 
-fn workload(key: &Key, pod: &Pod, id: SpiffeId, in_mesh: bool) -> Workload {
+fn workload(key: &Key, pod: &Pod, addresses: &[IpAddr], id: SpiffeId, in_mesh: bool) -> Workload {
     Workload {
         name: key.name.to_string(),
         namespace: key.namespace.to_string(),
         service_account: pod.account.to_string(),
         id,
-        addresses: pod.addresses.to_vec(),
+        addresses: addresses.to_vec(),
         in_mesh,
         labels: pod.labels.clone(),
         host: Workload::host_of(&key.name, &key.namespace),

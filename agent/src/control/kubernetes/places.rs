@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    net::IpAddr,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -10,12 +11,16 @@ use std::{
 use tokio::sync::watch;
 
 /// Where one pod runs.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct PodPlace {
     /// A path that can be opened for setns.
     pub netns: PathBuf,
     /// Below the cgroup that is captured, where that is known.
     pub cgroup: Option<PathBuf>,
+    /// That it was given when its network was set up: they count until the API server knows some.
+    pub addresses: Box<[IpAddr]>,
+    /// It has run uncaptured, so it may have connections that are not encrypted.
+    pub late: bool,
 }
 
 /// All that was told. A clone is another handle on the same.
@@ -37,8 +42,10 @@ impl Default for Places {
 impl Places {
     /// Takes note of a pod's place; one that was told before is replaced.
     pub fn tell(&self, uid: &str, place: PodPlace) {
-        self.lock().insert(uid.into(), place);
-        self.0.changed.send_modify(|count| *count += 1);
+        let known = self.lock().insert(uid.into(), place.clone());
+        if known.as_ref() != Some(&place) {
+            self.0.changed.send_modify(|count| *count += 1);
+        }
     }
 
     /// The pod is gone.
@@ -50,6 +57,11 @@ impl Places {
 
     pub fn of(&self, uid: &str) -> Option<PodPlace> {
         self.lock().get(uid).cloned()
+    }
+
+    /// How often anything has changed so far.
+    pub fn changes(&self) -> u64 {
+        *self.0.changed.borrow()
     }
 
     /// Hears of every change.

@@ -128,8 +128,8 @@ fn a_pod_in_the_nodes_network_is_reported_and_is_nobodys_workload() {
 #[test]
 fn a_pod_is_captured_when_it_is_told_where_it_runs_by_its_uid() {
     let places = Places::default();
-    places.tell("uid-web", PodPlace { netns: PathBuf::from("/run/netns/web"), cgroup: None });
-    places.tell("uid-far", PodPlace { netns: PathBuf::from("/run/netns/far"), cgroup: None });
+    places.tell("uid-web", PodPlace { netns: PathBuf::from("/run/netns/web"), ..PodPlace::default() });
+    places.tell("uid-far", PodPlace { netns: PathBuf::from("/run/netns/far"), ..PodPlace::default() });
     let far = pod("far", |pod| {
         (pod["spec"]["nodeName"], pod["status"]["podIPs"], pod["status"]["podIP"]) =
             (json!("node-b"), json!(null), json!("10.0.0.2"))
@@ -270,6 +270,26 @@ fn step() -> impl Strategy<Value = Step> {
         3 => Just(Step::Compile),
         1 => Just(Step::RelistPods),
     ]
+}
+
+/// What the runtime has told counts until the API server knows addresses, for pods of this node alone.
+#[test]
+fn a_pod_without_an_address_is_known_by_those_that_its_runtime_told() {
+    let places = Places::default();
+    let told = |address: &str| PodPlace { addresses: Box::new([address.parse().unwrap()]), ..PodPlace::default() };
+    places.tell("uid-web", told("10.0.0.9"));
+    places.tell("uid-far", PodPlace { late: true, ..told("10.0.0.8") });
+    let unreported = |pod: &mut serde_json::Value| pod["status"] = json!({});
+    let far = pod("far", |pod| {
+        unreported(pod);
+        pod["spec"]["nodeName"] = json!("node-b");
+    });
+    let pods = vec![pod("web", unreported), far];
+    let mut model = Cluster { namespaces: vec![namespace("foo", true)], pods, ..Cluster::default() }.model();
+    let (snapshot, facts) = compile(&mut model, &viewpoint(), &places);
+    let known: Vec<_> = snapshot.workloads().iter().map(|it| (it.name.as_str(), it.addresses.clone())).collect();
+    assert_eq!(known, [("web", vec!["10.0.0.9".parse().unwrap()])]);
+    assert_eq!((snapshot.local.len(), facts.members.len(), facts.late.len()), (1, 1, 0));
 }
 
 proptest! {
