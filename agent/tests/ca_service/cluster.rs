@@ -15,8 +15,8 @@ use tonic::Code;
 
 use crate::{bed::*, fake_cluster::FakeCluster};
 
-const AGENT_A: &str = "marline-system/marline-agent/agent-a";
-const AGENT_B: &str = "marline-system/marline-agent/agent-b";
+const AGENT_A: &str = "pod:marline-system/marline-agent/agent-a";
+const AGENT_B: &str = "pod:marline-system/marline-agent/agent-b";
 const MAPS: &str = "/api/v1/namespaces/marline-system/configmaps";
 const SECRETS: &str = "/api/v1/namespaces/marline-system/secrets";
 const SECRET: &str = "/api/v1/namespaces/marline-system/secrets/marline-ca";
@@ -117,8 +117,8 @@ async fn an_agent_gets_those_of_pods_on_its_node_and_no_others() {
     assert!(bed.ask(AGENT_A, WEB).await.is_ok());
     assert!(bed.ask(AGENT_B, API).await.is_ok());
     refused(bed.ask(AGENT_A, API).await, Code::PermissionDenied, "node node-a runs no workload of shop/api");
-    refused(bed.ask("shop/web/web-1", DB).await, Code::PermissionDenied, "its own certificate alone");
-    assert!(bed.ask("shop/web/web-1", WEB).await.is_ok());
+    refused(bed.ask("pod:shop/web/web-1", DB).await, Code::PermissionDenied, "its own certificate alone");
+    assert!(bed.ask("pod:shop/web/web-1", WEB).await.is_ok());
     // One that has run to its end runs there no more; one that was made just now does.
     cluster.change_pod("shop", "db-1", |pod| pod["status"]["phase"] = json!("Succeeded"));
     refused(bed.ask(AGENT_A, DB).await, Code::PermissionDenied, "runs no workload of shop/db");

@@ -217,10 +217,11 @@ async fn answer(State(cluster): State<Arc<FakeCluster>>, method: Method, uri: Ur
     }
 }
 
-/// A token is `NAMESPACE/ACCOUNT/POD`, and counts while its pod is there.
+/// A token is `pod:NAMESPACE/ACCOUNT/POD`, and counts while its pod is there.
 fn reviewed(inner: &Inner, body: &Value) -> Said {
     let token = body["spec"]["token"].as_str().unwrap();
-    let mut parts = token.split('/');
+    // Without it, some would look like those of a file.
+    let mut parts = token.strip_prefix("pod:").unwrap_or_default().split('/');
     let (namespace, account, pod) =
         (parts.next().unwrap(), parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
     let known = inner.objects.get(&format!("/api/v1/namespaces/{namespace}/pods/{pod}"));
