@@ -87,7 +87,7 @@ impl Ca {
     }
 
     /// A new self-signed root, by Istio's names of files, for whoever keeps it elsewhere than in a directory.
-    pub fn new_files(trust_domain: &TrustDomain) -> Result<Vec<(&'static str, Zeroizing<Vec<u8>>)>, IdentityError> {
+    pub fn new_files(trust_domain: &TrustDomain) -> Result<Vec<NewFile>, IdentityError> {
         let (key_pem, certificate) = new_root(trust_domain)?;
         let file = |name| (name, Zeroizing::new(certificate.clone().into_bytes()));
         let key = (CA_KEY, Zeroizing::new(key_pem.into_bytes()));
@@ -278,6 +278,9 @@ fn parse_ca(der: &CertificateDer<'_>) -> Result<ParsedCa, String> {
 }
 
 pub(super) type Roots = (RootCertStore, Vec<CertificateDer<'static>>);
+
+/// The name of a file that is to be made, and what belongs into it.
+pub type NewFile = (&'static str, Zeroizing<Vec<u8>>);
 
 /// What is in a file.
 pub type Read<'a> = dyn Fn(&Path) -> io::Result<Vec<u8>> + 'a;

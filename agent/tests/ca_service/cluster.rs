@@ -49,7 +49,7 @@ fn trust(cluster: &FakeCluster) -> Trust {
     for root in der(&cluster.root()) {
         roots.add(root).unwrap();
     }
-    Trust::new(&TrustDomain::default(), Arc::new(roots))
+    Trust::new(TrustDomain::default(), Arc::new(roots))
 }
 
 fn ledger(cluster: &FakeCluster, node: &str) -> Value {
@@ -287,7 +287,7 @@ async fn the_published_root_is_kept_right_and_a_new_one_is_taken_by_all() {
             let chain = bed.ask(AGENT_A, WEB).await.unwrap();
             let mut roots = RootCertStore::empty();
             roots.add(new[0].clone()).unwrap();
-            verified(Trust::new(&TrustDomain::default(), Arc::new(roots)), &chain).is_ok()
+            verified(Trust::new(TrustDomain::default(), Arc::new(roots)), &chain).is_ok()
         })
         .await;
     }

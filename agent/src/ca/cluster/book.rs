@@ -267,7 +267,7 @@ mod tests {
         let mut book = Book { node: "node-a".into(), ..Book::default() };
         let one = entry("web", 1, "2030-01-01T13:00:00Z");
         assert_eq!(book.add(&[&one], now), (vec![Ok(())], true));
-        let hours = |hours| now + Duration::from_secs(hours * 3600);
+        let hours = |hours: u64| now + Duration::from_secs(hours * 3600);
         book.forget_expired(hours(1));
         assert_eq!(book.certificates["web"].len(), 1, "clocks differ");
         book.forget_expired(hours(2));
