@@ -1,7 +1,9 @@
 //! The CA service, `marline ca serve`: signs certificates for agents and workloads that prove who they are, over Istio's signing API.
 //! What a CA signs and how is `identity::ca`'s; its settings are read by `config`; files are followed by `control`.
 
+mod book;
 pub mod caller;
+pub mod cluster;
 pub mod csr;
 pub mod ledger;
 mod limits;
@@ -33,19 +35,24 @@ use tokio::{
 use tonic::transport::Server;
 
 use crate::{
-    config::{self, CaServerConfig, ConfigErrors},
+    config::{self, CaServerConfig, ConfigErrors, Keeping},
     control::{
         files::WatchSettings,
         follow::{Reader, follow},
     },
-    identity::{Ca, IdentityError, ca, wire::istio::istio_certificate_service_server::IstioCertificateServiceServer},
+    identity::{
+        Ca, IdentityError, TrustDomain, ca,
+        wire::istio::istio_certificate_service_server::IstioCertificateServiceServer,
+    },
     words::with_causes,
 };
+use book::Books;
 use caller::{Authenticate, kubernetes::Kubernetes, tokens::Tokens};
+use cluster::{Cluster, placement::Pods};
 use ledger::Ledger;
 use limits::Limiter;
 use metrics::Metrics;
-use placement::Listed;
+use placement::{Listed, Placement};
 use service::Service;
 use serving::Serving;
 
@@ -70,7 +77,7 @@ pub enum CaError {
     Io { action: &'static str, path: PathBuf, source: io::Error },
     #[error("{}: is not the list of nodes that are shut out, which `marline ca revoke` writes; while it is wrong nobody gets a certificate", path.display())]
     ShutOut { path: PathBuf, source: serde_json::Error },
-    #[error("the Kubernetes API server (spec.authentication.kubernetes): {what}")]
+    #[error("the Kubernetes API server: {what}")]
     Kubernetes { what: String, source: Option<Box<dyn std::error::Error + Send + Sync>> },
     #[error("{field}: cannot listen on {address}; choose another address or stop what holds it")]
     Listen { field: &'static str, address: SocketAddr, source: io::Error },
@@ -113,12 +120,17 @@ pub async fn run(config: CaServerConfig) -> Result<(), CaError> {
 
 /// Starts the service; when this returns it answers.
 pub async fn start(config: CaServerConfig, watching: WatchSettings) -> Result<Running, CaError> {
-    let authority = Ca::open(&config.ca).map_err(CaError::Identity)?;
+    let (authority, cluster) = match &config.keeping {
+        Keeping::Files(files) => (Ca::open(&files.ca).map_err(CaError::Identity)?, None),
+        Keeping::Cluster(names) => {
+            let cluster = Cluster::new(names)?;
+            (cluster::authority::open(&cluster, &config.trust_domain).await?, Some(cluster))
+        }
+    };
     authority.require_trust_domain(&config.trust_domain).map_err(CaError::Identity)?;
     let authority = Arc::new(ArcSwap::from_pointee(authority));
     let serving = Serving::new(Arc::clone(&authority), config.names.clone())?;
     let metrics = Arc::new(Metrics::new());
-    let ledger = Ledger::open(&config.state)?;
     let (stop, shutdown) = watch::channel(false);
     let mut tasks = JoinSet::new();
     let follower = Follower { metrics: Arc::clone(&metrics), watching, shutdown: shutdown.clone() };
@@ -134,19 +146,38 @@ pub async fn start(config: CaServerConfig, watching: WatchSettings) -> Result<Ru
     if let Some(settings) = &config.kubernetes {
         callers.push(Box::new(Kubernetes::new(settings, &config.audience)?));
     }
-    let listed = Listed::new(config::load_ca_nodes(&config.nodes)?.0);
-    let (placement, file) = (listed.clone(), config.nodes.clone());
-    let read = move || config::load_ca_nodes(&file).map(|(read, _)| read).map_err(|errors| errors.to_string());
-    let paths = vec![config.nodes.clone()];
-    tasks.spawn(follower.follow("nodes", paths, Arc::new(read), move |read| listed.replace(read)));
-    tasks.spawn(follow_ca(&follower, &config, &authority, &serving));
+    let (placement, ledger): (Box<dyn Placement>, Books) = match (&config.keeping, cluster) {
+        (Keeping::Files(files), _) => {
+            let ledger = Ledger::open(&files.state)?;
+            let listed = Listed::new(config::load_ca_nodes(&files.nodes)?.0);
+            let (placement, file) = (listed.clone(), files.nodes.clone());
+            let read = move || config::load_ca_nodes(&file).map(|(read, _)| read).map_err(|errors| errors.to_string());
+            let paths = vec![files.nodes.clone()];
+            tasks.spawn(follower.follow("nodes", paths, Arc::new(read), move |read| listed.replace(read)));
+            tasks.spawn(follow_ca(&follower, &files.ca, &config.trust_domain, &authority, &serving));
+            (Box::new(placement), Books::Files(ledger))
+        }
+        (Keeping::Cluster(names), cluster) => {
+            let cluster = cluster.map_or_else(|| Cluster::new(names), Ok)?;
+            tasks.spawn(cluster::authority::follow(
+                cluster.clone(),
+                config.trust_domain.clone(),
+                Arc::clone(&authority),
+                serving.clone(),
+                Arc::clone(&metrics),
+                watching,
+                shutdown.clone(),
+            ));
+            (Box::new(Pods(cluster.clone())), Books::Cluster(cluster::book::Books::new(cluster)))
+        }
+    };
     tasks.spawn(serving.clone().keep_fresh(shutdown.clone()));
 
     let service = Service {
         trust_domain: config.trust_domain.clone(),
         ca: Arc::clone(&authority),
         callers,
-        placement: Box::new(placement),
+        placement,
         limiter: Limiter::new(config.limits.per_minute, config.limits.burst),
         per_minute: config.limits.per_minute,
         max_lifetime: config.max_lifetime,
@@ -261,17 +292,19 @@ impl Follower {
 /// Another CA signs from the moment on when its files prove themselves, and signs the service's own certificate first.
 fn follow_ca(
     follower: &Follower,
-    config: &CaServerConfig,
+    dir: &Path,
+    domain: &TrustDomain,
     authority: &Arc<ArcSwap<Ca>>,
     serving: &Serving,
 ) -> impl Future<Output = ()> + Send + 'static {
-    let (dir, domain) = (config.ca.clone(), config.trust_domain.clone());
+    let paths = ca::file_paths(dir);
+    let (dir, domain) = (dir.to_owned(), domain.clone());
     let read = move || {
         let next = Ca::open(&dir).and_then(|next| next.require_trust_domain(&domain).map(|()| next));
         next.map_err(|error| with_causes(&error))
     };
     let (authority, serving) = (Arc::clone(authority), serving.clone());
-    follower.follow("ca", ca::file_paths(&config.ca), Arc::new(read), move |next: Ca| {
+    follower.follow("ca", paths, Arc::new(read), move |next: Ca| {
         let next = Arc::new(next);
         if !authority.swap(Arc::clone(&next)).signs_like(&next) {
             tracing::info!("another certificate of the CA signs from now on");

@@ -31,7 +31,9 @@ pub use agent::{
     DirectConfig, DirectMode, KubernetesConfig, PumpMode, RecordsConfig, RecordsMode, SpareMode, Timeouts, TlsConfig,
 };
 pub use ca_lists::{Network, Placements, TokenEntry, load_ca_nodes, load_ca_tokens};
-pub use ca_server::{ApiServer, CaLimits, CaServerConfig, KubernetesReview, load_ca_server};
+pub use ca_server::{
+    ApiServer, CaCluster, CaFiles, CaLimits, CaServerConfig, Keeping, KubernetesReview, load_ca_server,
+};
 pub use finding::{ConfigErrors, Finding};
 pub use objects::{Compiled, Object, ObjectKind, compile};
 

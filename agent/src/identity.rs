@@ -26,6 +26,7 @@ use serde::{Serialize, Serializer};
 pub use ca::Ca;
 pub use leaf::{SvidFault, Validity, svid_identity};
 pub use live::LiveCa;
+pub(crate) use manager::pem as as_pem;
 pub use manager::{CertState, Manager, ManagerSettings, SvidInfo};
 pub use trust::{Trust, TrustDomains, TrustFiles, TrustStore};
 

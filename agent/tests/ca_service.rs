@@ -6,10 +6,14 @@
 mod bed;
 #[path = "ca_service/callers.rs"]
 mod callers;
+#[path = "ca_service/cluster.rs"]
+mod cluster;
 #[path = "ca_service/commands.rs"]
 mod commands;
 #[path = "ca_service/csr.rs"]
 mod csr;
+#[path = "ca_service/fake_cluster.rs"]
+mod fake_cluster;
 #[path = "ca_service/files.rs"]
 mod files;
 #[path = "ca_service/kubernetes.rs"]

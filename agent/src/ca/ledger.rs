@@ -28,8 +28,8 @@ const WAITING: usize = 1024;
 /// Lines that are flushed together.
 const TOGETHER: usize = 64;
 /// Refusals that are noted: whoever is refused as often as it likes shall not fill the disk. The rest is counted.
-const REFUSALS_PER_MINUTE: u32 = 600;
-const REFUSALS_AT_ONCE: u32 = 1000;
+pub(super) const REFUSALS_PER_MINUTE: u32 = 600;
+pub(super) const REFUSALS_AT_ONCE: u32 = 1000;
 /// Places that refusals leave to certificates.
 const KEPT: usize = WAITING / 2;
 
@@ -48,6 +48,8 @@ pub enum NotNoted {
     ShutOut(String),
     /// It could not be written.
     Failed,
+    /// The node, or the identity there, has as many as can be kept in mind.
+    TooMany,
 }
 
 struct Order {

@@ -1,14 +1,23 @@
-//! Which service accounts run on which node: a node's agent gets certificates for those alone. Today a file says so; whoever knows it better
-//! (an API server) can stand behind the same trait.
+//! Which service accounts run on which node: a node's agent gets certificates for those alone. Here a file says so; in a cluster the API
+//! server (`cluster::placement`).
 
-use std::sync::Arc;
+use std::{pin::Pin, sync::Arc};
 
 use arc_swap::ArcSwap;
 
+use super::refusal::Refusal;
 use crate::config::Placements;
 
+/// Whether it does, or why that cannot be known.
+pub type Runs<'a> = Pin<Box<dyn Future<Output = Result<bool, Refusal>> + Send + 'a>>;
+
 pub trait Placement: Send + Sync {
-    fn runs(&self, node: &str, namespace: &str, service_account: &str) -> bool;
+    fn runs<'a>(&'a self, node: &'a str, namespace: &'a str, service_account: &'a str) -> Runs<'a>;
+
+    /// What to do about a workload that is not known to be there.
+    fn hint(&self) -> &'static str {
+        "is its pod bound to that node?"
+    }
 }
 
 /// As the file of kind CaNodes has it now. A clone is another handle on the same.
@@ -26,9 +35,14 @@ impl Listed {
 }
 
 impl Placement for Listed {
-    fn runs(&self, node: &str, namespace: &str, service_account: &str) -> bool {
+    fn runs<'a>(&'a self, node: &'a str, namespace: &'a str, service_account: &'a str) -> Runs<'a> {
         let placements = self.0.load();
         let account = (namespace.to_owned(), service_account.to_owned());
-        placements.get(node).is_some_and(|accounts| accounts.contains(&account))
+        let runs = placements.get(node).is_some_and(|accounts| accounts.contains(&account));
+        Box::pin(std::future::ready(Ok(runs)))
+    }
+
+    fn hint(&self) -> &'static str {
+        "list it under spec.nodes if it does"
     }
 }

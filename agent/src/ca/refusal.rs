@@ -59,6 +59,15 @@ impl Refusal {
         Self::new(RefusalKind::TooMany, text)
     }
 
+    /// They count still, and all of them must be known.
+    pub fn too_many_certificates(node: &str, id: &str) -> Self {
+        let text = format!(
+            "node {node} has as many certificates that have not expired as its ledger can hold, of {id} or at all: find out who \
+             asks so often; there is room again when some expire"
+        );
+        Self::new(RefusalKind::TooMany, text)
+    }
+
     pub fn is_unauthenticated(&self) -> bool {
         self.kind == RefusalKind::Unauthenticated
     }

@@ -1,11 +1,11 @@
 //! Shuts a node out: no more certificates for it, and those that it has are put on the CA's revocation list. It works on the files alone,
-//! whether a service runs or not.
+//! whether a service runs or not. For a cluster's services this is `cluster::revoke`.
 
 use std::{fs, io, time::SystemTime};
 
 use super::{CaError, ledger, shut_out};
 use crate::{
-    config::CaServerConfig,
+    config::CaFiles,
     identity::{Ca, IdentityError},
 };
 
@@ -35,7 +35,7 @@ impl Outcome {
 }
 
 /// Shuts `node` out. May be repeated, and is to be if it fails after the first step.
-pub fn revoke(config: &CaServerConfig, node: &str) -> Result<Outcome, CaError> {
+pub fn revoke(config: &CaFiles, node: &str) -> Result<Outcome, CaError> {
     let now = SystemTime::now();
     let _lock = ledger::file::lock(&config.state)?;
     // First: from here on there are no more certificates to be listed.
@@ -83,7 +83,7 @@ pub fn revoke(config: &CaServerConfig, node: &str) -> Result<Outcome, CaError> {
 
 /// Lets `node` have certificates again. What was listed stays listed: a key that was taken back is not given again. False if it was not
 /// shut out.
-pub fn undo(config: &CaServerConfig, node: &str) -> Result<bool, CaError> {
+pub fn undo(config: &CaFiles, node: &str) -> Result<bool, CaError> {
     let _lock = ledger::file::lock(&config.state)?;
     let mut nodes = shut_out::read(&config.state)?;
     let was = nodes.remove(node).is_some();

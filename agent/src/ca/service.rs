@@ -11,9 +11,10 @@ use arc_swap::ArcSwap;
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 
 use super::{
+    book::Books,
     caller::{Authenticate, Caller, CallerKind, Token},
     csr,
-    ledger::{Ledger, NotNoted, entry::Entry},
+    ledger::{NotNoted, entry::Entry},
     limits::Limiter,
     listener::{Peer, Pending},
     metrics::Metrics,
@@ -22,7 +23,7 @@ use super::{
 };
 use crate::{
     identity::{
-        Ca, IdentityError, SpiffeId, TrustDomain,
+        Ca, IdentityError, SpiffeId, TrustDomain, as_pem,
         wire::istio::{
             CertificateRequest, CertificateResponse, IMPERSONATED_IDENTITY,
             istio_certificate_service_server::IstioCertificateService,
@@ -44,7 +45,7 @@ pub struct Service {
     pub limiter: Limiter,
     pub per_minute: u32,
     pub max_lifetime: Duration,
-    pub ledger: Ledger,
+    pub ledger: Books,
     pub metrics: Arc<Metrics>,
 }
 
@@ -109,7 +110,7 @@ impl Service {
         let asked = request.get_ref();
         let id = self.wanted(&caller, asked)?;
         entry.identity = Some(id.to_string());
-        self.check_allowed(&caller, &id)?;
+        self.check_allowed(&caller, &id).await?;
         let invalid = |error: csr::CsrError| Refusal::invalid(error.to_string());
         let csr = csr::read(&asked.csr).map_err(invalid)?;
         csr.is_for(&id).map_err(invalid)?;
@@ -126,6 +127,7 @@ impl Service {
                 "node {} was shut out at {since}: it gets no certificates until `marline ca revoke --undo`",
                 caller.node
             )),
+            NotNoted::TooMany => Refusal::too_many_certificates(&caller.node, &id.to_string()),
             NotNoted::Failed => Refusal::unavailable(
                 "the CA cannot write down which certificates it issues, and so issues none: try again; its log has the reason",
             ),
@@ -175,7 +177,7 @@ impl Service {
         }
     }
 
-    fn check_allowed(&self, caller: &Caller, id: &SpiffeId) -> Result<(), Refusal> {
+    async fn check_allowed(&self, caller: &Caller, id: &SpiffeId) -> Result<(), Refusal> {
         if *id.trust_domain() != self.trust_domain {
             return Err(Refusal::denied(format!("{id} is not of this CA's trust domain, {}", self.trust_domain)));
         }
@@ -185,10 +187,11 @@ impl Service {
             CallerKind::Workload(own_namespace, own) => Err(Refusal::denied(format!(
                 "{own_namespace}/{own} may have its own certificate alone, and not that of {namespace}/{account}"
             ))),
-            CallerKind::Agent if self.placement.runs(&caller.node, namespace, account) => Ok(()),
+            CallerKind::Agent if self.placement.runs(&caller.node, namespace, account).await? => Ok(()),
             CallerKind::Agent => Err(Refusal::denied(format!(
-                "node {} runs no workload of {namespace}/{account}: list it under spec.nodes if it does",
-                caller.node
+                "node {} runs no workload of {namespace}/{account}: {}",
+                caller.node,
+                self.placement.hint()
             ))),
         }
     }
@@ -212,9 +215,4 @@ fn unsigned(error: &IdentityError) -> Refusal {
             Refusal::unavailable(format!("the CA cannot sign: {error}"))
         }
     }
-}
-
-fn as_pem(der: &[u8]) -> String {
-    let config = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
-    pem::encode_config(&pem::Pem::new("CERTIFICATE", der), config)
 }

@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use super::{
-    ledger::Ledger,
+    book::Books,
     listener::{BREATH, Places},
     metrics::Metrics,
 };
@@ -36,7 +36,7 @@ const CONNECTION: Duration = Duration::from_secs(15);
 pub async fn serve(
     listener: TcpListener,
     metrics: Arc<Metrics>,
-    ledger: Ledger,
+    ledger: Books,
     ca: Arc<ArcSwap<Ca>>,
     mut shutdown: watch::Receiver<bool>,
 ) {

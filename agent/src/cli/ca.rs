@@ -1,6 +1,8 @@
 //! `marline ca`: makes CAs, runs the service that signs for agents, and what belongs to running it: tokens, and shutting nodes out. The
 //! work is `identity::ca`'s and the `ca` room's.
 
+mod revoke;
+
 use std::{
     fs::OpenOptions,
     io::{self, Write as _},
@@ -15,8 +17,8 @@ use clap::Subcommand;
 use super::{WRONG_CONFIGURATION, failed};
 use crate::{
     app,
-    ca::{self, CaError, caller::tokens, revoke},
-    config::{self, CaServerConfig, ConfigErrors},
+    ca::{self, CaError, caller::tokens},
+    config::{self, CaServerConfig, ConfigErrors, Keeping},
     identity::{TrustDomain, ca::Ca},
     words::with_causes,
 };
@@ -87,7 +89,7 @@ pub(super) fn run(command: CaCommand) -> ExitCode {
         }
         CaCommand::Serve { config } => serve(&config),
         CaCommand::Token { node, out, expires, from } => token(&node, &out, expires, &from),
-        CaCommand::Revoke { config, node, undo, json } => revoke(&config, &node, undo, json),
+        CaCommand::Revoke { config, node, undo, json } => revoke::run(&config, &node, undo, json),
     }
 }
 
@@ -107,9 +109,15 @@ pub(super) fn check(file: &Path) -> Result<(String, Vec<config::Finding>), Confi
             tokens.len()
         }))
     });
-    let nodes = tell(config::load_ca_nodes(&settings.nodes).map(|(nodes, _)| nodes.len()));
+    let nodes = match &settings.keeping {
+        Keeping::Files(files) => {
+            let nodes = tell(config::load_ca_nodes(&files.nodes).map(|(nodes, _)| nodes.len()));
+            format!("{nodes} nodes")
+        }
+        Keeping::Cluster(names) => format!("in a cluster, kept in Secret {}/{}", names.namespace, names.secret),
+    };
     match errors.errors.is_empty() {
-        true => Ok((format!("{}: good, {tokens} tokens, {nodes} nodes", file.display()), warnings)),
+        true => Ok((format!("{}: good, {tokens} tokens, {nodes}", file.display()), warnings)),
         false => Err(errors),
     }
 }
@@ -158,82 +166,6 @@ fn write_secret(path: &Path, text: &str) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     writeln!(file, "{text}")?;
     file.sync_all()
-}
-
-fn revoke(file: &Path, node: &str, undo: bool, json: bool) -> ExitCode {
-    let settings = match load(file) {
-        Ok(settings) => settings,
-        Err(code) => return code,
-    };
-    if undo {
-        let done = revoke::undo(&settings, node).map_err(|error| with_causes(&error));
-        return said(done.map(|was| match (json, was) {
-            (true, was) => serde_json::json!({ "node": node, "changed": was }).to_string(),
-            (_, true) => format!("node {node} may have certificates again; those that were revoked stay so"),
-            (_, false) => format!("node {node} was not shut out"),
-        }));
-    }
-    let done = match revoke::revoke(&settings, node) {
-        Ok(done) => done,
-        Err(error) => {
-            return failed(&format!(
-                "{}; run it again when that is mended: it goes on where it ended",
-                with_causes(&error)
-            ));
-        }
-    };
-    if json {
-        let list = done.list.map(|(number, added)| serde_json::json!({ "number": number, "added": added }));
-        println!(
-            "{}",
-            serde_json::json!({ "node": node, "changed": done.changed, "known": done.known, "list": list,
-                "other_signer": done.other_signer, "other_until": done.other_until,
-                "unreadable": done.unreadable, "first_unreadable": done.first_unreadable })
-        );
-        return whole(&done);
-    }
-    match done.changed {
-        true => println!("node {node} is shut out: it gets no more certificates"),
-        false => println!("node {node} was shut out already"),
-    }
-    match done.list {
-        Some((number, added)) => println!(
-            "{added} certificates were put on the revocation list {} (number {number}): give it to the agents",
-            settings.crl.display()
-        ),
-        None => println!("it has no certificate that counts and is not on the revocation list already"),
-    }
-    if !done.known {
-        println!("warning: the ledger in {} knows no such node; is it called so?", settings.state.display());
-    }
-    if done.other_signer > 0 {
-        println!(
-            "NOT revoked: {} certificates that count still were signed with another key than the CA's in {}. They count until {}, or until \
-             that CA lists them: run this with a copy of the configuration whose spec.ca.path has that CA's files and whose spec.state is \
-             {}; or take its root from the agents",
-            done.other_signer,
-            settings.ca.display(),
-            done.other_until.as_deref().unwrap_or("an unknown time"),
-            settings.state.display()
-        );
-    }
-    if done.unreadable > 0 {
-        println!(
-            "NOT revoked, if there are any: certificates in {} lines of the ledger that cannot be read or have no serial (the first: {}). \
-             Unpack files that are compressed; mend a line, or remove one that was written by half, and run this again",
-            done.unreadable,
-            done.first_unreadable.as_deref().unwrap_or("without a serial")
-        );
-    }
-    whole(&done)
-}
-
-/// What is left undone must not look done to a script.
-fn whole(done: &revoke::Outcome) -> ExitCode {
-    match done.is_whole() {
-        true => ExitCode::SUCCESS,
-        false => ExitCode::FAILURE,
-    }
 }
 
 fn load(file: &Path) -> Result<CaServerConfig, ExitCode> {

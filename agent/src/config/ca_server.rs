@@ -19,26 +19,52 @@ use crate::identity::TrustDomain;
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CaServerConfig {
     pub trust_domain: TrustDomain,
-    /// A directory in Istio's `cacerts` layout.
-    pub ca: PathBuf,
+    pub keeping: Keeping,
     pub listen: SocketAddr,
     /// The host names and addresses that clients call the service by.
     pub names: Vec<String>,
     /// Where metrics and readiness are served.
     pub status: SocketAddr,
-    /// What the service writes: the ledger of certificates, and which nodes are shut out.
-    pub state: PathBuf,
-    /// Where revocation lists are written.
-    pub crl: PathBuf,
     pub max_lifetime: Duration,
     /// What tokens must be meant for.
     pub audience: String,
     /// A file of kind CaTokens.
     pub tokens: Option<PathBuf>,
     pub kubernetes: Option<KubernetesReview>,
+    pub limits: CaLimits,
+}
+
+/// Where the CA's key and all that the service must remember is kept, and who knows what runs on which node.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Keeping {
+    /// This machine's: of one service.
+    Files(CaFiles),
+    /// A cluster's API server's: of any number of services.
+    Cluster(CaCluster),
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CaFiles {
+    /// A directory in Istio's `cacerts` layout.
+    pub ca: PathBuf,
+    /// What the service writes: the ledger of certificates, and which nodes are shut out.
+    pub state: PathBuf,
+    /// Where revocation lists are written.
+    pub crl: PathBuf,
     /// A file of kind CaNodes.
     pub nodes: PathBuf,
-    pub limits: CaLimits,
+}
+
+/// Objects in a cluster, which the service makes if they are not there.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CaCluster {
+    pub namespace: String,
+    /// The Secret with the CA's key, in Istio's `cacerts` layout.
+    pub secret: String,
+    /// The ConfigMap in which agents find the roots.
+    pub root_config_map: String,
+    /// The API server, if it is not that of the cluster in which the service runs.
+    pub server: Option<ApiServer>,
 }
 
 /// Callers' tokens are reviewed by an API server.
@@ -98,7 +124,7 @@ fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut Report) -> 
             None
         }
     };
-    let ca = read_ca(dir, &mut spec, report);
+    let cluster = spec.has("cluster");
     let listen = read_listen(&mut spec, report);
     let status = match spec.fields(report, "status") {
         None => None,
@@ -108,7 +134,6 @@ fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut Report) -> 
             address
         }
     };
-    let state = spec.required(report, "state", "write the directory for the ledger of certificates; it is kept");
     let max_lifetime = match spec.fields(report, "certificates") {
         None => None,
         Some(mut fields) => {
@@ -117,29 +142,75 @@ fn read(dir: &Path, origin: &Origin, document: &[Pair], report: &mut Report) -> 
             longest
         }
     };
-    let Authentication { audience, tokens, kubernetes } = read_authentication(dir, &mut spec, report);
-    let nodes =
-        spec.required(report, "nodes", "write the file of kind CaNodes: which service accounts run on which node");
+    let Authentication { audience, tokens, kubernetes } = read_authentication(dir, &mut spec, cluster, report);
+    let keeping = match cluster {
+        true => {
+            let server = kubernetes.as_ref().and_then(|review| review.server.clone());
+            read_cluster(&mut spec, server, report).map(Keeping::Cluster)
+        }
+        false => read_files(dir, &mut spec, report).map(Keeping::Files),
+    };
     let limits = read_limits(&mut spec, report);
     spec.finish(report, Unknown::Error);
 
-    let (ca, crl) = ca?;
     let (listen, names) = listen?;
     Some(CaServerConfig {
         trust_domain: trust_domain?,
-        crl: crl.unwrap_or_else(|| ca.join("ca-crl.pem")),
-        ca,
+        keeping: keeping?,
         listen,
         names,
         status: status.unwrap_or((Ipv4Addr::UNSPECIFIED, 15014).into()),
-        state: dir.join(state?),
         max_lifetime: max_lifetime.unwrap_or(Duration::from_secs(24 * 3_600)),
         audience,
         tokens,
         kubernetes,
-        nodes: dir.join(nodes?),
         limits,
     })
+}
+
+fn read_files(dir: &Path, spec: &mut Fields<'_>, report: &mut Report) -> Option<CaFiles> {
+    let ca = read_ca(dir, spec, report);
+    let state = spec.required(report, "state", "write the directory for the ledger of certificates; it is kept");
+    let nodes =
+        spec.required(report, "nodes", "write the file of kind CaNodes: which service accounts run on which node");
+    let (ca, crl) = ca?;
+    Some(CaFiles {
+        crl: crl.unwrap_or_else(|| ca.join("ca-crl.pem")),
+        ca,
+        state: dir.join(state?),
+        nodes: dir.join(nodes?),
+    })
+}
+
+fn read_cluster(spec: &mut Fields<'_>, server: Option<ApiServer>, report: &mut Report) -> Option<CaCluster> {
+    for field in ["ca", "state", "nodes"] {
+        if spec.has(field) {
+            let hint =
+                "leave it out: with spec.cluster the API server keeps the key and the ledger, and knows the pods";
+            spec.error(report, field, "is not for a CA in a cluster", hint);
+        }
+    }
+    spec.skip(&["ca", "state", "nodes"]);
+    let mut cluster = spec.fields(report, "cluster")?;
+    let errors = report.errors.len();
+    let mut name = |field: &'static str, default: &str| {
+        let name = cluster.text(report, field).unwrap_or(default).to_owned();
+        let known = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'.';
+        if name.is_empty() || name.len() > 253 || !name.bytes().all(known) {
+            cluster.error(
+                report,
+                field,
+                format!("{name:?} is no object's name"),
+                format!("write a name such as {default}"),
+            );
+        }
+        name
+    };
+    let namespace = name("namespace", "marline-system");
+    let secret = name("secret", "marline-ca");
+    let root_config_map = name("rootConfigMap", "marline-root");
+    cluster.finish(report, Unknown::Error);
+    (report.errors.len() == errors).then_some(CaCluster { namespace, secret, root_config_map, server })
 }
 
 fn read_ca(dir: &Path, spec: &mut Fields<'_>, report: &mut Report) -> Option<(PathBuf, Option<PathBuf>)> {
@@ -182,7 +253,8 @@ struct Authentication {
     kubernetes: Option<KubernetesReview>,
 }
 
-fn read_authentication(dir: &Path, spec: &mut Fields<'_>, report: &mut Report) -> Authentication {
+/// In a cluster, its API server knows who asks, if nothing else is said.
+fn read_authentication(dir: &Path, spec: &mut Fields<'_>, cluster: bool, report: &mut Report) -> Authentication {
     let hint = "write authentication.tokens (a file of kind CaTokens), or authentication.kubernetes, or both";
     let mut read = Authentication { audience: "marline-ca".to_owned(), tokens: None, kubernetes: None };
     let mut none = true;
@@ -195,7 +267,9 @@ fn read_authentication(dir: &Path, spec: &mut Fields<'_>, report: &mut Report) -
         none = !fields.has("tokens") && !fields.has("kubernetes");
         fields.finish(report, Unknown::Error);
     }
-    if none {
+    if none && cluster {
+        read.kubernetes = Some(KubernetesReview { agents: vec![default_agent()], server: None });
+    } else if none {
         spec.error(report, "authentication", "says no way in which callers prove who they are", hint);
     }
     read
@@ -210,12 +284,12 @@ fn read_kubernetes(dir: &Path, mut fields: Fields<'_>, report: &mut Report) -> O
             }
             _ => {
                 let message = format!("{account:?} is no service account");
-                fields.error(report, "agents", message, "write NAMESPACE/NAME, as in marline-system/marline");
+                fields.error(report, "agents", message, "write NAMESPACE/NAME, as in marline-system/marline-agent");
             }
         }
     }
     if !fields.has("agents") {
-        agents.push(("marline-system".to_owned(), "marline".to_owned()));
+        agents.push(default_agent());
     }
     let mut sound = true;
     let server = fields.fields(report, "server").and_then(|mut server| {
@@ -231,6 +305,10 @@ fn read_kubernetes(dir: &Path, mut fields: Fields<'_>, report: &mut Report) -> O
     });
     fields.finish(report, Unknown::Error);
     sound.then_some(KubernetesReview { agents, server })
+}
+
+fn default_agent() -> (String, String) {
+    ("marline-system".to_owned(), "marline-agent".to_owned())
 }
 
 fn read_limits(spec: &mut Fields<'_>, report: &mut Report) -> CaLimits {

@@ -26,7 +26,7 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject as _},
 };
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
-use zeroize::Zeroize as _;
+use zeroize::{Zeroize as _, Zeroizing};
 
 use super::{IdentityError, SpiffeId, Trust, TrustDomain};
 
@@ -66,11 +66,7 @@ impl Ca {
         if let Some(present) = paths.iter().find(|path| path.symlink_metadata().is_ok()) {
             return Err(IdentityError::Exists(present.clone()));
         }
-        let mut key = KeyPair::generate()?;
-        let certificate = root_params(trust_domain, ROOT_LIFETIME)?.self_signed(&key)?.pem();
-        let mut key_pem = key.serialize_pem();
-        key.zeroize();
-
+        let (mut key_pem, certificate) = new_root(trust_domain)?;
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -90,22 +86,35 @@ impl Ca {
         written
     }
 
+    /// A new self-signed root, by Istio's names of files, for whoever keeps it elsewhere than in a directory.
+    pub fn new_files(trust_domain: &TrustDomain) -> Result<Vec<NewFile>, IdentityError> {
+        let (key_pem, certificate) = new_root(trust_domain)?;
+        let file = |name| (name, Zeroizing::new(certificate.clone().into_bytes()));
+        let key = (CA_KEY, Zeroizing::new(key_pem.into_bytes()));
+        Ok(vec![key, file(CA_CERT), file(ROOT_CERT), file(CERT_CHAIN)])
+    }
+
     /// Loads a CA and proves with a throw-away certificate that what it signs verifies against its own roots.
     pub fn open(dir: &Path) -> Result<Self, IdentityError> {
+        Self::open_with(dir, &|path| fs::read(path))
+    }
+
+    /// The same with files that are kept elsewhere: `dir` is how that place is called, and `read` knows what is in it.
+    pub fn open_with(dir: &Path, read: &Read<'_>) -> Result<Self, IdentityError> {
         let unusable = |what: String| IdentityError::Unusable { dir: dir.to_owned(), what };
         let certificate_path = dir.join(CA_CERT);
-        let certificate = read_certificates(&certificate_path)?
+        let certificate = read_certificates(&certificate_path, read)?
             .into_iter()
             .next()
             .ok_or_else(|| IdentityError::file(&certificate_path, "holds no certificate"))?;
         let parsed = parse_ca(&certificate).map_err(|what| IdentityError::file(&certificate_path, what))?;
-        let key = read_key(&dir.join(CA_KEY))?;
+        let key = read_key(&dir.join(CA_KEY), read)?;
         if parsed.public_key != rcgen::PublicKeyData::subject_public_key_info(&key) {
             return Err(unusable(format!("the key in {CA_KEY} does not belong to the certificate in {CA_CERT}")));
         }
 
-        let (roots, root_ders) = read_roots(&dir.join(ROOT_CERT), &parsed.trust_domain)?;
-        let mut chain = match read_certificates(&dir.join(CERT_CHAIN)) {
+        let (roots, root_ders) = roots_of(&dir.join(ROOT_CERT), &parsed.trust_domain, read)?;
+        let mut chain = match read_certificates(&dir.join(CERT_CHAIN), read) {
             Err(IdentityError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Vec::new(),
             other => other?,
         };
@@ -270,9 +279,19 @@ fn parse_ca(der: &CertificateDer<'_>) -> Result<ParsedCa, String> {
 
 pub(super) type Roots = (RootCertStore, Vec<CertificateDer<'static>>);
 
+/// The name of a file that is to be made, and what belongs into it.
+pub type NewFile = (&'static str, Zeroizing<Vec<u8>>);
+
+/// What is in a file.
+pub type Read<'a> = dyn Fn(&Path) -> io::Result<Vec<u8>> + 'a;
+
 /// The roots in a file. If a trust domain is known, each must be of it, or name none.
 pub(super) fn read_roots(path: &Path, trust_domain: &Option<TrustDomain>) -> Result<Roots, IdentityError> {
-    let ders = read_certificates(path)?;
+    roots_of(path, trust_domain, &|path| fs::read(path))
+}
+
+fn roots_of(path: &Path, trust_domain: &Option<TrustDomain>, read: &Read<'_>) -> Result<Roots, IdentityError> {
+    let ders = read_certificates(path, read)?;
     let mut store = RootCertStore::empty();
     for der in &ders {
         let root = parse_ca(der).map_err(|what| IdentityError::file(path, what))?;
@@ -290,15 +309,15 @@ pub(super) fn read_roots(path: &Path, trust_domain: &Option<TrustDomain>) -> Res
     Ok((store, ders))
 }
 
-fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
-    let pem = fs::read(path).map_err(IdentityError::io("read", path))?;
+fn read_certificates(path: &Path, read: &Read<'_>) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
+    let pem = read(path).map_err(IdentityError::io("read", path))?;
     CertificateDer::pem_slice_iter(&pem)
         .collect::<Result<_, _>>()
         .map_err(|error| IdentityError::file(path, format!("not PEM: {error}")))
 }
 
-fn read_key(path: &Path) -> Result<KeyPair, IdentityError> {
-    let mut pem = fs::read(path).map_err(IdentityError::io("read", path))?;
+fn read_key(path: &Path, read: &Read<'_>) -> Result<KeyPair, IdentityError> {
+    let mut pem = read(path).map_err(IdentityError::io("read", path))?;
     let key = PrivateKeyDer::from_pem_slice(&pem);
     let encrypted = pem.windows(b"ENCRYPTED".len()).any(|window| window == b"ENCRYPTED");
     pem.zeroize();
@@ -309,6 +328,15 @@ fn read_key(path: &Path) -> Result<KeyPair, IdentityError> {
     let pair = KeyPair::try_from(&key);
     key.zeroize();
     pair.map_err(|error| IdentityError::file(path, format!("not a usable private key: {error}")))
+}
+
+/// The key and the certificate of a new root, in PEM.
+fn new_root(trust_domain: &TrustDomain) -> Result<(String, String), IdentityError> {
+    let mut key = KeyPair::generate()?;
+    let certificate = root_params(trust_domain, ROOT_LIFETIME)?.self_signed(&key);
+    let key_pem = key.serialize_pem();
+    key.zeroize();
+    Ok((key_pem, certificate?.pem()))
 }
 
 fn root_params(trust_domain: &TrustDomain, lifetime: Duration) -> Result<CertificateParams, IdentityError> {

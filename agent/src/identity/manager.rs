@@ -345,7 +345,7 @@ fn is_believed(trust: &Trust, id: &SpiffeId, svid: &Svid) -> bool {
     })
 }
 
-pub(super) fn pem(der: &[u8]) -> String {
+pub(crate) fn pem(der: &[u8]) -> String {
     let config = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
     pem::encode_config(&pem::Pem::new("CERTIFICATE", der), config)
 }

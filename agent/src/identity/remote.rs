@@ -9,7 +9,7 @@ mod verifier;
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -69,10 +69,33 @@ pub struct RemoteSettings {
 /// A CA elsewhere.
 pub struct RemoteCa {
     address: Arc<str>,
-    client: IstioCertificateServiceClient<Channel>,
+    dial: Dial,
+    /// Which one it is, and the connection, that is made when it is needed.
+    client: Mutex<(u64, Client)>,
     token: PathBuf,
     cluster_id: Option<MetadataValue<Ascii>>,
     trust: TrustStore,
+}
+
+type Client = IstioCertificateServiceClient<Channel>;
+
+/// How connections are made.
+struct Dial {
+    endpoint: Endpoint,
+    address: String,
+    name: ServerName<'static>,
+    roots: TrustStore,
+    domain: TrustDomain,
+}
+
+impl Dial {
+    /// Connects when it is used.
+    fn client(&self) -> Client {
+        let (address, name, roots, domain) =
+            (self.address.clone(), self.name.clone(), self.roots.clone(), self.domain.clone());
+        let connector = service_fn(move |_: Uri| connect(address.clone(), name.clone(), roots.clone(), domain.clone()));
+        Client::new(self.endpoint.connect_with_connector_lazy(connector)).max_decoding_message_size(LONGEST_ANSWER)
+    }
 }
 
 impl RemoteCa {
@@ -91,15 +114,14 @@ impl RemoteCa {
             .connect_timeout(CONNECT)
             .http2_keep_alive_interval(KEEPALIVE)
             .keep_alive_timeout(CONNECT);
-        let (dialed, roots, domain) = (settings.address.clone(), trust.clone(), trust.load().domains().own().clone());
-        let connector = service_fn(move |_: Uri| connect(dialed.clone(), name.clone(), roots.clone(), domain.clone()));
-        let client = IstioCertificateServiceClient::new(endpoint.connect_with_connector_lazy(connector))
-            .max_decoding_message_size(LONGEST_ANSWER);
+        let domain = trust.load().domains().own().clone();
+        let dial = Dial { endpoint, address: settings.address.clone(), name, roots: trust.clone(), domain };
+        let client = Mutex::new((0, dial.client()));
         let cluster_id = match &settings.cluster_id {
             Some(id) => Some(id.parse().map_err(|_| wrong(format!("cannot be told the cluster's name {id:?}")))?),
             None => None,
         };
-        Ok(Self { address, client, token: settings.token.clone(), cluster_id, trust })
+        Ok(Self { address, dial, client, token: settings.token.clone(), cluster_id, trust })
     }
 
     async fn ask(&self, id: &SpiffeId, lifetime: Duration) -> Result<Svid, IdentityError> {
@@ -122,8 +144,12 @@ impl RemoteCa {
         if let Some(cluster_id) = &self.cluster_id {
             request.metadata_mut().insert("clusterid", cluster_id.clone());
         }
-        let mut client = self.client.clone();
+        let (which, mut client) = self.client.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let answer = tokio::time::timeout(PATIENCE, client.create_certificate(request)).await;
+        // Several may answer at the address. A connection stays with one, be it of no use: the next attempt gets to another.
+        if answer.as_ref().map_or(true, |answer| answer.as_ref().is_err_and(|status| is_its_trouble(status.code()))) {
+            self.leave(which);
+        }
         let answer = answer.map_err(|_| self.wrong(format!("gave no answer within {}", humantime(PATIENCE))))?;
         let answer = answer.map_err(|status| self.wrong(explain(&status, id, &self.token)))?;
         let chain = checked(&answer.into_inner(), id, &public, &self.trust).map_err(|what| self.wrong(what))?;
@@ -135,6 +161,14 @@ impl RemoteCa {
             not_after: times.not_after,
             serial: times.serial,
         })
+    }
+
+    /// Connects anew next time, unless somebody has done so already. Requests that wait on the connection are left to it.
+    fn leave(&self, which: u64) {
+        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        if client.0 == which {
+            *client = (which + 1, self.dial.client());
+        }
     }
 
     async fn bearer(&self) -> Result<MetadataValue<Ascii>, IdentityError> {
@@ -245,6 +279,19 @@ fn checked(
 
 fn is_self_issued(der: &CertificateDer<'_>) -> bool {
     X509Certificate::from_der(der).is_ok_and(|(_, one)| one.subject().as_raw() == one.issuer().as_raw())
+}
+
+/// Whether it is the service's fault, or that of the way to it.
+fn is_its_trouble(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Unavailable
+            | Code::Unknown
+            | Code::Cancelled
+            | Code::DeadlineExceeded
+            | Code::Internal
+            | Code::Unimplemented
+    )
 }
 
 /// What the CA said, and what can be done about it.

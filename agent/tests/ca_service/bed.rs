@@ -12,7 +12,7 @@ use aws_lc_rs::digest::{SHA256, digest};
 use hyper_util::rt::TokioIo;
 use marline::{
     ca::{self, Running},
-    config,
+    config::{self, CaFiles, CaServerConfig, Keeping},
     control::files::WatchSettings,
     identity::{
         Ca, SpiffeId, Trust, TrustDomain,
@@ -103,6 +103,11 @@ impl Bed {
         self.running = Some(ca::start(settings, watching).await.unwrap());
     }
 
+    /// The files that the settings name.
+    pub fn kept(&self) -> CaFiles {
+        kept(&config::load_ca_server(&self.path("ca.yaml")).unwrap().0)
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -174,6 +179,13 @@ impl Bed {
         let status = response.status().as_u16();
         let body = http_body_util::BodyExt::collect(response.into_body()).await.unwrap().to_bytes();
         (status, String::from_utf8(body.to_vec()).unwrap())
+    }
+}
+
+pub fn kept(settings: &CaServerConfig) -> CaFiles {
+    match &settings.keeping {
+        Keeping::Files(files) => files.clone(),
+        Keeping::Cluster(_) => panic!("a cluster's"),
     }
 }
 

@@ -118,9 +118,9 @@ async fn answer(
     (status, [("content-type", "application/json")], response["body"].to_string())
 }
 
-struct TlsListener {
-    tcp: TcpListener,
-    acceptor: TlsAcceptor,
+pub struct TlsListener {
+    pub tcp: TcpListener,
+    pub acceptor: TlsAcceptor,
 }
 
 impl axum::serve::Listener for TlsListener {

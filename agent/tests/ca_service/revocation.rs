@@ -7,7 +7,6 @@ use marline::{
         ledger::file,
         revoke::{self, Outcome},
     },
-    config,
     identity::{Ca, Trust, TrustDomain, TrustFiles},
 };
 use tokio::time::timeout;
@@ -17,7 +16,7 @@ use x509_parser::prelude::{CertificateRevocationList, FromDer as _};
 use crate::bed::*;
 
 fn revoked(bed: &Bed, node: &str) -> Outcome {
-    revoke::revoke(&config::load_ca_server(&bed.path("ca.yaml")).unwrap().0, node).unwrap()
+    revoke::revoke(&bed.kept(), node).unwrap()
 }
 
 /// What an agent whose CA files these are believes.
@@ -73,7 +72,7 @@ async fn a_node_that_is_let_in_again_gets_new_certificates_and_the_old_ones_stay
     let before = bed.ask(TOKEN_A, WEB).await.unwrap();
     revoked(&bed, "node-a");
     let (first, _) = list(&bed);
-    let settings = config::load_ca_server(&bed.path("ca.yaml")).unwrap().0;
+    let settings = bed.kept();
     assert!(revoke::undo(&settings, "node-a").unwrap());
     assert!(!revoke::undo(&settings, "node-a").unwrap());
     let after = bed.ask(TOKEN_A, WEB).await.unwrap();
@@ -106,7 +105,7 @@ async fn other_lists_in_the_file_stay_and_what_another_key_has_signed_is_told() 
     bed.ask(TOKEN_A, WEB).await.unwrap();
     revoked(&bed, "node-a");
     let first = fs::read_to_string(bed.path("ca/ca-crl.pem")).unwrap();
-    let settings = config::load_ca_server(&bed.path("ca.yaml")).unwrap().0;
+    let settings = bed.kept();
     revoke::undo(&settings, "node-a").unwrap();
     bed.ask(TOKEN_A, WEB).await.unwrap();
 

@@ -1,31 +1,36 @@
 //! Tokens of Kubernetes service accounts, as the API server reviews them (authentication.k8s.io/v1, TokenReview). A token must be bound to
 //! a pod, because then the review tells the pod's node. Nothing is remembered: a token counts for as long as the API server takes it.
 
-use std::{
-    net::IpAddr,
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::{net::IpAddr, time::Instant};
 
-use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
+use k8s_openapi::api::{
+    authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus},
+    core::v1::Pod,
+};
 use kube::{Api, Client, api::PostParams};
 use tokio::{sync::Semaphore, time::timeout};
 
 use super::{Authenticate, Authenticated, Caller, CallerKind, Token};
 use crate::{
-    ca::{CaError, limits::Limiter, listener::network, refusal::Refusal},
-    config::{ApiServer, KubernetesReview},
+    ca::{
+        CaError,
+        cluster::{self, PATIENCE},
+        limits::Limiter,
+        listener::network,
+        refusal::Refusal,
+    },
+    config::KubernetesReview,
     words::with_causes,
 };
 
-/// Longer than an API server under load takes, and shorter than a client waits.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// Whoever sends many tokens shall not make the API server review them all at once.
 const AT_ONCE: usize = 32;
 /// Tokens from one address that the API server does not take, before others from there are not shown to it for a while.
 const FAILURES_PER_MINUTE: u32 = 60;
 const FAILURES_AT_ONCE: u32 = 60;
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
+const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
+const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 
 pub struct Kubernetes {
     client: Client,
@@ -38,20 +43,7 @@ pub struct Kubernetes {
 
 impl Kubernetes {
     pub fn new(settings: &KubernetesReview, audience: &str) -> Result<Self, CaError> {
-        let mut config = match &settings.server {
-            Some(server) => outside(server)?,
-            None => kube::Config::incluster().map_err(|error| CaError::Kubernetes {
-                what: "there is no service account of a pod here; name the API server in spec.authentication.kubernetes.server"
-                    .to_owned(),
-                source: Some(Box::new(error)),
-            })?,
-        };
-        config.connect_timeout = Some(PATIENCE);
-        config.default_retry = false;
-        let client = Client::try_from(config).map_err(|error| CaError::Kubernetes {
-            what: "cannot be talked to".to_owned(),
-            source: Some(Box::new(error)),
-        })?;
+        let client = cluster::client(settings.server.as_ref())?;
         let agents = settings.agents.clone();
         Ok(Self {
             client,
@@ -87,7 +79,37 @@ impl Kubernetes {
             Ok(Ok(answer)) => answer,
         };
         let status = answer.status.ok_or_else(|| unavailable("its answer has no status".to_owned()))?;
-        judge(&status, &self.audience, &self.agents).map(Some)
+        let judged = judge(&status, &self.audience, &self.agents)?;
+        let node = match judged.at {
+            At::Node(node) => node,
+            At::Pod { name, uid } => self.node_of(&judged.namespace, &judged.account, &name, &uid).await?,
+        };
+        Ok(Some(Caller { name: judged.name, node, kind: judged.kind }))
+    }
+
+    /// Where the pod runs that a token is bound to: API servers before 1.30 do not say so of themselves.
+    async fn node_of(&self, namespace: &str, account: &str, name: &str, uid: &str) -> Result<String, Refusal> {
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
+        let gone =
+            || Refusal::denied(format!("the token is bound to pod {namespace}/{name}, which is not there any more"));
+        let pod = match cluster::get(&api, name).await {
+            Ok(found) => found.ok_or_else(gone)?,
+            Err(fault) => {
+                tracing::error!(
+                    "the API server does not tell of pod {namespace}/{name}, to which a token is bound: {fault}"
+                );
+                let text =
+                    "the API server could not be asked about the token's pod: try again; the CA's log has the reason";
+                return Err(Refusal::unavailable(text));
+            }
+        };
+        let spec = pod.spec.unwrap_or_default();
+        if pod.metadata.uid.as_deref() != Some(uid) || spec.service_account_name.as_deref() != Some(account) {
+            return Err(gone());
+        }
+        spec.node_name.filter(|node| !node.is_empty()).ok_or_else(|| {
+            Refusal::denied(format!("the token is bound to pod {namespace}/{name}, which runs on no node yet"))
+        })
     }
 
     async fn judged(&self, token: &Token, peer: IpAddr) -> Result<Option<Caller>, Refusal> {
@@ -113,8 +135,28 @@ impl Authenticate for Kubernetes {
     }
 }
 
+/// Who a caller is, and what tells its node.
+#[derive(PartialEq, Eq, Debug)]
+struct Judged {
+    name: String,
+    namespace: String,
+    account: String,
+    kind: CallerKind,
+    at: At,
+}
+
+#[derive(PartialEq, Eq, Debug)]
+enum At {
+    Node(String),
+    /// A pod of the account's namespace.
+    Pod {
+        name: String,
+        uid: String,
+    },
+}
+
 /// What a review says of who the caller is.
-fn judge(status: &TokenReviewStatus, audience: &str, agents: &[(String, String)]) -> Result<Caller, Refusal> {
+fn judge(status: &TokenReviewStatus, audience: &str, agents: &[(String, String)]) -> Result<Judged, Refusal> {
     if status.authenticated != Some(true) {
         let why = status.error.as_deref().unwrap_or("it gives no reason");
         return Err(Refusal::unauthenticated(format!("the API server does not take the token: {why}")));
@@ -129,34 +171,22 @@ fn judge(status: &TokenReviewStatus, audience: &str, agents: &[(String, String)]
     let Some((namespace, account)) = account else {
         return Err(Refusal::denied("the token is not one of a service account"));
     };
-    let nodes = user.extra.as_ref().and_then(|extra| extra.get(NODE_NAME)).map(Vec::as_slice).unwrap_or_default();
-    let [node] = nodes else {
-        return Err(Refusal::denied(format!(
-            "the token of {namespace}/{account} is not bound to a pod on a node: use one that is projected into a pod"
-        )));
+    let said = |key: &str| user.extra.as_ref().and_then(|extra| extra.get(key)).map(Vec::as_slice).unwrap_or_default();
+    let at = match (said(NODE_NAME), said(POD_NAME), said(POD_UID)) {
+        ([node], ..) if !node.is_empty() => At::Node(node.clone()),
+        ([], [name], [uid]) if !name.is_empty() && !uid.is_empty() => At::Pod { name: name.clone(), uid: uid.clone() },
+        _ => {
+            return Err(Refusal::denied(format!(
+                "the token of {namespace}/{account} is not bound to a pod on a node: use one that is projected into a pod"
+            )));
+        }
     };
     let agent = agents.iter().any(|known| known.0 == namespace && known.1 == account);
     let kind = match agent {
         true => CallerKind::Agent,
         false => CallerKind::Workload(namespace.to_owned(), account.to_owned()),
     };
-    Ok(Caller { name: name.clone(), node: node.clone(), kind })
-}
-
-fn outside(server: &ApiServer) -> Result<kube::Config, CaError> {
-    let wrong = |what: String| CaError::Kubernetes { what, source: None };
-    let address = server.address.parse().map_err(|error| wrong(format!("its address {}: {error}", server.address)))?;
-    let mut config = kube::Config::new(address);
-    for (field, path) in [("rootCert", &server.root_cert), ("tokenFile", &server.token_file)] {
-        check_readable(path).map_err(|error| wrong(format!("{field} {}: {error}", path.display())))?;
-    }
-    config.root_cert_file = Some(server.root_cert.clone());
-    config.auth_info.token_file = Some(server.token_file.to_string_lossy().into_owned());
-    Ok(config)
-}
-
-fn check_readable(path: &Path) -> std::io::Result<()> {
-    std::fs::File::open(path).map(drop)
+    Ok(Judged { namespace: namespace.to_owned(), account: account.to_owned(), name: name.clone(), kind, at })
 }
 
 fn explain(error: &kube::Error) -> String {
@@ -195,7 +225,7 @@ mod tests {
         }
     }
 
-    fn judged(change: impl FnOnce(&mut TokenReviewStatus)) -> Result<Caller, String> {
+    fn judged(change: impl FnOnce(&mut TokenReviewStatus)) -> Result<Judged, String> {
         let mut status = good();
         change(&mut status);
         judge(&status, "marline-ca", &[("system".into(), "agent".into())]).map_err(|refusal| refusal.to_string())
@@ -204,7 +234,8 @@ mod tests {
     #[test]
     fn a_review_names_the_workload_and_its_node_or_the_caller_is_refused() {
         let caller = judged(|_| {}).unwrap();
-        assert_eq!((&*caller.node, caller.kind), ("node-a", CallerKind::Workload("foo".into(), "sleep".into())));
+        let workload = CallerKind::Workload("foo".into(), "sleep".into());
+        assert_eq!((caller.at, caller.kind), (At::Node("node-a".into()), workload));
         let user = |status: &mut TokenReviewStatus, name: &str| {
             status.user.as_mut().unwrap().username = Some(name.to_owned());
         };
@@ -216,6 +247,22 @@ mod tests {
         assert!(judged(|status| status.audiences = None).unwrap_err().contains("audience"));
         assert!(judged(|status| status.audiences = Some(vec!["other".into()])).unwrap_err().contains("audience"));
         assert!(judged(|status| user(status, "system:admin")).unwrap_err().contains("service account"));
-        assert!(judged(|status| status.user.as_mut().unwrap().extra = None).unwrap_err().contains("not bound"));
+        let said = |status: &mut TokenReviewStatus, extra: &[(&str, &[&str])]| {
+            let texts = |values: &[&str]| values.iter().map(|value| (*value).to_owned()).collect();
+            let extra = extra.iter().map(|(key, values)| ((*key).to_owned(), texts(values))).collect();
+            status.user.as_mut().unwrap().extra = Some(extra);
+        };
+        let bound = judged(|status| said(status, &[(POD_NAME, &["p"]), (POD_UID, &["u"])])).unwrap();
+        assert_eq!(bound.at, At::Pod { name: "p".into(), uid: "u".into() }, "an older API server");
+        let unbound: [&[(&str, &[&str])]; 5] = [
+            &[],
+            &[(NODE_NAME, &["a", "b"]), (POD_NAME, &["p"]), (POD_UID, &["u"])],
+            &[(NODE_NAME, &[""])],
+            &[(POD_NAME, &["p"])],
+            &[(POD_NAME, &["p"]), (POD_UID, &["u", "v"])],
+        ];
+        for extra in unbound {
+            assert!(judged(|status| said(status, extra)).unwrap_err().contains("not bound"), "{extra:?}");
+        }
     }
 }

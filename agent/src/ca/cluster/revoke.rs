@@ -1,0 +1,88 @@
+//! Shuts a node of a cluster out: first its ledger says so, and from there on no service hands it a certificate; then those in the ledger
+//! go on the revocation list, which is in the ConfigMap with the roots. Any number of services may run meanwhile.
+
+use std::time::SystemTime;
+
+use super::{
+    Cluster, Fault, TRIES,
+    authority::{LISTS, object, read},
+    book::{self, Book, Certificate},
+    get, put,
+};
+use crate::{
+    ca::{CaError, revoke::Outcome},
+    identity::{Ca, IdentityError},
+};
+
+/// May be repeated, and is to be if it fails after the first step.
+pub async fn revoke(cluster: &Cluster, node: &str) -> Result<Outcome, CaError> {
+    let now = SystemTime::now();
+    let ledger = |fault| failed(format!("the ledger of node {node}"), fault);
+    let (changed, known, certificates) = book::change(cluster, node, |book| {
+        let (changed, known) = (book.shut_out.is_none(), !book.certificates.is_empty());
+        book.shut_out.get_or_insert_with(|| humantime::format_rfc3339_seconds(now).to_string());
+        let certificates: Vec<Certificate> = book.certificates.values().flatten().cloned().collect();
+        ((changed, known, certificates), changed)
+    })
+    .await
+    .map_err(ledger)?;
+
+    let secret = &cluster.names.secret;
+    let absent = || CaError::Kubernetes { what: format!("there is no Secret {secret}"), source: None };
+    let kept = get(&cluster.secrets, secret).await.map_err(|fault| failed(format!("Secret {secret}"), fault))?;
+    let ca = read(cluster, &kept.ok_or_else(absent)?)?;
+    let signer = ca.key_fingerprint();
+    let (ours, others): (Vec<_>, Vec<_>) =
+        certificates.into_iter().partition(|certificate| Book::is_signed_by(certificate, &signer));
+    let serials: Vec<String> = ours.into_iter().map(|certificate| certificate.0).collect();
+    let list = if serials.is_empty() { None } else { listed(cluster, &ca, &serials).await? };
+    let last = others.iter().map(|certificate| certificate.1).max();
+    let until = last.and_then(|end| std::time::UNIX_EPOCH.checked_add(std::time::Duration::from_secs(end)));
+    Ok(Outcome {
+        changed,
+        known,
+        list,
+        other_signer: others.len(),
+        other_until: until.map(|end| humantime::format_rfc3339_seconds(end).to_string()),
+        unreadable: 0,
+        first_unreadable: None,
+    })
+}
+
+/// Lets `node` have certificates again. False if it was not shut out.
+pub async fn undo(cluster: &Cluster, node: &str) -> Result<bool, CaError> {
+    let changed = book::change(cluster, node, |book| {
+        let was = book.shut_out.take().is_some();
+        (was, was)
+    });
+    changed.await.map_err(|fault| failed(format!("the ledger of node {node}"), fault))
+}
+
+/// Puts certificates on the list, on top of whatever is there by then.
+async fn listed(cluster: &Cluster, ca: &Ca, serials: &[String]) -> Result<Option<(u64, usize)>, CaError> {
+    let name = &cluster.names.root_config_map;
+    let wrong = |fault| failed(format!("ConfigMap {name}"), fault);
+    for _ in 0..TRIES {
+        let mut found = get(&cluster.config_maps, name).await.map_err(wrong)?.unwrap_or_else(|| object(name));
+        let data = found.data.get_or_insert_default();
+        let lists = data.get(LISTS).map(String::as_bytes).unwrap_or_default();
+        let revoked = ca.revoke(lists, serials).map_err(|what| {
+            let path = std::path::Path::new("ConfigMap").join(name).join(LISTS);
+            CaError::Identity(IdentityError::File { path, what })
+        })?;
+        if revoked.added == 0 {
+            return Ok(None);
+        }
+        data.insert(LISTS.to_owned(), revoked.pem);
+        match put(&cluster.config_maps, name, &found).await {
+            Ok(()) => return Ok(Some((revoked.number, revoked.added))),
+            Err(Fault::Conflict) => {}
+            Err(fault) => return Err(wrong(fault)),
+        }
+    }
+    Err(wrong(Fault::Conflict))
+}
+
+fn failed(what: String, fault: Fault) -> CaError {
+    CaError::Kubernetes { what, source: Some(Box::new(fault)) }
+}
