@@ -168,7 +168,7 @@ pub async fn start(config: CaServerConfig, watching: WatchSettings) -> Result<Ru
                 watching,
                 shutdown.clone(),
             ));
-            (Box::new(Pods(cluster.clone())), Books::Cluster(cluster::book::Books::new(cluster)))
+            (Box::new(Pods::new(cluster.clone())), Books::Cluster(cluster::book::Books::new(cluster)))
         }
     };
     tasks.spawn(serving.clone().keep_fresh(shutdown.clone()));

@@ -93,8 +93,8 @@ fn destination_rules_are_heeded_by_the_clients_agent() -> Result<()> {
             let of_host = |entry: &Entry| entry.service.as_deref().unwrap_or_default() == host;
             let entries = cluster.agent(Side::A)?.wait_entries(host, outbound?, 1, of_host)?;
             ensure!(entries.iter().all(|entry| entry.mode.as_deref() == Some(mode)), "{entries:#?}");
-            let entries = cluster.agent(Side::B)?.wait_entries(host, inbound?, 1, |_| true)?;
-            ensure!(entries.iter().all(|entry| entry.mode.as_deref() == Some(mode)), "{entries:#?}");
+            // The end of a connection before may be told only now, and is of another mode.
+            cluster.agent(Side::B)?.wait_entries(host, inbound?, 1, |entry| entry.mode.as_deref() == Some(mode))?;
         }
         refused(12, "tls_config")
     })

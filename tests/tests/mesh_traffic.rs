@@ -29,7 +29,7 @@ type Flow<'a> = &'a dyn Fn() -> Result<Seen>;
 
 /// Every program over both families, from node a to node b.
 fn programs(mode: Mode) -> Result<()> {
-    on_mesh(&ClusterSpec::pairs(mode), |cluster| {
+    on_mesh(&ClusterSpec::pairs(mode).without_spares(), |cluster| {
         let (client, server) = (cluster.pod("client-a")?, cluster.pod("server-b")?);
         let nginx = Nginx::start(&server, MARKER)?;
         nginx.add_file("file", 3_000_000)?;

@@ -134,7 +134,7 @@ fn in_vm(args: &Args, kernel: Kernel, agent: &Path) -> Result<i32> {
 }
 
 fn on_this_kernel(args: &Args, kernel: &kernel::Kernel) -> Result<i32> {
-    let spec = ClusterSpec { direct: Some(Direct::default()), ..ClusterSpec::pairs(Mode::Permissive) };
+    let spec = ClusterSpec { direct: Some(Direct::default()), ..ClusterSpec::pairs(Mode::Permissive).without_spares() };
     let signals = Signals::take()?;
     let step = Step::begin("making two nodes with their pods").way_out("cargo xtask down, then try again");
     let cluster = if args.keep {

@@ -104,6 +104,7 @@ impl Service {
         }
         entry.caller = Some(caller.name.clone());
         entry.node = Some(caller.node.clone());
+        entry.by_agent = caller.kind == CallerKind::Agent;
         let drawn = self.limiter.take(&caller.bucket(), Instant::now());
         drawn.map_err(|after| Refusal::too_many(&caller.words(), self.per_minute, after))?;
 

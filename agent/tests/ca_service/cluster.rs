@@ -229,6 +229,48 @@ async fn a_node_that_is_shut_out_gets_nothing_of_any_service_and_all_that_it_has
     assert!(one.ask(AGENT_A, WEB).await.is_ok());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_that_was_taken_away_is_put_back_and_one_of_a_root_that_is_gone_goes_too() {
+    let cluster = cluster().await;
+    let bed = running(&cluster).await;
+    bed.ask(AGENT_A, WEB).await.unwrap();
+    let (code, text) = tokio::task::block_in_place(|| revoke(&bed, &["--node", "node-a"]));
+    assert_eq!(code, 0, "{text}");
+    let list = || cluster.object("configmaps", "marline-root")?["data"].get("ca-crl.pem").cloned();
+    let (there, looks) = (list(), || cluster.asked(&format!("GET {MAPS}/marline-root")));
+    assert!(there.is_some());
+    let before = looks();
+    until("the service has seen the list", async || looks() > before + 1).await;
+    cluster.write("configmaps", "marline-root", |object| {
+        object["data"].as_object_mut().unwrap().remove("ca-crl.pem");
+    });
+    until("the list is there again", async || list() == there).await;
+    cluster.delete("configmaps", "marline-root");
+    until("it is there again with its object", async || list() == there).await;
+
+    // Nobody believes what the old key has signed any more; its list would make agents refuse the new root.
+    let next = Ca::new_files(&TrustDomain::default()).unwrap();
+    let new_root = next.iter().find(|file| file.0 == "root-cert.pem").unwrap().1.clone();
+    cluster.write("secrets", "marline-ca", |object| {
+        for (name, bytes) in &next {
+            object["data"][*name] = serde_json::to_value(k8s_openapi::ByteString(bytes.to_vec())).unwrap();
+        }
+    });
+    until("the new root is published", async || cluster.root().as_bytes() == new_root.as_slice()).await;
+    assert_eq!(list(), None);
+    take_root(&cluster, &bed);
+    until("the new root signs", async || bed.ask(AGENT_B, API).await.is_ok()).await;
+    let (code, text) = tokio::task::block_in_place(|| revoke(&bed, &["--node", "node-b"]));
+    assert!(code == 0 && list().is_some(), "{text}");
+    let mounted = tempfile::tempdir().unwrap();
+    let published = cluster.object("configmaps", "marline-root").unwrap();
+    for name in ["root.pem", "ca-crl.pem"] {
+        fs::write(mounted.path().join(name), published["data"][name].as_str().unwrap()).unwrap();
+    }
+    let files = TrustFiles { domains: TrustDomain::default().into(), ..TrustFiles::default() };
+    assert!(load_pinned(&mounted.path().join("root.pem"), &files).is_ok());
+}
+
 #[tokio::test]
 async fn without_the_ledger_there_is_no_certificate_and_the_service_is_not_ready() {
     let cluster = cluster().await;

@@ -193,6 +193,13 @@ impl ClusterSpec {
         ];
         Self { mode, pods, extra: Vec::new(), direct: None, leaf_lifetime: None, certificates: None, program: None }
     }
+
+    /// No connection is made before a program asks for it: for whoever counts those on the wire.
+    #[must_use]
+    pub fn without_spares(mut self) -> Self {
+        self.extra.push("  spareConnections: off".to_owned());
+        self
+    }
 }
 
 /// What the agents are told about direct paths, beside where the keeper is.

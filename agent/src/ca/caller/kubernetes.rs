@@ -173,7 +173,8 @@ fn judge(status: &TokenReviewStatus, audience: &str, agents: &[(String, String)]
     };
     let said = |key: &str| user.extra.as_ref().and_then(|extra| extra.get(key)).map(Vec::as_slice).unwrap_or_default();
     let at = match (said(NODE_NAME), said(POD_NAME), said(POD_UID)) {
-        ([node], ..) if !node.is_empty() => At::Node(node.clone()),
+        // A token may be bound to a node alone: nobody projects such a one into a pod.
+        ([node], [name], [uid]) if ![node, name, uid].into_iter().any(String::is_empty) => At::Node(node.clone()),
         ([], [name], [uid]) if !name.is_empty() && !uid.is_empty() => At::Pod { name: name.clone(), uid: uid.clone() },
         _ => {
             return Err(Refusal::denied(format!(
@@ -219,7 +220,10 @@ mod tests {
             error: None,
             user: Some(UserInfo {
                 username: Some("system:serviceaccount:foo:sleep".into()),
-                extra: Some(BTreeMap::from([(NODE_NAME.to_owned(), vec!["node-a".to_owned()])])),
+                extra: Some(BTreeMap::from(
+                    [(NODE_NAME, "node-a"), (POD_NAME, "sleep-1"), (POD_UID, "u")]
+                        .map(|(key, value)| (key.to_owned(), vec![value.to_owned()])),
+                )),
                 ..UserInfo::default()
             }),
         }
@@ -254,8 +258,9 @@ mod tests {
         };
         let bound = judged(|status| said(status, &[(POD_NAME, &["p"]), (POD_UID, &["u"])])).unwrap();
         assert_eq!(bound.at, At::Pod { name: "p".into(), uid: "u".into() }, "an older API server");
-        let unbound: [&[(&str, &[&str])]; 5] = [
+        let unbound: [&[(&str, &[&str])]; 6] = [
             &[],
+            &[(NODE_NAME, &["a"])],
             &[(NODE_NAME, &["a", "b"]), (POD_NAME, &["p"]), (POD_UID, &["u"])],
             &[(NODE_NAME, &[""])],
             &[(POD_NAME, &["p"])],

@@ -25,7 +25,7 @@ pub const LISTS: &str = "ca-crl.pem";
 
 /// The CA in the Secret, after its roots were published. In a cluster that never had one it is made.
 pub async fn open(cluster: &Cluster, domain: &TrustDomain) -> Result<Ca, CaError> {
-    taken(cluster, domain, true).await
+    taken(cluster, domain, true, &mut None).await
 }
 
 /// Follows the Secret, and puts the ConfigMap right, until `shutdown` becomes true.
@@ -38,7 +38,7 @@ pub async fn follow(
     watching: WatchSettings,
     mut shutdown: watch::Receiver<bool>,
 ) {
-    let mut trouble = None;
+    let (mut trouble, mut lists) = (None, None);
     loop {
         // Services that were started together shall not ask together for ever.
         let pause = watching.poll.mul_f64(rand::random_range(0.8..1.2));
@@ -46,7 +46,7 @@ pub async fn follow(
             () = sleep(pause) => {}
             _ = shutdown.wait_for(|stop| *stop) => return,
         }
-        let found = taken(&cluster, &domain, false).await;
+        let found = taken(&cluster, &domain, false, &mut lists).await;
         match found {
             Ok(next) => {
                 if trouble.take().is_some() {
@@ -77,7 +77,13 @@ pub async fn follow(
     }
 }
 
-async fn taken(cluster: &Cluster, domain: &TrustDomain, may_make: bool) -> Result<Ca, CaError> {
+/// `lists` are the revocation lists that were there last: if somebody has taken them away they are put back.
+async fn taken(
+    cluster: &Cluster,
+    domain: &TrustDomain,
+    may_make: bool,
+    lists: &mut Option<String>,
+) -> Result<Ca, CaError> {
     let (root, secret) = (&cluster.names.root_config_map, &cluster.names.secret);
     let failed = |what: &str| {
         let what = what.to_owned();
@@ -109,13 +115,36 @@ async fn taken(cluster: &Cluster, domain: &TrustDomain, may_make: bool) -> Resul
         let ca = read(cluster, &kept)?;
         ca.require_trust_domain(domain).map_err(CaError::Identity)?;
         let roots: String = ca.root_certificates().iter().map(|der| as_pem(der)).collect();
-        if published.as_ref().and_then(root_of) == Some(&roots) {
+        let there = published.as_ref().and_then(|found| found.data.as_ref()?.get(LISTS)).cloned();
+        if published.as_ref().and_then(root_of) == Some(&roots) && (there.is_some() || lists.is_none()) {
+            *lists = there;
             return Ok(ca);
         }
+        if let (None, Some(_)) = (&there, &*lists) {
+            tracing::error!("the revocation lists in ConfigMap {root} were taken away and are put back");
+        } else if published.is_none() && !may_make {
+            tracing::error!(
+                "ConfigMap {root} was taken away: if nodes were shut out, run `marline ca revoke` again for each of them"
+            );
+        }
+        // Agents refuse roots beside a list in the name of one of them that none of them has signed, as that of a root that has gone is: what
+        // it took back is not believed any more anyway.
+        let kept = there.or_else(|| lists.clone()).map(|lists| ca.lists_beside_roots(lists.as_bytes())).transpose();
+        let kept = kept
+            .map_err(|why| CaError::Kubernetes { what: format!("ConfigMap {root}, {LISTS}: {why}"), source: None })?;
+        let kept = kept.filter(|lists| !lists.is_empty());
         let mut next = published.unwrap_or_else(|| object(root));
-        next.data.get_or_insert_default().insert(ROOT.to_owned(), roots);
+        let data = next.data.get_or_insert_default();
+        data.insert(ROOT.to_owned(), roots);
+        match &kept {
+            Some(lists) => data.insert(LISTS.to_owned(), lists.clone()),
+            None => data.remove(LISTS),
+        };
         match put(&cluster.config_maps, root, &next).await {
-            Ok(()) => tracing::info!("the CA's roots are in ConfigMap {root}"),
+            Ok(()) => {
+                tracing::info!("the CA's roots are in ConfigMap {root}");
+                *lists = kept;
+            }
             Err(Fault::Conflict) => continue,
             Err(fault) => return Err(failed(&format!("writing ConfigMap {root}"))(fault)),
         }

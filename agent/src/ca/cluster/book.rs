@@ -15,7 +15,10 @@ use std::{
 use aws_lc_rs::digest::{SHA256, digest};
 use k8s_openapi::api::core::v1::ConfigMap;
 use serde::{Deserialize, Serialize};
-use tokio::{sync::oneshot, time::sleep};
+use tokio::{
+    sync::oneshot,
+    time::{sleep, timeout},
+};
 
 use super::{Cluster, Fault, TRIES, authority::object, get, put};
 use crate::ca::{
@@ -27,10 +30,15 @@ pub const LABEL: &str = "marline.io/ca-ledger";
 const DATA: &str = "ledger.json";
 const PREFIX: &str = "marline-ca.";
 const LONGEST_NAME: usize = 253;
-/// What an object may hold (1 MiB) is for many times what a node needs; an agent that dies over and over, or a pod that asks over and over,
-/// shall not use it up for the others of the node.
-const OF_ONE_IDENTITY: usize = 512;
-const OF_ONE_NODE: usize = 8192;
+/// Many times what a node needs, and a small part of what an object may hold (1 MiB): those of several nodes may have to go on one list. An
+/// agent that dies over and over shall not use it up for the node's other identities, and pods that ask for themselves not for their agent.
+const OF_ONE_IDENTITY: usize = 256;
+const OF_ONE_NODE: usize = 2048;
+/// How many of them pods may have that ask for themselves, of one identity and of a node.
+const ASKED_BY_PODS: usize = 64;
+const OF_PODS: usize = OF_ONE_NODE / 2;
+/// For one batch to be written.
+const WRITE: Duration = Duration::from_secs(25);
 /// The clocks of services, and of whoever believes a certificate, differ.
 const SKEW: Duration = Duration::from_secs(600);
 /// As much of a signing key's fingerprint tells it from all others.
@@ -81,26 +89,32 @@ impl Books {
 
     /// Notes a certificate that is about to be handed out. Refusals are for the log.
     pub async fn note(&self, entry: Entry) -> Result<(), NotNoted> {
-        let Some(name) = entry.certificate_for().map(str::to_owned) else {
+        if !entry.issued() {
             self.log(&entry);
             return Ok(());
-        };
+        }
+        let Some(name) = entry.node.clone() else { return Err(NotNoted::Failed) };
         let node = Arc::clone(lock(&self.0.nodes).entry(name.clone()).or_default());
         let (done, result) = oneshot::channel();
         lock(&node.waiting).push((entry, done));
+        // In a task of its own: a caller that goes away takes nobody else's certificate with it.
+        tokio::spawn(self.clone().write_waiting(name, node));
+        result.await.unwrap_or(Err(NotNoted::Failed))
+    }
+
+    async fn write_waiting(self, name: String, node: Arc<Node>) {
         let turn = node.turn.lock().await;
-        let batch = std::mem::take(&mut *lock(&node.waiting));
+        let mut batch = std::mem::take(&mut *lock(&node.waiting));
+        batch.retain(|(_, done)| !done.is_closed());
         if !batch.is_empty() {
             self.write(&name, batch).await;
         }
         drop(turn);
-        let result = result.await.unwrap_or(Err(NotNoted::Failed));
         let mut nodes = lock(&self.0.nodes);
         // Only the map has it, and this: nobody waits.
         if Arc::strong_count(&node) <= 2 {
             nodes.remove(&name);
         }
-        result
     }
 
     /// Whether certificates can be noted. After a failure this is tried.
@@ -115,7 +129,9 @@ impl Books {
 
     async fn write(&self, node: &str, batch: Vec<Waiting>) {
         let entries: Vec<&Entry> = batch.iter().map(|(entry, _)| entry).collect();
-        let written = change(&self.0.cluster, node, |book| book.add(&entries, SystemTime::now())).await;
+        let change = change(&self.0.cluster, node, |book| book.add(&entries, SystemTime::now()));
+        let late = || Fault::Other(format!("not written within {WRITE:?}"));
+        let written = timeout(WRITE, change).await.unwrap_or_else(|_| Err(late()));
         self.0.reachable.store(written.is_ok(), Ordering::Relaxed);
         let results = written.unwrap_or_else(|fault| {
             tracing::error!("the ledger of node {node} cannot be kept, so it gets no certificate: {fault}");
@@ -201,10 +217,12 @@ impl Book {
         };
         let end = entry.not_after.as_deref().and_then(|text| humantime::parse_rfc3339(text).ok());
         let end = end.ok_or(NotNoted::Failed)?;
-        let of_it = self.certificates.entry(identity.clone()).or_default();
-        if *left == 0 || of_it.len() >= OF_ONE_IDENTITY {
+        let (keep, most) = if entry.by_agent { (0, OF_ONE_IDENTITY) } else { (OF_PODS, ASKED_BY_PODS) };
+        let of_it = self.certificates.get(identity).map_or(0, Vec::len);
+        if *left <= keep || of_it >= most {
             return Err(NotNoted::TooMany);
         }
+        let of_it = self.certificates.entry(identity.clone()).or_default();
         *left -= 1;
         let signer = signer.chars().take(SIGNER).collect();
         of_it.push(Certificate(serial.clone(), seconds(end), signer));
@@ -254,9 +272,10 @@ mod tests {
             outcome: "issued".into(),
             node: Some("node-a".into()),
             identity: Some(identity.into()),
-            serial: Some(format!("{serial:X}")),
+            serial: Some(format!("{serial:032X}")),
             not_after: Some(end.into()),
             signer: Some("ab".repeat(32)),
+            by_agent: true,
             ..Entry::default()
         }
     }
@@ -278,12 +297,20 @@ mod tests {
         assert_eq!(results.iter().filter(|result| result.is_ok()).count(), OF_ONE_IDENTITY);
         assert_eq!(results.last(), Some(&Err(NotNoted::TooMany)));
         assert_eq!(book.add(&[&entry("db", 1, "2030-01-02T12:00:00Z")], now).0, [Ok(())], "others have their places");
+        let mut asked_by_pods: Vec<Entry> =
+            (0..OF_ONE_NODE).map(|n| entry(&format!("pod-{}", n % 40), n, "2030-01-02T12:00:00Z")).collect();
+        asked_by_pods.iter_mut().for_each(|entry| entry.by_agent = false);
+        let (results, _) = book.add(&asked_by_pods.iter().collect::<Vec<_>>(), now);
+        assert!(results.contains(&Err(NotNoted::TooMany)));
+        assert!(book.certificates["pod-0"].len() <= ASKED_BY_PODS);
+        let held = book.certificates.values().map(Vec::len).sum::<usize>();
+        assert_eq!(held, OF_PODS, "pods leave their agent its places");
         let all: Vec<Entry> = (0..OF_ONE_NODE)
             .map(|n| entry(&format!("spiffe://cluster.local/ns/namespace/sa/{}", n % 100), n, "2030-01-02T12:00:00Z"))
             .collect();
         book.add(&all.iter().collect::<Vec<_>>(), now);
         assert_eq!(book.certificates.values().map(Vec::len).sum::<usize>(), OF_ONE_NODE);
-        assert!(serde_json::to_vec(&book).unwrap().len() < 900 << 10, "an object has room for it");
+        assert!(serde_json::to_vec(&book).unwrap().len() < 200 << 10, "an object has room for it");
     }
 
     #[test]

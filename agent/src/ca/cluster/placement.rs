@@ -1,8 +1,9 @@
-//! Which service accounts run on which node, as the API server knows it at that moment. First its cache is asked, which costs it little; only
-//! if that knows no such pod, which may be because it has just been made, what is stored is.
+//! Which service accounts run on which node, as the API server knows it at that moment: what is stored and not what a cache had, because a pod
+//! that has left its node must not have a certificate, and one that was just made must.
 
 use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ObjectMeta};
-use kube::api::{ListParams, VersionMatch};
+use kube::api::ListParams;
+use tokio::sync::Semaphore;
 
 use super::{Cluster, within};
 use crate::ca::{
@@ -10,7 +11,13 @@ use crate::ca::{
     refusal::Refusal,
 };
 
-pub struct Pods(pub Cluster);
+/// Questions at one time: each makes an API server that is not new read the pods of a namespace.
+const AT_ONCE: usize = 16;
+
+pub struct Pods {
+    cluster: Cluster,
+    places: Semaphore,
+}
 
 impl Placement for Pods {
     fn runs<'a>(&'a self, node: &'a str, namespace: &'a str, account: &'a str) -> Runs<'a> {
@@ -19,26 +26,24 @@ impl Placement for Pods {
             if ![node, namespace, account].into_iter().all(is_name) {
                 return Ok(false);
             }
-            for cached in [true, false] {
-                if self.listed(node, namespace, account, cached).await? {
-                    return Ok(true);
-                }
-            }
-            Ok(false)
+            self.listed(node, namespace, account).await
         })
     }
 }
 
 impl Pods {
-    async fn listed(&self, node: &str, namespace: &str, account: &str, cached: bool) -> Result<bool, Refusal> {
+    pub fn new(cluster: Cluster) -> Self {
+        Self { cluster, places: Semaphore::new(AT_ONCE) }
+    }
+
+    async fn listed(&self, node: &str, namespace: &str, account: &str) -> Result<bool, Refusal> {
         let selector = format!(
             "spec.nodeName={node},spec.serviceAccountName={account},status.phase!=Succeeded,status.phase!=Failed"
         );
-        let mut params = ListParams::default().fields(&selector).limit(10);
-        if cached {
-            params = params.match_any().matching(VersionMatch::NotOlderThan).at("0");
-        }
-        let pods = within(self.0.pods_of(namespace).list(&params)).await.map_err(|fault| {
+        let params = ListParams::default().fields(&selector).limit(10);
+        // Nobody closes the semaphore.
+        let _place = self.places.acquire().await;
+        let pods = within(self.cluster.pods_of(namespace).list(&params)).await.map_err(|fault| {
             tracing::error!("the API server does not say which pods node {node} has: {fault}");
             Refusal::unavailable(
                 "the API server could not be asked which pods the node has: try again; the CA's log has the reason",

@@ -1,7 +1,7 @@
 //! Shuts a node of a cluster out: first its ledger says so, and from there on no service hands it a certificate; then those in the ledger
 //! go on the revocation list, which is in the ConfigMap with the roots. Any number of services may run meanwhile.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::{
     Cluster, Fault, TRIES,
@@ -14,12 +14,16 @@ use crate::{
     identity::{Ca, IdentityError},
 };
 
+/// The last second that a date can be written of.
+const YEAR_9999: u64 = 253_402_300_799;
+
 /// May be repeated, and is to be if it fails after the first step.
 pub async fn revoke(cluster: &Cluster, node: &str) -> Result<Outcome, CaError> {
     let now = SystemTime::now();
     let ledger = |fault| failed(format!("the ledger of node {node}"), fault);
     let (changed, known, certificates) = book::change(cluster, node, |book| {
         let (changed, known) = (book.shut_out.is_none(), !book.certificates.is_empty());
+        book.forget_expired(now);
         book.shut_out.get_or_insert_with(|| humantime::format_rfc3339_seconds(now).to_string());
         let certificates: Vec<Certificate> = book.certificates.values().flatten().cloned().collect();
         ((changed, known, certificates), changed)
@@ -37,7 +41,8 @@ pub async fn revoke(cluster: &Cluster, node: &str) -> Result<Outcome, CaError> {
     let serials: Vec<String> = ours.into_iter().map(|certificate| certificate.0).collect();
     let list = if serials.is_empty() { None } else { listed(cluster, &ca, &serials).await? };
     let last = others.iter().map(|certificate| certificate.1).max();
-    let until = last.and_then(|end| std::time::UNIX_EPOCH.checked_add(std::time::Duration::from_secs(end)));
+    // A ledger that somebody has written over may name any second; one that has no date is not told.
+    let until = last.filter(|end| *end < YEAR_9999).map(|end| UNIX_EPOCH + Duration::from_secs(end));
     Ok(Outcome {
         changed,
         known,

@@ -29,6 +29,9 @@ pub struct Entry {
     pub signer: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// The caller is the node's agent.
+    #[serde(skip)]
+    pub by_agent: bool,
     /// Refusals before this one that have no line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unrecorded: Option<u64>,

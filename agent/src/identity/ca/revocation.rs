@@ -26,6 +26,18 @@ pub struct Revoked {
 }
 
 impl Ca {
+    /// Those of `lists`, in PEM, that agents take beside this CA's roots.
+    pub fn lists_beside_roots(&self, lists: &[u8]) -> Result<String, String> {
+        let mut pem = String::new();
+        for list in CertificateRevocationListDer::pem_slice_iter(lists) {
+            let list = list.map_err(|error| format!("not PEM: {error}"))?;
+            if RevocationList::read(&list, self.root_certificates()).is_ok() {
+                pem.push_str(&as_pem(&list));
+            }
+        }
+        Ok(pem)
+    }
+
     /// Adds certificates by their serial numbers (hexadecimal) to this CA's list among `lists`, in PEM. What is there stays. The new list
     /// has been read back and is one that agents take.
     pub fn revoke(&self, lists: &[u8], serials: &[String]) -> Result<Revoked, String> {
