@@ -79,15 +79,19 @@ pub(super) async fn claimed(wire: &mut TcpStream, records: &mut Records) -> Resu
     timeout(WAIT, word).await.unwrap_or(Ok(false))
 }
 
+/// One byte is read, because the kernel gives as much as there is room for, of as many records as have come: what is behind the claim is the
+/// application's.
 async fn kernel(wire: &TcpStream) -> Result<bool, SpareError> {
-    let mut buffer = [0; 64];
+    let mut byte = [0; 1];
     loop {
         wire.ready(READ).await?;
-        match try_read(wire, || socket::recv_record(wire, &mut buffer)) {
-            Ok(Received { len: 0, content_type: None }) => return Ok(false),
-            Ok(Received { len, content_type }) => {
-                return judge((content_type.unwrap_or_default(), buffer.get(..len).unwrap_or_default()));
+        match try_read(wire, || socket::recv_record(wire, &mut byte)) {
+            Ok(Received { content_type: None, .. }) => return Ok(false),
+            Ok(Received { len, content_type: Some(APPLICATION_DATA) }) => {
+                return judge((APPLICATION_DATA, byte.get(..len).unwrap_or_default()));
             }
+            // Of an alert one byte says little; there is none that goes on.
+            Ok(Received { content_type: Some(_), .. }) => return Ok(false),
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(false),
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(error) => return Err(error.into()),
