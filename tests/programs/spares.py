@@ -1,7 +1,8 @@
 """A server that speaks first, and a client that calls it again and again.
 
 serve PORT               greets each connection with its number and who called, then echoes a line
-call ADDRESS PORT COUNT  opens COUNT connections one after the other, and says what the greetings were
+call ADDRESS PORT COUNT  opens COUNT connections one after the other, and says what the greetings were; of two one speaks at once, and one
+                         after it was greeted
 """
 
 import socket
@@ -24,11 +25,14 @@ def serve(port):
 
 
 def call(address, port, count):
-    for _ in range(count):
+    for index in range(count):
         with socket.create_connection((address, port), timeout=20) as connection:
             with connection.makefile("rwb", buffering=0) as lines:
+                if index % 2 == 0:
+                    lines.write(b"anybody?\n")
                 greeting = lines.readline()
-                lines.write(b"anybody?\n")
+                if index % 2 == 1:
+                    lines.write(b"anybody?\n")
                 if lines.readline() != b"anybody?\n":
                     sys.exit("another answer, or none")
                 print("greeted", greeting.decode().strip(), flush=True)

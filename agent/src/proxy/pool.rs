@@ -69,8 +69,7 @@ pub(super) struct Spare {
 impl Spare {
     /// Nothing has changed that a handshake of now would heed.
     fn is_fit(&self, svid: &Arc<Svid>, trust: &Arc<Trust>, now: Instant) -> bool {
-        let same = Arc::ptr_eq(&self.svid, svid) && Arc::ptr_eq(&self.trust, trust);
-        same && now.duration_since(self.made) < LIFE && spare::lives(&self.wire)
+        Arc::ptr_eq(&self.svid, svid) && Arc::ptr_eq(&self.trust, trust) && now.duration_since(self.made) < LIFE
     }
 }
 
@@ -86,6 +85,17 @@ struct Line {
 impl Line {
     fn new(now: Instant) -> Self {
         Self { ready: Vec::new(), making: 0, demand: 0.0, asked: now, rests_until: None }
+    }
+
+    /// Takes out those whose peer has ended them, which holds none for us then: it is restarted, or has no room for more.
+    fn drop_dead(&mut self, now: Instant) -> usize {
+        let before = self.ready.len();
+        self.ready.retain(|spare| spare::lives(&spare.wire));
+        let dead = before - self.ready.len();
+        if dead > 0 {
+            self.rests_until = Some(now + REST);
+        }
+        dead
     }
 
     fn ask(&mut self, now: Instant) {
@@ -125,6 +135,7 @@ impl Pool {
         let now = Instant::now();
         let mut lines = lock(&self.0);
         let line = lines.places.get_mut(aim)?;
+        line.drop_dead(now);
         while let Some(spare) = line.ready.pop() {
             if spare.is_fit(svid, trust, now) {
                 return Some(spare);
@@ -172,7 +183,8 @@ impl Pool {
         let mut unused = 0;
         lines.places.retain(|_, line| {
             let before = line.ready.len();
-            line.ready.retain(|spare| now.duration_since(spare.made) < LIFE && spare::lives(&spare.wire));
+            line.drop_dead(now);
+            line.ready.retain(|spare| now.duration_since(spare.made) < LIFE);
             unused += before - line.ready.len();
             let rests = line.rests_until.is_some_and(|until| now < until);
             rests || line.making > 0 || !line.ready.is_empty() || now.duration_since(line.asked) < LIFE
@@ -262,7 +274,82 @@ async fn make(ctx: &Context, pod: &Pod, aim: &Aim, place: OwnedSemaphorePermit) 
 
 #[cfg(test)]
 mod tests {
+    use rustls::RootCertStore;
+    use tokio::{io::AsyncWriteExt as _, net::TcpListener, sync::Semaphore};
+
     use super::*;
+    use crate::{
+        identity::{Ca, TrustDomain},
+        words::{PumpKind, TlsFacts},
+    };
+
+    fn aim(port: u16) -> Aim {
+        Aim { address: SocketAddr::new([10, 0, 0, 1].into(), port), port, host: "web".into(), expect: Vec::new() }
+    }
+
+    /// What a handshake would go by.
+    fn grounds() -> (Arc<Svid>, Arc<Trust>) {
+        let ca = Ca::ephemeral(&TrustDomain::default()).unwrap();
+        let id = SpiffeId::new(&TrustDomain::default(), "shop", "web").unwrap();
+        let trust = Trust::new(TrustDomain::default(), Arc::new(RootCertStore::empty()));
+        (Arc::new(ca.issue(&id, Duration::from_secs(3600)).unwrap()), Arc::new(trust))
+    }
+
+    /// A pool with one spare connection to port 1, and its peer's end.
+    async fn pool(svid: &Arc<Svid>, trust: &Arc<Trust>, made: Instant) -> (Pool, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let wire = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (peer, _) = listener.accept().await.unwrap();
+        let tls = TlsFacts { cipher: String::new(), group: None, alpn: None };
+        let spare = Spare {
+            wire,
+            records: Records::Plain(PumpKind::Copy),
+            proved: Proved { peer: svid.id.clone(), voucher: None, tls },
+            made,
+            svid: svid.clone(),
+            trust: trust.clone(),
+            _place: Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap(),
+        };
+        let pool = Pool::default();
+        pool.asked(&aim(1), made);
+        pool.made(&aim(1), Some(spare));
+        (pool, peer)
+    }
+
+    #[tokio::test]
+    async fn one_is_used_once_and_only_as_it_was_made() {
+        let ((svid, trust), now) = (grounds(), Instant::now());
+        let (as_made, _peer) = pool(&svid, &trust, now).await;
+        assert!(as_made.take(&aim(2), &svid, &trust).is_none(), "another place");
+        let other = Aim { expect: vec![svid.id.clone()], ..aim(1) };
+        assert!(as_made.take(&other, &svid, &trust).is_none(), "somebody else is to be met there");
+        assert!(as_made.take(&aim(1), &svid, &trust).is_some());
+        assert!(as_made.take(&aim(1), &svid, &trust).is_none(), "it was given away");
+
+        let (renewed, renewed_trust) = grounds();
+        for (svid_now, trust_now, age) in
+            [(&renewed, &trust, Duration::ZERO), (&svid, &renewed_trust, Duration::ZERO), (&svid, &trust, LIFE)]
+        {
+            let (pool, _peer) = pool(&svid, &trust, now.checked_sub(age).unwrap()).await;
+            assert!(pool.take(&aim(1), svid_now, trust_now).is_none(), "{age:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn one_whose_peer_has_spoken_or_gone_is_not_used_and_no_other_is_made_for_a_while() {
+        let ((svid, trust), now) = (grounds(), Instant::now());
+        for speaks in [true, false] {
+            let (pool, mut peer) = pool(&svid, &trust, now).await;
+            if speaks {
+                peer.write_all(b"x").await.unwrap();
+            } else {
+                drop(peer);
+            }
+            // Loopback delivers before the call returns.
+            assert!(pool.take(&aim(1), &svid, &trust).is_none(), "speaks: {speaks}");
+            assert_eq!(pool.asked(&aim(1), Instant::now()), 0, "speaks: {speaks}");
+        }
+    }
 
     #[test]
     fn one_connection_alone_warms_nothing_and_two_in_a_second_do() {
@@ -292,7 +379,7 @@ mod tests {
     #[test]
     fn what_is_being_made_is_not_made_twice_and_a_failure_is_not_repeated_at_once() {
         let (pool, now) = (Pool::default(), Instant::now());
-        let aim = Aim { address: "10.0.0.1:80".parse().unwrap(), port: 80, host: "web".into(), expect: Vec::new() };
+        let aim = aim(80);
         assert_eq!([pool.asked(&aim, now), pool.asked(&aim, now), pool.asked(&aim, now)], [0, 1, 0]);
         pool.made(&aim, None);
         assert_eq!(pool.asked(&aim, now), 0, "it rests");
@@ -303,12 +390,6 @@ mod tests {
     #[test]
     fn places_that_nobody_asks_for_are_forgotten_and_a_closed_pool_takes_nothing() {
         let (pool, now) = (Pool::default(), Instant::now());
-        let aim = |port| Aim {
-            address: SocketAddr::new([10, 0, 0, 1].into(), port),
-            port,
-            host: "web".into(),
-            expect: Vec::new(),
-        };
         for port in 0..2000 {
             pool.asked(&aim(port), now);
         }

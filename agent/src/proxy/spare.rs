@@ -121,8 +121,83 @@ pub(super) fn lives(wire: impl AsFd) -> bool {
 mod tests {
     use proptest::prelude::*;
 
+    use std::sync::Arc;
+
+    use rustls::RootCertStore;
+    use tokio::net::TcpListener;
+
     use super::*;
-    use crate::tls::records::{ALERT, HANDSHAKE, key_update_message};
+    use crate::{
+        identity::{Ca, SpiffeId, Trust, TrustDomain},
+        proxy::{
+            handshake,
+            offload::{self, Capabilities, RecordsChoice},
+            pump,
+        },
+        tls::{
+            config::{self, Accept, Offer},
+            records::{ALERT, HANDSHAKE, key_update_message},
+        },
+    };
+
+    /// Two ends after their handshake, with records in userspace.
+    async fn ends() -> [(TcpStream, Records); 2] {
+        let ca = Ca::ephemeral(&TrustDomain::default()).unwrap();
+        let id = SpiffeId::new(&TrustDomain::default(), "shop", "web").unwrap();
+        let svid = ca.issue(&id, Duration::from_secs(3600)).unwrap();
+        let mut roots = RootCertStore::empty();
+        for root in ca.root_certificates() {
+            roots.add(root.clone()).unwrap();
+        }
+        let trust = Arc::new(Trust::new(TrustDomain::default(), Arc::new(roots)));
+        let client = config::client_config(&svid, trust.clone(), &[id], Offer::Spare).unwrap();
+        let server = config::server_config(&svid, trust, Accept::DirectReady).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (mut far, _) = listener.accept().await.unwrap();
+        let (name, limit) = (config::server_name(80, "web"), Duration::from_secs(10));
+        let (connected, accepted) = tokio::join!(
+            handshake::connect(&mut near, client, name, limit),
+            handshake::accept(&mut far, server, limit)
+        );
+        let kernel = Capabilities::none("a test");
+        let records = |wire: &TcpStream, secured: handshake::Secured| {
+            assert_eq!(secured.alpn.as_deref(), Some(config::SPARE));
+            offload::offload(wire, secured, RecordsChoice::Userspace, &kernel).unwrap()
+        };
+        let (of_near, of_far) = (records(&near, connected.unwrap()), records(&far, accepted.unwrap()));
+        [(near, of_near), (far, of_far)]
+    }
+
+    #[tokio::test]
+    async fn what_is_behind_the_claim_is_left_to_the_application() {
+        let [(near, mut of_near), (mut far, mut of_far)] = ends().await;
+        claim(&near, &mut of_near).unwrap();
+        let Records::Userspace { sealer, .. } = &mut of_near else { panic!("records are here") };
+        let behind = sealer.seal(APPLICATION_DATA, b"hello").unwrap();
+        assert_eq!(socket::send(&near, &behind).unwrap(), behind.len());
+        assert!(claimed(&mut far, &mut of_far).await.unwrap());
+        let mut record = vec![0; behind.len()];
+        far.read_exact(&mut record).await.unwrap();
+        let Records::Userspace { opener, .. } = &mut of_far else { panic!("records are here") };
+        assert_eq!(opener.open(&mut record[HEADER..]).unwrap(), (APPLICATION_DATA, &b"hello"[..]));
+    }
+
+    #[tokio::test]
+    async fn one_that_is_given_up_is_not_claimed_and_other_bytes_are_an_error() {
+        let [(near, _), (mut far, mut of_far)] = ends().await;
+        drop(near);
+        assert!(!claimed(&mut far, &mut of_far).await.unwrap());
+        // An alert is longer than a claim by a byte.
+        let [(near, of_near), (mut far, mut of_far)] = ends().await;
+        pump::refuse(near, of_near, 80).await;
+        assert!(claimed(&mut far, &mut of_far).await.is_err());
+        let [(near, mut of_near), (mut far, mut of_far)] = ends().await;
+        let Records::Userspace { sealer, .. } = &mut of_near else { panic!("records are here") };
+        let other = sealer.seal(APPLICATION_DATA, &[CLAIM + 1]).unwrap();
+        assert_eq!(socket::send(&near, &other).unwrap(), other.len());
+        assert!(matches!(claimed(&mut far, &mut of_far).await, Err(SpareError::NotAClaim)));
+    }
 
     #[test]
     fn one_byte_is_a_claim_and_nothing_else_is() {

@@ -52,18 +52,9 @@ pub struct FakeCluster {
 impl FakeCluster {
     pub async fn start() -> Arc<Self> {
         let files = Bed::files("");
-        Ca::init(&files.path("api"), &TrustDomain::default()).unwrap();
-        let ca = Ca::open(&files.path("api")).unwrap();
-        let (key, _) = ca.issue_server(&["127.0.0.1".to_owned()], std::time::Duration::from_secs(3600)).unwrap();
-        let config = ServerConfig::builder()
-            .with_no_client_auth()
-            .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(key)));
-        let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = tcp.local_addr().unwrap();
-        files.write("api-token", "the-service's-own");
+        let (listener, address) = TlsListener::start(&files).await;
         let cluster = Arc::new(Self { address, inner: Mutex::default(), news: watch::Sender::new(0), files });
         let router = Router::new().fallback(answer).with_state(Arc::clone(&cluster));
-        let listener = TlsListener { tcp, acceptor: TlsAcceptor::from(Arc::new(config)) };
         tokio::spawn(async move { axum::serve(listener, router).await });
         cluster
     }

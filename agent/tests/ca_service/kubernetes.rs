@@ -54,22 +54,13 @@ pub fn pods_token() -> String {
 impl ApiServer {
     /// Starts one whose files for clients are in the bed.
     pub async fn start(bed: &Bed) -> Self {
-        Ca::init(&bed.path("api"), &TrustDomain::default()).unwrap();
-        bed.write("api-token", OWN_TOKEN);
-        let ca = Ca::open(&bed.path("api")).unwrap();
-        let (key, _) = ca.issue_server(&["127.0.0.1".to_owned()], std::time::Duration::from_secs(3600)).unwrap();
-        let config = ServerConfig::builder()
-            .with_no_client_auth()
-            .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(key)));
-        let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = tcp.local_addr().unwrap();
+        let (listener, address) = TlsListener::start(bed).await;
         let state = Arc::new(ApiState {
             instead: Mutex::new(None),
             gate: Semaphore::new(Semaphore::MAX_PERMITS / 2),
             arrived: Notify::new(),
         });
         let router = Router::new().fallback(answer).with_state(Arc::clone(&state));
-        let listener = TlsListener { tcp, acceptor: TlsAcceptor::from(Arc::new(config)) };
         tokio::spawn(async move { axum::serve(listener, router).await });
         Self { address, state }
     }
@@ -118,9 +109,26 @@ async fn answer(
     (status, [("content-type", "application/json")], response["body"].to_string())
 }
 
+/// HTTPS as an API server has it.
 pub struct TlsListener {
-    pub tcp: TcpListener,
-    pub acceptor: TlsAcceptor,
+    tcp: TcpListener,
+    acceptor: TlsAcceptor,
+}
+
+impl TlsListener {
+    /// Its root, and the token of those who may ask, are in the bed from then on.
+    pub async fn start(bed: &Bed) -> (Self, SocketAddr) {
+        Ca::init(&bed.path("api"), &TrustDomain::default()).unwrap();
+        bed.write("api-token", OWN_TOKEN);
+        let ca = Ca::open(&bed.path("api")).unwrap();
+        let (key, _) = ca.issue_server(&["127.0.0.1".to_owned()], std::time::Duration::from_secs(3600)).unwrap();
+        let config = ServerConfig::builder()
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(key)));
+        let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = tcp.local_addr().unwrap();
+        (Self { tcp, acceptor: TlsAcceptor::from(Arc::new(config)) }, address)
+    }
 }
 
 impl axum::serve::Listener for TlsListener {
