@@ -7,7 +7,9 @@ use std::{
 };
 
 use tracing_appender::non_blocking::WorkerGuard;
-use tracing_subscriber::{EnvFilter, Registry, fmt, layer::SubscriberExt, reload, util::SubscriberInitExt};
+use tracing_subscriber::{
+    EnvFilter, Registry, filter::FilterFn, fmt, layer::SubscriberExt, reload, util::SubscriberInitExt,
+};
 
 #[derive(Debug, thiserror::Error)]
 pub enum LoggingError {
@@ -37,7 +39,7 @@ const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 /// Written by a thread of its own, for as long as the guard lives: whoever does not read the log stops nothing.
 pub fn init(directives: &str, json: bool) -> Result<(Levels, WorkerGuard), LoggingError> {
     let (filter, levels) = filter(directives)?;
-    let registry = tracing_subscriber::registry().with(filter);
+    let registry = tracing_subscriber::registry().with(filter).with(without_answers());
     let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
     if json {
         registry.with(fmt::layer().json().with_writer(writer)).try_init()?;
@@ -52,6 +54,12 @@ fn filter(directives: &str) -> Result<(reload::Layer<EnvFilter, Registry>, Level
     let (layer, handle) = reload::Layer::new(EnvFilter::builder().parse(directives)?);
     let levels = Levels(Arc::new(Inner { first: directives.to_owned(), handle, changing: Mutex::new(()) }));
     Ok((layer, levels))
+}
+
+/// At any level: the API server's client writes answers that it cannot read whole into its warnings. Of a Secret that would be the CA's key,
+/// of a TokenReview a token. What goes wrong with it its callers say.
+fn without_answers() -> FilterFn {
+    FilterFn::new(|metadata| !metadata.target().starts_with("kube_client"))
 }
 
 impl Levels {
@@ -102,6 +110,22 @@ mod tests {
         assert_eq!(levels.reset().unwrap(), "info");
         drop(layer);
         assert!(levels.now().is_err());
+    }
+
+    #[test]
+    fn what_the_api_servers_client_says_of_its_answers_is_not_written() {
+        use std::io::{Read, Seek};
+        let mut file = tempfile::tempfile().unwrap();
+        let written = Mutex::new(file.try_clone().unwrap());
+        let layer = fmt::layer().with_ansi(false).with_writer(written);
+        tracing::subscriber::with_default(Registry::default().with(without_answers()).with(layer), || {
+            tracing::warn!(target: "kube_client::client", "{{\"ca-key.pem\": \"secret\"}}");
+            tracing::warn!(target: "marline::ca", "a fault");
+        });
+        let mut text = String::new();
+        file.rewind().unwrap();
+        file.read_to_string(&mut text).unwrap();
+        assert!(text.contains("a fault") && !text.contains("secret"), "{text}");
     }
 
     #[test]

@@ -296,10 +296,11 @@ async fn without_the_ledger_there_is_no_certificate_and_the_service_is_not_ready
     refused(bed.ask(AGENT_B, API).await, Code::Unavailable, "could not be asked about the token");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn the_published_root_is_kept_right_and_a_new_one_is_taken_by_all() {
     let cluster = cluster().await;
     let (one, two) = (running(&cluster).await, running(&cluster).await);
+    assert!(one.ask(AGENT_A, WEB).await.is_ok());
     let root = cluster.root();
     cluster.write("configmaps", "marline-root", |object| {
         object["data"]["root.pem"] = json!("mine");
@@ -341,6 +342,8 @@ async fn the_published_root_is_kept_right_and_a_new_one_is_taken_by_all() {
     assert_eq!(cluster.root(), published);
     // What the old key has signed, `revoke` says that it could not list.
     cluster.write("secrets", "marline-ca", |object| object["data"]["ca-cert.pem"] = encoded(&of("ca-cert.pem")));
+    let (code, text) = tokio::task::block_in_place(|| revoke(&one, &["--node", "node-a"]));
+    assert!(code == 1 && text.contains("NOT revoked") && text.contains("signed with another key"), "{code} {text}");
 }
 
 #[tokio::test]

@@ -13,11 +13,8 @@ use axum::{
     extract::State,
     http::{Method, StatusCode, Uri},
 };
-use marline::identity::{Ca, TrustDomain};
-use rustls::ServerConfig;
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, sync::watch};
-use tokio_rustls::TlsAcceptor;
+use tokio::sync::watch;
 
 use crate::{bed::Bed, kubernetes::TlsListener};
 

@@ -69,3 +69,16 @@ fn is_name(text: &str) -> bool {
     let known = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'.';
     !text.is_empty() && text.len() <= 253 && text.bytes().all(known)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_could_be_more_of_a_selector_is_no_name() {
+        assert!(is_name("node-a.example") && is_name("0"));
+        for not in ["", "x,spec.nodeName=node-b", "a=b", "a!b", "A", "a b", &"a".repeat(254)] {
+            assert!(!is_name(not), "{not}");
+        }
+    }
+}
