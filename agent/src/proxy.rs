@@ -117,13 +117,16 @@ pub struct Parts {
 pub struct Proxy {
     ctx: Arc<Context>,
     pods: Arc<Mutex<HashMap<PathBuf, Running>>>,
+    /// Namespaces that are served no more and not let go yet.
+    closed: Arc<Mutex<HashMap<PathBuf, NetnsCookie>>>,
 }
 
 struct Running {
     local: Arc<LocalPod>,
     status: pod::Status,
     order: watch::Sender<pod::Order>,
-    task: tokio::task::JoinHandle<()>,
+    /// Ends with the namespace that it leaves closed.
+    task: tokio::task::JoinHandle<Option<NetnsCookie>>,
 }
 
 impl Proxy {
@@ -150,7 +153,7 @@ impl Proxy {
             captured: Mutex::default(),
             hooks: Mutex::default(),
         };
-        Self { ctx: Arc::new(ctx), pods: Arc::default() }
+        Self { ctx: Arc::new(ctx), pods: Arc::default(), closed: Arc::default() }
     }
 
     /// Follows the state until its sender is gone.
@@ -226,21 +229,29 @@ impl Proxy {
     /// Lets go of the pods that an earlier agent enrolled and that are not wanted any more. Where a wanted pod's namespace cannot be
     /// told, it could be any of them: then all stay closed, until a later change. True when it is done.
     fn forget_strangers(&self) -> bool {
-        let wanted: Result<Vec<_>, _> = self
-            .ctx
-            .state
-            .load()
-            .local
-            .iter()
-            .map(|local| Netns::open(&local.netns).map(|netns| netns.cookie()))
-            .collect();
+        let snapshot = self.ctx.state.load();
+        if snapshot.unplaced {
+            return false;
+        }
+        let cookie = |path: &PathBuf| Netns::open(path).map(|netns| netns.cookie());
+        let wanted: Result<Vec<_>, _> = snapshot.local.iter().map(|local| cookie(&local.netns)).collect();
+        let with_path = |path: &PathBuf| cookie(path).map(|cookie| (path.clone(), cookie));
+        let closed: Result<Vec<_>, _> = snapshot.closed.iter().map(with_path).collect();
+        let wanted = wanted.and_then(|wanted| Ok((wanted, closed?)));
         match (wanted, self.ctx.capture.pods()) {
-            (Ok(wanted), Ok(enrolled)) => {
-                for cookie in enrolled.into_iter().filter(|cookie| !wanted.contains(cookie)) {
-                    if let Err(error) = self.ctx.capture.withdraw(cookie) {
-                        tracing::error!("a pod of an earlier agent could not be let go: {}", with_causes(&error));
+            (Ok((wanted, closed)), Ok(enrolled)) => {
+                let closed: HashMap<_, _> =
+                    closed.into_iter().filter(|(_, cookie)| enrolled.contains(cookie)).collect();
+                let stays = |cookie: &NetnsCookie| wanted.contains(cookie) || closed.values().any(|it| it == cookie);
+                for cookie in enrolled.iter().copied().filter(|cookie| !stays(cookie)) {
+                    match self.ctx.capture.withdraw(cookie) {
+                        Ok(()) => tracing::info!(netns = cookie.0, "a pod of an earlier agent is let go"),
+                        Err(error) => {
+                            tracing::error!("a pod of an earlier agent could not be let go: {}", with_causes(&error));
+                        }
                     }
                 }
+                lock(&self.closed).extend(closed);
                 true
             }
             (Err(error), _) => {
@@ -265,14 +276,18 @@ impl Proxy {
             .map(|(_, running)| running)
             .collect();
         for running in &gone {
-            let stays = wanted.contains_key(&running.local.netns);
+            let path = &running.local.netns;
+            let stays = wanted.contains_key(path) || snapshot.closed.contains(path);
             running.order.send_replace(if stays { pod::Order::Close } else { pod::Order::Leave });
         }
         for running in gone {
-            if running.task.await.is_err() {
-                tracing::error!(pod = %running.local.netns.display(), "serving the pod had panicked");
+            match running.task.await {
+                Ok(Some(cookie)) => drop(lock(&self.closed).insert(running.local.netns.clone(), cookie)),
+                Ok(None) => {}
+                Err(_) => tracing::error!(pod = %running.local.netns.display(), "serving the pod had panicked"),
             }
         }
+        self.let_go(&snapshot, &wanted);
         let mut pods = lock(&self.pods);
         for (path, local) in wanted {
             pods.entry(path).or_insert_with(|| {
@@ -280,6 +295,16 @@ impl Proxy {
                 let task = tokio::spawn(pod::run(self.ctx.clone(), local.clone(), status.clone(), order.subscribe()));
                 Running { local, status, order, task }
             });
+        }
+    }
+
+    /// Of those that are closed, the ones that need not be any more. What is served again is its task's.
+    fn let_go(&self, snapshot: &Snapshot, wanted: &HashMap<PathBuf, Arc<LocalPod>>) {
+        let mut closed = lock(&self.closed);
+        closed.retain(|path, _| !wanted.contains_key(path));
+        let free = closed.extract_if(|path, _| !snapshot.closed.contains(path));
+        for (path, cookie) in free.collect::<Vec<_>>() {
+            pod::leave(&self.ctx, &path, cookie);
         }
     }
 

@@ -49,6 +49,10 @@ pub struct Snapshot {
     /// Ours, and those that mean the same.
     pub trust_domains: TrustDomains,
     pub local: Vec<Arc<LocalPod>>,
+    /// Namespaces that are to be as they were left: of pods that are in the mesh no more and may have processes still. Sorted.
+    pub closed: Vec<PathBuf>,
+    /// Some pod of the mesh is here and nobody knows in which namespace: it could be any that an earlier agent has closed.
+    pub unplaced: bool,
     /// Set by `State`; grows by one with each replacement.
     pub generation: u64,
     workloads: Vec<Arc<Workload>>,
@@ -87,6 +91,8 @@ impl Snapshot {
             policies: policies.into(),
             trust_domains: trust_domains.into(),
             local,
+            closed: Vec::new(),
+            unplaced: false,
             generation: 0,
             workloads,
             by_address,
@@ -187,6 +193,8 @@ impl Snapshot {
         self.policies == other.policies
             && self.trust_domains == other.trust_domains
             && self.local == other.local
+            && self.closed == other.closed
+            && self.unplaced == other.unplaced
             && self.workloads == other.workloads
             && self.services == other.services
     }

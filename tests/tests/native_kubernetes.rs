@@ -18,6 +18,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use api::{PODS, SERVICES, SLICES};
 use kubelet::{World, on_kubernetes, result, uid};
+use marline::sys::netns::Netns;
 use marline_tests::{
     cgroup,
     cluster::{Family, Pod, Side},
@@ -174,7 +175,9 @@ fn an_agent_that_is_restarted_or_killed_keeps_pods_captured_and_starts_none_mean
             went?;
             // What was known was never let go.
             let said = world.cluster.agent(Side::A)?.log().get(before..).unwrap_or_default().to_owned();
-            ensure!(!said.contains("has left the mesh") && !said.contains("uncaptured"), "{said}");
+            let of_client = format!("is let go netns={}", Netns::open(&client.place.netns)?.cookie().0);
+            let let_go = said.contains("has left the mesh") || said.lines().any(|line| line.ends_with(&of_client));
+            ensure!(!let_go && !said.contains("uncaptured"), "{said}");
             world.end("foo", &pod)?;
         }
         Ok(())
@@ -239,6 +242,37 @@ fn pods_from_before_the_plugin_and_pods_that_are_labelled_later_are_captured_lat
         world.cluster.start_agent(Side::A)?;
         captured(world, Side::A, "early", true)?;
         wait_for("the flag", seconds(20), || flagged(&["foo/early"])).map(drop)
+    })
+}
+
+#[test]
+fn a_pod_whose_object_goes_before_its_processes_stays_closed_until_they_are_gone() -> Result<()> {
+    on_kubernetes(|world| {
+        world.cluster.start_agents()?;
+        let (client, plain) = (world.start("foo", "client", Side::A)?, world.start("legacy", "plain", Side::B)?);
+        let _serving = serves(&plain)?;
+        let to = plain.socket(Family::V4, PORT);
+        ensure!(talks(&client.place, to)?.is_ok(), "it may speak to who is not in the mesh");
+        // As after `kubectl delete --force`, or a phase that ends before the processes do.
+        world.api.delete(PODS, "foo", "client");
+        captured(world, Side::A, "client", false)?;
+        let closed = |when: &str| {
+            let went = talks(&client.place, to)?;
+            ensure!(went.is_err(), "{when}: it goes out in the clear");
+            Ok(())
+        };
+        closed("its object is gone")?;
+        world.cluster.start_agent(Side::A)?;
+        closed("its agent was started anew")?;
+        let said = world.cluster.agent(Side::A)?.log();
+        ensure!(!said.contains("has left the mesh") && !said.contains("is let go"), "{said}");
+        let (at, before) = (client.place.netns.display().to_string(), said.len());
+        world.end("foo", &client)?;
+        let skip = |log: &str| log.get(before..).unwrap_or_default().to_owned();
+        world.cluster.agent(Side::A)?.wait_log("the end of its namespace", 0, |log| {
+            skip(log).lines().any(|line| line.contains("has left the mesh") && line.contains(&at))
+        })?;
+        Ok(())
     })
 }
 

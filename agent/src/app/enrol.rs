@@ -6,6 +6,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fs::File,
+    io,
     net::IpAddr,
     os::fd::AsRawFd as _,
     path::{Path, PathBuf},
@@ -29,7 +30,7 @@ use crate::{
     config::AgentConfig,
     control::kubernetes::{Listed, Member, Places, PodPlace, Roster, Source},
     proxy::{PodState, Proxy},
-    sys::netns::Netns,
+    sys::netns::{Netns, leads_nowhere},
     words::with_causes,
 };
 
@@ -77,12 +78,12 @@ impl Enrolment {
         let this = Self(Arc::new(shared));
         let mut restored = 0_usize;
         for record in found {
-            if cookie(&record.netns) == Some(record.cookie) {
-                restored += 1;
-                this.0.tell(Known { record, held: None });
-            } else {
+            if leads(&record.netns).is_elsewhere(record.cookie) {
                 // One that runs all the same is found by its processes.
                 this.0.drop_record(&record.uid);
+            } else {
+                restored += 1;
+                this.0.tell(Known { record, held: None })?;
             }
         }
         tracing::info!(pods = restored, "what a predecessor knew of this node's pods is known again");
@@ -136,46 +137,62 @@ impl Shared {
         if !listed.known {
             return;
         }
-        let gone = self.gone(&listed);
+        let suspects = self.suspects();
         let lost: HashSet<&str> = wanted(&listed).filter(|uid| !lock(&self.known).contains_key(*uid)).collect();
-        if gone.is_empty() && lost.is_empty() {
+        if suspects.is_empty() && lost.is_empty() {
             return self.note_uncaptured(&listed);
         }
-        let cgroups: HashMap<String, PathBuf> = cgroups::pods(&self.cgroup).into_iter().collect();
-        for (uid, was) in gone {
-            // A path may go and the pod live, as when somebody unmounts it: then it stays what it is.
-            let lives = cgroups.get(&uid).and_then(|pod| find(pod)).is_some_and(|(_, cookie)| cookie == was);
-            if !lives {
+        let cgroups: HashMap<String, PathBuf> = match cgroups::pods(&self.cgroup) {
+            Ok(found) => found.into_iter().collect(),
+            Err(error) => {
+                // Nothing is forgotten for it: a pod that is taken for gone is let go.
+                return tracing::error!(%error, cgroup = %self.cgroup.display(), "this node's pods cannot be looked for");
+            }
+        };
+        for Suspect { uid, was, held } in suspects {
+            let Ok(now) = cgroups.get(&uid).map_or(Ok(None), |pod| find(pod)) else { continue };
+            let over = listed.members.get(uid.as_str()).is_none_or(|member| member.ended);
+            let gone = match now {
+                // A path may go and the pod live, as when somebody unmounts it: then it stays what it is.
+                Some((_, now)) => now != was,
+                // Held, a namespace lives for ever; without a process it may have one again as long as there is its pod.
+                None => !held || over,
+            };
+            if gone {
                 self.forget(&uid, was);
             }
         }
         for uid in lost {
-            if let Some((file, cookie)) = cgroups.get(uid).and_then(|pod| find(pod)) {
+            if let Some(Ok(Some((file, cookie)))) = cgroups.get(uid).map(|pod| find(pod)) {
                 self.found(uid, file, cookie);
             }
         }
         self.note_uncaptured(&listed);
     }
 
-    /// Known ones whose namespace is gone: UID and the namespace that it was.
-    fn gone(&self, listed: &Listed) -> Vec<(String, u64)> {
-        let known = lock(&self.known);
-        let is_gone = |known: &&Known| match &known.held {
-            None => cookie(&known.record.netns) != Some(known.record.cookie),
-            // Held, it would live for ever.
-            Some(_) => listed.members.get(known.record.uid.as_str()).is_none_or(|member| member.ended),
-        };
-        known.values().filter(is_gone).map(|known| (known.record.uid.clone(), known.record.cookie)).collect()
+    /// Known ones whose namespace may be gone: at its path there is none, or another; or there is no path.
+    fn suspects(&self) -> Vec<Suspect> {
+        let known: Vec<_> =
+            lock(&self.known).values().map(|known| (known.record.clone(), known.held.is_some())).collect();
+        let suspected =
+            known.into_iter().filter(|(record, held)| *held || leads(&record.netns).is_elsewhere(record.cookie));
+        suspected.map(|(record, held)| Suspect { uid: record.uid, was: record.cookie, held }).collect()
     }
 
     /// A pod that nobody has told of: from before the plugin, or from a time without it.
     fn found(&self, uid: &str, file: File, cookie: u64) {
+        // The plugin may have told of it meanwhile.
+        if lock(&self.known).contains_key(uid) {
+            return;
+        }
         // By the descriptor, because a process's number is another process's one day.
         let netns = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()));
         tracing::warn!(pod = uid, "a pod has started uncaptured and is captured from now on; what it had open is cut");
         let (network, container, addresses) = Default::default();
         let record = Record { uid: uid.to_owned(), network, container, netns, cookie, addresses, late: true };
-        self.tell(Known { record, held: Some(file) });
+        if let Err(error) = self.tell(Known { record, held: Some(file) }) {
+            tracing::error!("a pod's place cannot be noted: {}", with_causes(&error));
+        }
     }
 
     /// What is not in the mesh now and may be tomorrow has been uncaptured until then.
@@ -199,25 +216,23 @@ impl Shared {
             return;
         }
         entry.record.late = true;
-        self.write(entry);
-    }
-
-    fn tell(&self, entry: Known) {
-        let mut known = lock(&self.known);
-        self.write(&entry);
-        known.insert(entry.record.uid.clone(), entry);
-    }
-
-    /// On the disk before anybody acts on it.
-    fn write(&self, entry: &Known) {
-        let record = &entry.record;
-        // One that is found by its processes is found so again.
-        if entry.held.is_none()
-            && let Err(error) = self.records.write(record)
-        {
-            tracing::error!("a pod's place cannot be written down: {}", with_causes(&error));
+        if let Err(error) = self.write(entry) {
+            tracing::error!("that a pod is late cannot be written down: {}", with_causes(&error));
         }
-        self.places.tell(&record.uid, place(record));
+        self.places.tell(&entry.record.uid, place(&entry.record));
+    }
+
+    fn tell(&self, entry: Known) -> Result<(), CniError> {
+        let mut known = lock(&self.known);
+        self.write(&entry)?;
+        self.places.tell(&entry.record.uid, place(&entry.record));
+        known.insert(entry.record.uid.clone(), entry);
+        Ok(())
+    }
+
+    /// On the disk before anybody acts on it. One that is found by its processes is found so again.
+    fn write(&self, entry: &Known) -> Result<(), CniError> {
+        if entry.held.is_none() { self.records.write(&entry.record) } else { Ok(()) }
     }
 
     fn forget(&self, uid: &str, cookie: u64) {
@@ -249,6 +264,12 @@ impl Shared {
     }
 }
 
+struct Suspect {
+    uid: String,
+    was: u64,
+    held: bool,
+}
+
 /// The plugin's questions, answered.
 pub(super) struct Answers {
     shared: Arc<Shared>,
@@ -270,6 +291,11 @@ impl Enroller for Answers {
 impl Answers {
     async fn add(&self, attachment: Attachment) -> Answer {
         let began = Instant::now();
+        if attachment.pod.uid.is_none() {
+            // Of two pods of one name, one after the other, the name does not tell which.
+            let why = "the container runtime does not tell the pod's UID (K8S_POD_UID)".into();
+            return Answer::Refused { why };
+        }
         let patience = Duration::from_millis(attachment.wait_ms);
         let end = began + patience.saturating_sub(MARGIN.min(patience / 4));
         let path = attachment.netns.clone();
@@ -290,21 +316,25 @@ impl Answers {
                     if !told {
                         let record = record(&attachment, uid, cookie, !member.in_mesh);
                         let shared = self.shared.clone();
-                        if spawn_blocking(move || shared.tell(Known { record, held: None })).await.is_err() {
-                            return Answer::Later { why: "the pod's place could not be noted".into() };
+                        match spawn_blocking(move || shared.tell(Known { record, held: None })).await {
+                            Ok(Ok(())) => told = true,
+                            Ok(Err(error)) => return Answer::Later { why: with_causes(&error) },
+                            Err(error) => return Answer::Later { why: error.to_string() },
                         }
-                        told = true;
                     }
                     if !member.in_mesh {
                         let record = record(&attachment, uid, cookie, true);
-                        self.shared.mark_late(&record);
-                        return Answer::Outside;
+                        let shared = self.shared.clone();
+                        return match spawn_blocking(move || shared.mark_late(&record)).await {
+                            Ok(()) => Answer::Outside,
+                            Err(error) => Answer::Later { why: error.to_string() },
+                        };
                     }
                     if attachment.addresses.is_empty() {
                         let why = "the plugins before marline-cni have given the pod no address".into();
                         return Answer::Refused { why };
                     }
-                    match self.captured(&attachment.netns, &attachment.pod, &attachment.addresses) {
+                    match self.captured(&attachment.netns, cookie, &attachment.pod, &attachment.addresses) {
                         Ok(()) => {
                             tracing::info!(pod = %named(&attachment.pod), took = ?began.elapsed(), "ADD: captured");
                             return Answer::Captured;
@@ -339,7 +369,7 @@ impl Answers {
             Some(record) if record.container != attachment.container && !record.container.is_empty() => {
                 format!("the agent knows it as the container {}", record.container)
             }
-            Some(record) => match self.captured(&record.netns, &attachment.pod, &attachment.addresses) {
+            Some(record) => match self.captured(&record.netns, record.cookie, &attachment.pod, &attachment.addresses) {
                 Ok(()) => return Answer::Captured,
                 Err(why) => why,
             },
@@ -377,7 +407,7 @@ impl Answers {
     }
 
     /// Whether the namespace is served for this pod, at these addresses, and has passed its test.
-    fn captured(&self, netns: &Path, pod: &PodRef, addresses: &[IpAddr]) -> Result<(), String> {
+    fn captured(&self, netns: &Path, cookie: u64, pod: &PodRef, addresses: &[IpAddr]) -> Result<(), String> {
         let Some((local, status)) = self.proxy.pod_at(netns) else {
             return Err("it is not enrolled yet".into());
         };
@@ -389,6 +419,10 @@ impl Answers {
             return Err(format!("it is not known by its address {address} yet"));
         }
         match status.state {
+            // Paths come again, and what is served there may be what was there before.
+            PodState::Ready if status.served.is_none_or(|served| served.0 != cookie) => {
+                Err("another namespace was at its path and is served still".into())
+            }
             PodState::Ready => Ok(()),
             PodState::Refused => Err(status.reason.unwrap_or_else(|| "it is refused".into())),
         }
@@ -447,16 +481,15 @@ fn place(record: &Record) -> PodPlace {
 }
 
 /// A pod's namespace by its processes.
-fn find(pod: &Path) -> Option<(File, u64)> {
-    let found = match cgroups::netns(pod, &cgroups::own()) {
-        Ok(found) => found?,
-        Err(error) => {
-            tracing::warn!(pod = %pod.display(), %error, "a pod's network namespace cannot be found");
-            return None;
-        }
+fn find(pod: &Path) -> io::Result<Option<(File, u64)>> {
+    let look = || {
+        let Some(found) = cgroups::netns(pod, &cgroups::own())? else { return Ok(None) };
+        let netns = Netns::open(format!("/proc/self/fd/{}", found.file.as_raw_fd()))?;
+        Ok(Some((found.file, netns.cookie().0)))
     };
-    let cookie = cookie(Path::new(&format!("/proc/self/fd/{}", found.file.as_raw_fd())))?;
-    Some((found.file, cookie))
+    look().inspect_err(|error| {
+        tracing::warn!(pod = %pod.display(), %error, "a pod's network namespace cannot be found");
+    })
 }
 
 /// A namespace that is no pod's would put the node itself under a pod's name.
@@ -475,8 +508,31 @@ fn own_netns(path: &Path) -> Result<u64, String> {
     Ok(found.0)
 }
 
-fn cookie(path: &Path) -> Option<u64> {
-    Netns::open(path).ok().map(|netns| netns.cookie().0)
+/// Where a path leads that led to a namespace.
+enum Leads {
+    To(u64),
+    Nowhere,
+    /// It could not be looked at.
+    Unknown,
+}
+
+impl Leads {
+    /// For certain: what is not known may be as it was.
+    fn is_elsewhere(&self, was: u64) -> bool {
+        match self {
+            Self::To(cookie) => *cookie != was,
+            Self::Nowhere => true,
+            Self::Unknown => false,
+        }
+    }
+}
+
+fn leads(path: &Path) -> Leads {
+    match Netns::open(path) {
+        Ok(netns) => Leads::To(netns.cookie().0),
+        Err(error) if leads_nowhere(&error) => Leads::Nowhere,
+        Err(_) => Leads::Unknown,
+    }
 }
 
 fn named(pod: &PodRef) -> String {

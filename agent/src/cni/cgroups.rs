@@ -51,10 +51,10 @@ fn is_level(name: &str) -> bool {
 }
 
 /// The cgroups of all pods below this one: of the node, or of its pods.
-pub fn pods(root: &Path) -> Vec<(String, PathBuf)> {
+pub fn pods(root: &Path) -> io::Result<Vec<(String, PathBuf)>> {
     let (mut found, mut todo) = (Vec::new(), vec![(root.to_owned(), 0)]);
     while let Some((directory, depth)) = todo.pop() {
-        for (name, path) in below(&directory) {
+        for (name, path) in below(&directory)? {
             if let Some(uid) = pod_uid(&name) {
                 found.push((uid, path));
             } else if is_level(&name) && depth < DEPTH {
@@ -63,7 +63,7 @@ pub fn pods(root: &Path) -> Vec<(String, PathBuf)> {
         }
     }
     found.sort();
-    found
+    Ok(found)
 }
 
 /// The namespace of a pod's network: of its first process that is in none of `others` (the node's own), each named by device and inode.
@@ -71,24 +71,27 @@ pub fn netns(pod: &Path, others: &[(u64, u64)]) -> io::Result<Option<Found>> {
     let mut processes: Vec<(u64, u32)> = Vec::new();
     let mut todo = vec![(pod.to_owned(), 0)];
     while let Some((directory, depth)) = todo.pop() {
-        let text = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
-        let pids = text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid != 0);
-        processes
-            .extend(pids.filter_map(|pid| Some((started(pid)?, pid))).take(PROCESSES.saturating_sub(processes.len())));
+        let text = there(fs::read_to_string(directory.join("cgroup.procs")))?.unwrap_or_default();
+        for pid in text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid != 0) {
+            if processes.len() >= PROCESSES {
+                break;
+            }
+            processes.extend(started(pid)?.map(|began| (began, pid)));
+        }
         if depth < DEPTH {
-            todo.extend(below(&directory).into_iter().map(|(_, path)| (path, depth + 1)));
+            todo.extend(below(&directory)?.into_iter().map(|(_, path)| (path, depth + 1)));
         }
     }
     processes.sort_unstable();
     for (began, pid) in processes {
         // One that has ended meanwhile, or has only its number left.
-        let Ok(file) = File::open(format!("/proc/{pid}/ns/net")) else { continue };
+        let Some(file) = there(File::open(format!("/proc/{pid}/ns/net")))? else { continue };
         let metadata = file.metadata()?;
         if others.contains(&(metadata.dev(), metadata.ino())) {
             continue;
         }
         // Opened first, then looked at once more: the number may be another process's by now.
-        if started(pid) == Some(began) && is_in(pid, pod) {
+        if started(pid)? == Some(began) && is_in(pid, pod)? {
             return Ok(Some(Found { file, pid }));
         }
     }
@@ -101,26 +104,35 @@ pub fn own() -> Vec<(u64, u64)> {
     paths.iter().filter_map(|path| fs::metadata(path).ok()).map(|found| (found.dev(), found.ino())).collect()
 }
 
-fn below(directory: &Path) -> Vec<(String, PathBuf)> {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    directories.filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path()))).collect()
+fn below(directory: &Path) -> io::Result<Vec<(String, PathBuf)>> {
+    let Some(entries) = there(fs::read_dir(directory))? else { return Ok(Vec::new()) };
+    let directories = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    Ok(directories.filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path()))).collect())
+}
+
+/// Cgroups and processes come and go while they are looked at. Whatever else fails, as where descriptors have run out, says nothing of them.
+fn there<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::ENODEV)) => Ok(None),
+        other => other.map(Some),
+    }
 }
 
 /// When a process began, in the kernel's ticks.
-fn started(pid: u32) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+fn started(pid: u32) -> io::Result<Option<u64>> {
+    let text = there(fs::read(format!("/proc/{pid}/stat")))?.unwrap_or_default();
     // The name is in brackets and may have any letters.
-    text.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+    let text = String::from_utf8_lossy(&text);
+    let fields = text.rsplit_once(')').map(|(_, fields)| fields);
+    Ok(fields.and_then(|fields| fields.split_whitespace().nth(19)?.parse().ok()))
 }
 
 /// Whether a process is in the pod's cgroup. The path is as seen from this process's cgroup namespace, so its end is compared.
-fn is_in(pid: u32, pod: &Path) -> bool {
-    let (Ok(text), Some(name)) = (fs::read_to_string(format!("/proc/{pid}/cgroup")), pod.file_name()) else {
-        return false;
-    };
+fn is_in(pid: u32, pod: &Path) -> io::Result<bool> {
+    let text = there(fs::read_to_string(format!("/proc/{pid}/cgroup")))?;
+    let (Some(text), Some(name)) = (text, pod.file_name()) else { return Ok(false) };
     let path = text.lines().find_map(|line| line.strip_prefix("0::"));
-    path.is_some_and(|path| Path::new(path).iter().any(|part| part == name))
+    Ok(path.is_some_and(|path| Path::new(path).iter().any(|part| part == name)))
 }
 
 #[cfg(test)]
@@ -162,19 +174,31 @@ mod tests {
         ] {
             fs::create_dir_all(dir.path().join(path)).unwrap();
         }
-        let found: Vec<_> = pods(dir.path()).into_iter().map(|(uid, _)| uid).collect();
+        let found: Vec<_> = pods(dir.path()).unwrap().into_iter().map(|(uid, _)| uid).collect();
         assert_eq!(found, ["a-1", "b-2", "c-3", "d-4"]);
-        let found: Vec<_> = pods(&dir.path().join("kubepods.slice")).into_iter().map(|(uid, _)| uid).collect();
+        let found: Vec<_> = pods(&dir.path().join("kubepods.slice")).unwrap().into_iter().map(|(uid, _)| uid).collect();
         assert_eq!(found, ["a-1", "b-2"]);
     }
 
     #[test]
     fn the_nodes_own_namespace_is_no_pods() {
+        // A directory by the name of this process's own cgroup, so that it is in there.
+        let path = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let path = path.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/").to_owned();
         let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join("cgroup.procs"), format!("0\n{}\nnonsense\n", std::process::id())).unwrap();
-        assert!(netns(dir.path(), &own()).unwrap().is_none());
+        let listing = |name: &str| {
+            let pod = dir.path().join(name);
+            fs::create_dir_all(&pod).unwrap();
+            fs::write(pod.join("cgroup.procs"), format!("0\n{}\nnonsense\n", std::process::id())).unwrap();
+            pod
+        };
+        if let Some(name) = Path::new(&path).file_name() {
+            let pod = listing(name.to_str().unwrap());
+            assert_eq!(netns(&pod, &[]).unwrap().map(|found| found.pid), Some(std::process::id()));
+            assert!(netns(&pod, &own()).unwrap().is_none());
+        }
         // Nor one of a process that is not in the pod's cgroup, whatever a file says.
-        assert!(netns(dir.path(), &[]).unwrap().is_none());
-        assert!(started(std::process::id()).unwrap() > 0);
+        assert!(netns(&listing("podother"), &[]).unwrap().is_none());
+        assert!(started(std::process::id()).unwrap().unwrap() > 0);
     }
 }

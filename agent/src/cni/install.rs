@@ -22,6 +22,8 @@ use super::{CniError, NAME, chain};
 
 /// What is appended to the name of a configuration that a list has taken the place of.
 const ORIGINAL: &str = ".marline-original";
+/// Some entry: a list with it is compared without it.
+const ENTRY: &str = "{\"type\":\"marline-cni\"}";
 /// How often to look, also where the kernel tells nothing.
 const LOOK: Duration = Duration::from_secs(5);
 /// Changes that come together are looked at once.
@@ -55,7 +57,9 @@ pub fn ensure(configurations: &Path, entry: &str) -> Result<(PathBuf, bool), Cni
     let list = first.with_extension("conflist");
     let wrapped = chain::wrap(&text, entry).map_err(wrong(&first))?;
     let original = original_of(&first);
-    if list.exists() && !original.exists() {
+    // One that we had written when we were killed is ours to finish.
+    let unfinished = || read(&list).is_ok_and(|(text, _)| text == wrapped);
+    if list.exists() && !original.exists() && !unfinished() {
         let why = format!("there is {}, too, and it is not known which counts; remove one", list.display());
         return Err(wrong(&first)(why));
     }
@@ -74,6 +78,14 @@ pub fn uninstall(place: &Place, keep_program: bool) -> Result<Vec<PathBuf>, CniE
             continue;
         };
         let list = name.with_extension("conflist");
+        let wrapped =
+            chain::wrap(&read(&original)?.0, ENTRY).and_then(|wrapped| chain::remove(&wrapped)).ok().flatten();
+        let now = read(&list).ok().and_then(|(text, _)| chain::remove(&text).ok().flatten().or(Some(text)));
+        if list != name && now.is_some() && now != wrapped {
+            // The CNI has taken to a list of its own since: the original is old, and our entry is taken out below.
+            fs::remove_file(&original).map_err(CniError::path("cannot remove", &original))?;
+            continue;
+        }
         // One that the CNI has written since is newer.
         let back = if name.exists() { fs::remove_file(&original) } else { fs::rename(&original, &name) };
         back.map_err(CniError::path("cannot move", &original))?;

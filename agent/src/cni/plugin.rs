@@ -147,3 +147,102 @@ fn refused(answer: Answer) -> ProtocolError {
         other => ProtocolError::Io(format!("the agent answered something else than was asked: {other:?}")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::RefCell, io, path::PathBuf};
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const RESULTS: [&str; 3] = [
+        include_str!("testdata/result-bridge.json"),
+        include_str!("testdata/result-calico.json"),
+        include_str!("testdata/result-cilium.json"),
+    ];
+
+    fn input(result: &str) -> String {
+        let result: Value = serde_json::from_str(result).unwrap();
+        json!({"cniVersion": "1.0.0", "name": "pods", "type": "marline-cni", "prevResult": result}).to_string()
+    }
+
+    /// What is said, and what the agent was asked, where the agent answers so.
+    fn called(command: &str, input: &str, answer: Result<Answer, ()>) -> (Said, Option<Request>) {
+        let variable = |name: &str| {
+            Some(match name {
+                "CNI_COMMAND" => command.to_owned(),
+                "CNI_CONTAINERID" => "c1".to_owned(),
+                "CNI_NETNS" => "/run/netns/cni-1".to_owned(),
+                "CNI_IFNAME" => "eth0".to_owned(),
+                "CNI_PATH" => "/opt/cni/bin".to_owned(),
+                "CNI_ARGS" => "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web;K8S_POD_UID=a-1".to_owned(),
+                _ => return None,
+            })
+        };
+        let asked = RefCell::new(None);
+        let ask = |_: &Path, request: &Request, _: Duration| {
+            *asked.borrow_mut() = Some(request.clone());
+            let absent = |()| client::ClientError::Absent {
+                path: PathBuf::from("/run/marline/cni.sock"),
+                source: io::ErrorKind::NotFound.into(),
+            };
+            answer.clone().map_err(absent)
+        };
+        let said = call(&variable, &mut input.as_bytes(), &ask);
+        (said, asked.into_inner())
+    }
+
+    fn code(said: &Said) -> u64 {
+        assert!(!said.well, "{}", said.out);
+        serde_json::from_str::<Value>(&said.out).unwrap()["code"].as_u64().unwrap()
+    }
+
+    #[test]
+    fn add_gives_back_what_was_before_it_if_the_agent_has_the_pod_and_asks_with_its_addresses() {
+        for result in RESULTS {
+            for answer in [Answer::Captured, Answer::Outside] {
+                let (said, asked) = called("ADD", &input(result), Ok(answer));
+                assert!(said.well, "{}", said.out);
+                let before: Value = serde_json::from_str(result).unwrap();
+                assert_eq!(serde_json::from_str::<Value>(&said.out).unwrap(), before);
+                let Some(Request::Add(attachment)) = asked else { panic!("{asked:?}") };
+                assert_eq!(attachment.pod.uid.as_deref(), Some("a-1"));
+                let told = |address: &std::net::IpAddr| result.contains(&address.to_string());
+                assert!(!attachment.addresses.is_empty() && attachment.addresses.iter().all(told), "{attachment:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn whatever_else_the_agent_says_or_does_not_say_no_pod_starts() {
+        let why = || "because".to_owned();
+        let answers = [Ok(Answer::Done), Ok(Answer::Later { why: why() }), Ok(Answer::Refused { why: why() }), Err(())];
+        for answer in answers {
+            let (said, _) = called("ADD", &input(RESULTS[0]), answer.clone());
+            assert!(code(&said) > 0, "{answer:?}");
+        }
+        assert_eq!(code(&called("ADD", &input(RESULTS[0]), Err(())).0), 11, "the kubelet tries again");
+        let without = json!({"cniVersion": "1.0.0", "name": "pods", "type": "marline-cni"}).to_string();
+        let (said, asked) = called("ADD", &without, Ok(Answer::Captured));
+        assert!(code(&said) > 0 && asked.is_none(), "without prevResult nobody has made an interface");
+        assert!(code(&called("ADD", "{", Ok(Answer::Captured)).0) > 0);
+        assert!(code(&called("PAINT", &input(RESULTS[0]), Ok(Answer::Captured)).0) > 0);
+    }
+
+    #[test]
+    fn del_succeeds_without_an_agent_and_version_and_status_say_what_is_so() {
+        let (said, asked) = called("DEL", &input(RESULTS[0]), Err(()));
+        assert!(said.well && said.out.is_empty() && matches!(asked, Some(Request::Del(_))));
+        let (said, asked) = called("VERSION", "{\"cniVersion\": \"1.0.0\"}", Err(()));
+        assert!(said.well && asked.is_none() && said.out.contains("supportedVersions"), "{}", said.out);
+        let status = json!({"cniVersion": "1.1.0", "name": "pods", "type": "marline-cni"}).to_string();
+        assert!(called("STATUS", &status, Ok(Answer::Done)).0.well);
+        assert_eq!(code(&called("STATUS", &status, Err(())).0), 50, "the plugin is not available");
+        let gc = json!({"cniVersion": "1.1.0", "name": "pods", "type": "marline-cni", "cni.dev/valid-attachments": []});
+        assert!(matches!(
+            called("GC", &gc.to_string(), Ok(Answer::Done)),
+            (Said { well: true, .. }, Some(Request::Gc { .. }))
+        ));
+    }
+}

@@ -49,13 +49,18 @@ impl Records {
         Ok(Self { directory: directory.to_owned(), boot: boot.trim().to_owned() })
     }
 
-    /// All that are of this boot. What cannot be read is removed and told: its pod is found by its processes.
+    /// All that are of this boot. What is none is removed and told: its pod is found by its processes.
     pub fn all(&self) -> Result<Vec<Record>, CniError> {
         let mut found = Vec::new();
         let entries = fs::read_dir(&self.directory).map_err(CniError::path("cannot list", &self.directory))?;
-        for entry in entries.flatten() {
-            let path = entry.path();
-            match self.read(&path) {
+        for entry in entries {
+            let path = entry.map_err(CniError::path("cannot list", &self.directory))?.path();
+            // Others may have files there.
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            let text = fs::read(&path).map_err(CniError::path("cannot read", &path))?;
+            match self.read(&path, &text) {
                 Ok(record) => found.push(record),
                 Err(why) => {
                     tracing::info!(path = %path.display(), "a record of a pod counts for nothing: {why}");
@@ -66,9 +71,8 @@ impl Records {
         Ok(found)
     }
 
-    fn read(&self, path: &Path) -> Result<Record, String> {
-        let text = fs::read(path).map_err(|error| error.to_string())?;
-        let written: Written = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+    fn read(&self, path: &Path, text: &[u8]) -> Result<Record, String> {
+        let written: Written = serde_json::from_slice(text).map_err(|error| error.to_string())?;
         if written.boot != self.boot {
             return Err("it is of another boot of this node".into());
         }
@@ -149,8 +153,11 @@ mod tests {
         records.write(&record("a-1")).unwrap();
         fs::rename(dir.path().join("a-1.json"), dir.path().join("b-2.json")).unwrap();
         fs::write(dir.path().join("c-3.json"), "{\"uid\": \"c-").unwrap();
+        fs::write(dir.path().join("keeper.sock"), "another's").unwrap();
         assert_eq!(records.all().unwrap(), []);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        fs::create_dir(dir.path().join("d-4.json")).unwrap();
+        assert!(records.all().is_err(), "what cannot be read may be a pod's");
     }
 
     #[test]

@@ -32,7 +32,7 @@ use crate::{
     },
     policy::Workload,
     state::LocalPod,
-    sys::netns::{Netns, NetnsCookie},
+    sys::netns::{Netns, NetnsCookie, leads_nowhere},
     words::with_causes,
 };
 
@@ -113,6 +113,9 @@ pub struct PodStatus {
     pub state: PodState,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// The namespace that is served, where the pod is ready: another may be at its path by now.
+    #[serde(skip)]
+    pub served: Option<NetnsCookie>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -136,6 +139,7 @@ impl Status {
             identity: local.workload.id.to_string(),
             state: PodState::Refused,
             reason: Some("not enrolled yet".into()),
+            served: None,
         })))
     }
 
@@ -143,9 +147,14 @@ impl Status {
         lock(&self.0).clone()
     }
 
-    fn set(&self, state: PodState, reason: Option<String>) {
+    fn ready(&self, cookie: NetnsCookie) {
         let mut status = lock(&self.0);
-        (status.state, status.reason) = (state, reason);
+        (status.state, status.reason, status.served) = (PodState::Ready, None, Some(cookie));
+    }
+
+    fn refuse(&self, reason: String) {
+        let mut status = lock(&self.0);
+        (status.state, status.reason, status.served) = (PodState::Refused, Some(reason), None);
     }
 }
 
@@ -159,8 +168,13 @@ pub(super) enum Order {
     Leave,
 }
 
-/// Serves the pod until it is ordered otherwise, whatever happens to its namespace meanwhile.
-pub(super) async fn run(ctx: Arc<Context>, local: Arc<LocalPod>, status: Status, mut order: watch::Receiver<Order>) {
+/// Serves the pod until it is ordered otherwise, whatever happens to its namespace meanwhile. Returns the namespace that stays closed.
+pub(super) async fn run(
+    ctx: Arc<Context>,
+    local: Arc<LocalPod>,
+    status: Status,
+    mut order: watch::Receiver<Order>,
+) -> Option<NetnsCookie> {
     let (mut tries, mut held) = (0, None);
     loop {
         let pause = match serve(&ctx, &local, &status, &mut order, &mut held).await {
@@ -172,7 +186,7 @@ pub(super) async fn run(ctx: Arc<Context>, local: Arc<LocalPod>, status: Status,
             Err(error) => {
                 let text = with_causes(&error);
                 tracing::warn!(pod = %local.netns.display(), identity = %local.workload.id, "pod is refused: {text}");
-                status.set(PodState::Refused, Some(text));
+                status.refuse(text);
                 RETRY[tries.min(RETRY.len() - 1)]
             }
         };
@@ -189,8 +203,10 @@ pub(super) async fn run(ctx: Arc<Context>, local: Arc<LocalPod>, status: Status,
     if *order.borrow() == Order::Leave
         && let Some(cookie) = held
     {
-        leave(&ctx, &local, cookie);
+        leave(&ctx, &local.netns, cookie);
+        return None;
     }
+    held
 }
 
 enum Left {
@@ -265,7 +281,7 @@ async fn serve(
     let named = format!("{}/{}", local.workload.namespace, local.workload.name);
     let hooked = PodNetns { cookie: pod.netns.cookie(), path: local.netns.clone(), pod: named };
     let captured = Captured::new(ctx, hooked);
-    status.set(PodState::Ready, None);
+    status.ready(pod.netns.cookie());
     ctx.pods_changed.send_modify(|count| *count += 1);
     tracing::info!(pod = %local.netns.display(), identity = %local.workload.id, "pod is captured");
     let left = loop {
@@ -282,21 +298,28 @@ async fn serve(
         }
     };
     drop((enrolled, captured));
-    status.set(PodState::Refused, Some("being enrolled anew".into()));
+    status.refuse("being enrolled anew".into());
     enrolment.hold()?;
     Ok(left)
 }
 
-/// Opens a pod that has left the mesh, unless its namespace is another wanted pod's, by another path.
-fn leave(ctx: &Context, local: &LocalPod, cookie: NetnsCookie) {
-    let others = ctx.state.load().local.iter().any(|other| open(other).is_ok_and(|netns| netns.cookie() == cookie));
-    if others || lock(&ctx.served).contains_key(&cookie) {
+/// Opens a pod that has left the mesh, unless its namespace is another wanted pod's, by another path. One whose path leads nowhere has none; if
+/// it cannot be told where it leads, this may be the one.
+pub(super) fn leave(ctx: &Context, path: &Path, cookie: NetnsCookie) {
+    let leads_here = |other: &Arc<LocalPod>| match Netns::open(&other.netns) {
+        Ok(netns) => netns.cookie() == cookie,
+        Err(error) => !leads_nowhere(&error),
+    };
+    if lock(&ctx.served).contains_key(&cookie) {
         return;
     }
+    if ctx.state.load().local.iter().any(leads_here) {
+        return tracing::warn!(pod = %path.display(), "the pod stays closed: its namespace is, or may be, another pod's");
+    }
     match ctx.capture.withdraw(cookie) {
-        Ok(()) => tracing::info!(pod = %local.netns.display(), "pod has left the mesh"),
+        Ok(()) => tracing::info!(pod = %path.display(), "pod has left the mesh"),
         Err(error) => {
-            tracing::error!(pod = %local.netns.display(), "the pod could not be let go: {}", with_causes(&error));
+            tracing::error!(pod = %path.display(), "the pod could not be let go: {}", with_causes(&error));
         }
     }
 }

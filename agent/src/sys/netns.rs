@@ -66,6 +66,12 @@ impl AsFd for Netns {
     }
 }
 
+/// Whether opening a namespace has failed because there is none at the path: nothing, or the empty file that one was mounted on. Whatever else
+/// fails, as where descriptors have run out, says nothing of it.
+pub fn leads_nowhere(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ESRCH | libc::EINVAL))
+}
+
 /// The libc crate does not have it yet; the same number on every architecture but sparc and parisc.
 const SO_NETNS_COOKIE: libc::c_int = 71;
 

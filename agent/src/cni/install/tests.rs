@@ -102,6 +102,29 @@ fn what_cannot_be_understood_is_named_and_left() {
     assert_eq!(both.files(), before);
 }
 
+#[test]
+fn a_list_that_the_cni_has_taken_to_since_stays_when_the_plugin_goes() {
+    let node = Node::with(&[("10-mynet.conf", SINGLE)]);
+    ensure(&node.1.configurations, &entry()).unwrap();
+    fs::write(node.conf("10-mynet.conflist"), CALICO).unwrap();
+    ensure(&node.1.configurations, &entry()).unwrap();
+    uninstall(&node.1, false).unwrap();
+    let left: Vec<_> = node.files().into_iter().map(|(name, (text, _))| (name, text)).collect();
+    assert_eq!(left, [("10-mynet.conflist".to_owned(), CALICO.to_owned())]);
+}
+
+#[test]
+fn an_installation_that_was_killed_half_way_is_finished_by_the_next() {
+    let node = Node::with(&[("10-mynet.conf", SINGLE)]);
+    ensure(&node.1.configurations, &entry()).unwrap();
+    fs::rename(node.conf("10-mynet.conf.marline-original"), node.conf("10-mynet.conf")).unwrap();
+    assert!(fault(&node.1.configurations).is_some(), "the list is there and does not count");
+    ensure(&node.1.configurations, &entry()).unwrap();
+    assert_eq!(fault(&node.1.configurations), None);
+    uninstall(&node.1, false).unwrap();
+    assert_eq!(node.files().into_keys().collect::<Vec<_>>(), ["10-mynet.conf"]);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cni_that_rewrites_its_file_gets_the_plugin_again() {
     let node = Node::with(&[]);

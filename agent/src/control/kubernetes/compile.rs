@@ -6,7 +6,7 @@ use std::{
     cmp::Reverse,
     collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
     net::{IpAddr, SocketAddr},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -87,6 +87,7 @@ pub fn compile(model: &mut Model, viewpoint: &Viewpoint, places: &Places) -> (Sn
         }
     }
     local.sort_by(|a, b| a.netns.cmp(&b.netns));
+    let closed = closed(places, &facts.members, &local);
 
     let mut all: Vec<Arc<Workload>> = workloads.iter().map(|(_, _, workload)| Arc::clone(workload)).collect();
     facts.pods = all.len();
@@ -112,7 +113,20 @@ pub fn compile(model: &mut Model, viewpoint: &Viewpoint, places: &Places) -> (Sn
     let mut snapshot = Snapshot::new(policies, &viewpoint.domains, all, local).with_services(services);
     snapshot.warnings = [facts.errors.clone(), facts.warnings.clone()].concat();
     snapshot.sources = sources(model);
+    (snapshot.closed, snapshot.unplaced) = (closed, !facts.not_captured.is_empty());
     (snapshot, facts)
+}
+
+/// Where pods were captured that are not served: their object may go, or tell of their end, long before their processes do. Only what the API
+/// server says to be outside of the mesh is let go; for the others the namespace's end is waited for.
+fn closed(places: &Places, members: &Members, local: &[Arc<LocalPod>]) -> Vec<PathBuf> {
+    let served: HashSet<&Path> = local.iter().map(|local| &*local.netns).collect();
+    let outside =
+        |uid: &str| members.get(uid).is_some_and(|member| !member.ended && (!member.in_mesh || member.host_network));
+    let told = places.all().into_iter().filter(|(uid, _)| !outside(uid)).map(|(_, place)| place.netns);
+    let mut closed: Vec<PathBuf> = told.filter(|netns| !served.contains(&**netns)).collect();
+    closed.sort();
+    closed
 }
 
 fn policies(model: &mut Model, viewpoint: &Viewpoint) -> Arc<Policies> {
@@ -165,8 +179,9 @@ fn workloads(model: &mut Model, viewpoint: &Viewpoint, places: &Places, facts: &
             let (host_network, ended) = (pod.host_network, pod.ended);
             facts.members.insert(slot.uid.clone(), Member { namespace, name, in_mesh, host_network, ended });
         }
-        // The API server hears of addresses when the pod has long been able to connect.
-        let told = if unreported { places.of(&slot.uid).map(|place| place.addresses) } else { None };
+        // The API server hears of addresses when the pod has long been able to connect, and of those of a new sandbox later still.
+        let told = places.of(&slot.uid).filter(|place| is_own && !place.addresses.is_empty());
+        let told = told.map(|place| place.addresses);
         let addresses = told.as_deref().unwrap_or(&pod.addresses);
         if pod.ended || pod.host_network || addresses.is_empty() {
             continue;
@@ -192,8 +207,8 @@ fn workloads(model: &mut Model, viewpoint: &Viewpoint, places: &Places, facts: &
 fn one_for_each_address(found: Vec<(&Key, &str, &Pod, Arc<Workload>)>, facts: &mut Facts) -> Vec<Known> {
     let rank = |at: usize| found.get(at).map(|(key, _, pod, _)| (!pod.deleting, &pod.created, Reverse(*key)));
     let (mut holders, mut losers): (HashMap<IpAddr, usize>, HashMap<usize, usize>) = (HashMap::new(), HashMap::new());
-    for (at, (_, _, pod, _)) in found.iter().enumerate() {
-        for address in &pod.addresses {
+    for (at, (_, _, _, workload)) in found.iter().enumerate() {
+        for address in &workload.addresses {
             match holders.entry(*address) {
                 Entry::Vacant(vacant) => {
                     vacant.insert(at);

@@ -17,7 +17,7 @@ pub struct PodPlace {
     pub netns: PathBuf,
     /// Below the cgroup that is captured, where that is known.
     pub cgroup: Option<PathBuf>,
-    /// That it was given when its network was set up: they count until the API server knows some.
+    /// That it was given when its network was set up: they count before what the API server knows, which hears of a new sandbox later.
     pub addresses: Box<[IpAddr]>,
     /// It has run uncaptured, so it may have connections that are not encrypted.
     pub late: bool,
@@ -57,6 +57,10 @@ impl Places {
 
     pub fn of(&self, uid: &str) -> Option<PodPlace> {
         self.lock().get(uid).cloned()
+    }
+
+    pub fn all(&self) -> Vec<(Box<str>, PodPlace)> {
+        self.lock().iter().map(|(uid, place)| (uid.clone(), place.clone())).collect()
     }
 
     /// How often anything has changed so far.
