@@ -45,6 +45,8 @@ pub struct Order {
 pub enum Work {
     /// A new connection for each request, from so many threads, each with one at a time: connect() to the first byte of the answer.
     Connect { count: u32, at_once: u32 },
+    /// A new connection for each request, due at a fixed rate whatever becomes of those before: from then to the answer.
+    Arrivals { rate: u32, seconds: u32 },
     /// Requests over connections that are there and warm, due at a fixed rate whatever becomes of those before.
     Requests { rate: u32, connections: u32, seconds: u32 },
     /// Requests over one warm connection, each as soon as the one before is answered: for counting work, not for latencies.

@@ -40,6 +40,9 @@ const MOST: usize = 8;
 const PLACES: usize = 1024;
 /// After a failure, as of a peer that has no spare connections.
 const REST: Duration = Duration::from_secs(30);
+/// While there are others, one that was taken is made up for after this time: its handshake is not to take the processor from the
+/// connection that took it.
+const PAUSE: Duration = Duration::from_millis(5);
 /// How often is looked for what has become of them.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -151,17 +154,17 @@ impl Pool {
         lines.places.clear();
     }
 
-    /// A connection of the pod's went there: how many spare ones to make now.
-    fn asked(&self, aim: &Aim, now: Instant) -> usize {
+    /// A connection of the pod's went there: how many spare ones to make, and after what time.
+    fn asked(&self, aim: &Aim, now: Instant) -> (usize, Duration) {
         let mut lines = lock(&self.0);
         if lines.closed || (lines.places.len() >= PLACES && !lines.places.contains_key(aim)) {
-            return 0;
+            return (0, Duration::ZERO);
         }
         let line = lines.places.entry(aim.clone()).or_insert_with(|| Line::new(now));
         line.ask(now);
         let missing = line.missing(now);
         line.making += missing;
-        missing
+        (missing, if line.ready.is_empty() { Duration::ZERO } else { PAUSE })
     }
 
     fn made(&self, aim: &Aim, made: Option<Spare>) {
@@ -218,13 +221,16 @@ pub(super) fn asked(ctx: &Arc<Context>, pod: &Arc<Pod>, aim: &Aim) {
     if !ctx.settings.spares || config::WITHOUT_RECORDS {
         return;
     }
-    let missing = pod.pool.asked(aim, Instant::now());
+    let (missing, after) = pod.pool.asked(aim, Instant::now());
     if pod.pool.begin_watch() {
         tokio::spawn(watch(ctx.clone(), Arc::downgrade(pod)));
     }
     for _ in 0..missing {
         let (ctx, pod, aim) = (ctx.clone(), pod.clone(), aim.clone());
         tokio::spawn(async move {
+            if !after.is_zero() {
+                tokio::time::sleep(after).await;
+            }
             let made = match ctx.spares.clone().try_acquire_owned() {
                 Err(_) => None,
                 Ok(place) => make(&ctx, &pod, &aim, place).await.unwrap_or_else(|error| {
@@ -347,7 +353,7 @@ mod tests {
             }
             // Loopback delivers before the call returns.
             assert!(pool.take(&aim(1), &svid, &trust).is_none(), "speaks: {speaks}");
-            assert_eq!(pool.asked(&aim(1), Instant::now()), 0, "speaks: {speaks}");
+            assert_eq!(pool.asked(&aim(1), Instant::now()).0, 0, "speaks: {speaks}");
         }
     }
 
@@ -379,12 +385,23 @@ mod tests {
     #[test]
     fn what_is_being_made_is_not_made_twice_and_a_failure_is_not_repeated_at_once() {
         let (pool, now) = (Pool::default(), Instant::now());
-        let aim = aim(80);
-        assert_eq!([pool.asked(&aim, now), pool.asked(&aim, now), pool.asked(&aim, now)], [0, 1, 0]);
-        pool.made(&aim, None);
-        assert_eq!(pool.asked(&aim, now), 0, "it rests");
-        assert_eq!(pool.asked(&aim, now + REST + Duration::from_secs(1)), 0, "demand has gone meanwhile");
-        assert_eq!(pool.asked(&aim, now + REST + Duration::from_secs(1)), 1);
+        let asked = |now| pool.asked(&aim(80), now).0;
+        assert_eq!([asked(now), asked(now), asked(now)], [0, 1, 0]);
+        pool.made(&aim(80), None);
+        assert_eq!(asked(now), 0, "it rests");
+        let rested = now + REST + Duration::from_secs(1);
+        assert_eq!([asked(rested), asked(rested)], [0, 1], "demand had gone meanwhile");
+    }
+
+    #[tokio::test]
+    async fn one_that_was_taken_is_made_up_for_later_while_there_are_others() {
+        let ((svid, trust), now) = (grounds(), Instant::now());
+        let (pool, _peer) = pool(&svid, &trust, now).await;
+        // Enough demand for more than one.
+        let after: Vec<_> = (0..80).map(|_| pool.asked(&aim(1), now)).filter(|(missing, _)| *missing > 0).collect();
+        assert!(!after.is_empty() && after.iter().all(|(_, after)| *after == PAUSE), "{after:?}");
+        assert!(pool.take(&aim(1), &svid, &trust).is_some());
+        assert_eq!(pool.asked(&aim(1), now), (1, Duration::ZERO), "none is left");
     }
 
     #[test]
@@ -397,6 +414,6 @@ mod tests {
         assert_eq!(pool.sweep(now + LIFE), (0, false));
         assert!(lock(&pool.0).places.is_empty());
         pool.close();
-        assert_eq!([pool.asked(&aim(1), now), pool.asked(&aim(1), now)], [0, 0]);
+        assert_eq!([pool.asked(&aim(1), now).0, pool.asked(&aim(1), now).0], [0, 0]);
     }
 }

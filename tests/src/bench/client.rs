@@ -31,6 +31,8 @@ const WARM: u32 = 50;
 /// Connections before those that count, and bytes before those that count.
 const WARM_CONNECTIONS: u32 = 5;
 const WARM_BYTES: u64 = 4 * 1024 * 1024;
+/// Threads that connections at a fixed rate come from.
+const ARRIVE_BY: u32 = 8;
 /// Threads that open what shall be idle, and how long it is left alone before it is taken for idle.
 const OPENERS: u32 = 8;
 const SETTLE: Duration = Duration::from_millis(500);
@@ -43,7 +45,13 @@ pub fn run(order: &Order) -> Result<Answer> {
     prctl::set_timerslack(1).context("asking for exact timers")?;
     match order.work {
         Work::Connect { count, at_once } => connect(order, count, at_once),
-        Work::Requests { rate, connections, seconds } => requests(order, rate, connections, seconds),
+        Work::Arrivals { rate, seconds } => {
+            (0..WARM_CONNECTIONS).try_for_each(|_| first_byte(order).map(drop))?;
+            paced(order, (rate, ARRIVE_BY, seconds), || Ok(()), |()| first_byte(order).map(drop))
+        }
+        Work::Requests { rate, connections, seconds } => {
+            paced(order, (rate, connections, seconds), || warmed(order), exchange)
+        }
         Work::Exchanges { count } => exchanges(order, count),
         Work::Bulk { bytes, streams } => bulk(order, bytes, streams),
         Work::Idle { connections, seconds } => idle(order, connections, seconds),
@@ -80,22 +88,29 @@ fn first_byte(order: &Order) -> Result<Duration> {
     Ok(elapsed)
 }
 
-fn requests(order: &Order, rate: u32, connections: u32, length: u32) -> Result<Answer> {
-    let (warm, start) = (Barrier::new(connections as usize + 1), OnceLock::new());
-    let schedule = |connection| Schedule { rate, connections, connection, length: Duration::from_secs(length.into()) };
+/// A rate of exchanges from so many threads for so many seconds, each with what it has prepared before.
+fn paced<T>(
+    order: &Order,
+    (rate, threads, seconds): (u32, u32, u32),
+    prepare: impl Fn() -> Result<T> + Sync,
+    exchange: impl Fn(&mut T) -> Result<()> + Sync,
+) -> Result<Answer> {
+    let (warm, start) = (Barrier::new(threads as usize + 1), OnceLock::new());
+    let length = Duration::from_secs(seconds.into());
+    let schedule = |connection| Schedule { rate, connections: threads, connection, length };
     thread::scope(|scope| {
-        let threads: Vec<_> = (0..connections)
+        let threads: Vec<_> = (0..threads)
             .map(|index| {
-                let (warm, start) = (&warm, &start);
+                let (warm, start, prepare, exchange) = (&warm, &start, &prepare, &exchange);
                 scope.spawn(move || -> Result<Paced> {
                     prctl::set_timerslack(1).context("asking for exact timers")?;
-                    let connection = warmed(order);
+                    let prepared = prepare();
                     // Also whoever failed comes here, or the others would wait for ever.
                     warm.wait();
                     warm.wait();
                     let clock = Since(*start.get_or_init(|| Instant::now() + HEAD_START));
-                    let mut connection = connection?;
-                    pace::pace(schedule(index), &clock, || exchange(&mut connection))
+                    let mut prepared = prepared?;
+                    pace::pace(schedule(index), &clock, || exchange(&mut prepared))
                 })
             })
             .collect();
@@ -105,7 +120,7 @@ fn requests(order: &Order, rate: u32, connections: u32, length: u32) -> Result<A
         warm.wait();
         let mut all = Paced::default();
         for thread in threads {
-            let paced = thread.join().map_err(|_| anyhow!("a connection's thread panicked"))??;
+            let paced = thread.join().map_err(|_| anyhow!("a thread of the load panicked"))??;
             all.latencies.extend(paced.latencies);
             all.late.extend(paced.late);
         }

@@ -54,6 +54,8 @@ struct Sizes {
 const QUICK: Sizes = Sizes { one: 200, many: 600, seconds: 1, bytes: 250_000_000, idle: 1000, idle_seconds: 2 };
 const WHOLE: Sizes = Sizes { one: 800, many: 2000, seconds: 4, bytes: 1_500_000_000, idle: 10_000, idle_seconds: 10 };
 
+/// So many new connections come in a second where they come one by one: enough to be expected, and no load.
+const ARRIVALS: u32 = 100;
 /// Over so many connections requests come.
 const CONNECTIONS: u32 = 16;
 /// So many new connections are there at once where there are many.
@@ -90,6 +92,11 @@ pub(super) fn timed(quick: bool, files: u64) -> Vec<Workload> {
         ),
         connect("new connection to first byte".into(), size.one, 1),
         connect(format!("new connection to first byte, {AT_ONCE} at once"), size.many, AT_ONCE),
+        traced(
+            format!("new connection to answer, {ARRIVALS}/s due"),
+            Work::Arrivals { rate: ARRIVALS, seconds: 2 * size.seconds },
+            Work::Arrivals { rate: ARRIVALS, seconds: 1 },
+        ),
         requests(1000),
         requests(3200),
         bulk(1),
@@ -140,11 +147,11 @@ impl Workload {
 
     fn times(&self, mode: Mode, answer: &Answer, add: &mut impl FnMut(&str, &str, f64)) {
         if let Some(latencies) = &answer.latencies {
-            let open_loop = matches!(self.work, Work::Requests { .. });
             let all =
                 [("p50", latencies.p50), ("p90", latencies.p90), ("p99", latencies.p99), ("p99.9", latencies.p999)];
             // Of a few hundred connections the extremes are single ones.
-            let wanted = |name| open_loop || matches!(name, "p50" | "p99");
+            let few = !matches!(self.work, Work::Requests { .. });
+            let wanted = |name| !few || matches!(name, "p50" | "p99");
             all.into_iter().filter(|(name, _)| wanted(*name)).for_each(|(name, value)| add(name, "us", value));
         }
         if let Some(late) = &answer.late {
@@ -209,7 +216,7 @@ fn idle(connections: u32, answer: &Answer, add: &mut impl FnMut(&str, &str, f64)
 fn amount(work: Work, answer: &Answer) -> (f64, &'static str) {
     match work {
         Work::Connect { count, .. } | Work::Exchanges { count } => (f64::from(count), "request"),
-        Work::Requests { .. } => (answer.latencies.as_ref().map_or(0.0, |l| l.count as f64), "request"),
+        Work::Requests { .. } | Work::Arrivals { .. } => (answer.latencies.as_ref().map_or(0.0, |l| l.count as f64), "request"),
         Work::Bulk { bytes, .. } => (bytes as f64 / 1e9, "GB"),
         Work::Idle { connections, .. } => (f64::from(connections), "connection"),
     }
