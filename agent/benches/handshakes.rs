@@ -1,7 +1,8 @@
 //! What a full mutual handshake costs: `cargo bench -p marline --bench handshakes`.
 //!
 //! Both ends run here on one thread, over a pipe in memory, as the agents have them: TLS 1.3, P-256 certificates, both verified. Told are
-//! handshakes for each second of processor time, both sides together, and what each of its parts costs alone. Nothing is asserted.
+//! handshakes for each second of processor time, both sides together, and what each of its parts costs alone. And what a resumed session
+//! would cost, which agents do not have: with rustls's own connections, and a full one of those to compare it with.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::{sync::Arc, time::Duration};
@@ -11,7 +12,10 @@ use marline::{
     proxy::handshake,
     tls::config::{Accept, Learned, Offer, Parameters, client_config_with, provider, server_config_with, server_name},
 };
-use rustls::{crypto::SupportedKxGroup, pki_types::UnixTime};
+use rustls::{
+    ClientConnection, HandshakeKind, ServerConnection, client::Resumption, crypto::SupportedKxGroup,
+    pki_types::UnixTime, server::ServerSessionMemoryCache,
+};
 
 const LIMIT: Duration = Duration::from_secs(10);
 const COUNT: u32 = 1_000;
@@ -41,6 +45,11 @@ fn main() {
     let once = |trust: Arc<Trust>| runtime.block_on(shake(&ends, trust));
     told("handshake, chains verified before", median(|| once(known.clone())));
     told("handshake, chains never seen before", median(|| once(trust())));
+    for (what, kind) in [("full", HandshakeKind::Full), ("resumed, with tickets for the next", HandshakeKind::Resumed)]
+    {
+        let mut once = buffered(&ends, known.clone(), kind);
+        told(&format!("not an agent's: by rustls's connections, {what}"), median(&mut once));
+    }
     for group in &provider().kx_groups {
         told(&format!("  key exchange {:?}, both sides", group.name()), median(|| exchange(*group)));
     }
@@ -65,6 +74,42 @@ async fn shake(ends: &Ends, trust: Arc<Trust>) {
         tokio::join!(handshake::connect(&mut near, client, name, LIMIT), handshake::accept(&mut far, server, LIMIT));
     both.0.unwrap();
     both.1.unwrap();
+}
+
+/// Handshakes of this kind.
+fn buffered(ends: &Ends, trust: Arc<Trust>, kind: HandshakeKind) -> impl FnMut() {
+    let (parameters, learned) = (Parameters::default(), Learned::default);
+    let client = client_config_with(parameters, &ends.client, trust.clone(), &ends.expect, Offer::Proxied, learned());
+    let server = server_config_with(parameters, &ends.server, trust, Accept::Plain, learned());
+    let (mut client, mut server) = ((*client.unwrap()).clone(), (*server.unwrap()).clone());
+    if kind == HandshakeKind::Resumed {
+        client.resumption = Resumption::in_memory_sessions(8);
+        server.session_storage = ServerSessionMemoryCache::new(8);
+        server.send_tls13_tickets = 1;
+    }
+    let (client, server) = (Arc::new(client), Arc::new(server));
+    // The first one cannot be a resumed one, and the warm-up makes it.
+    let mut first = true;
+    move || {
+        let name = server_name(80, "server.bench.svc.cluster.local");
+        let mut near = ClientConnection::new(client.clone(), name).unwrap();
+        let mut far = ServerConnection::new(server.clone()).unwrap();
+        let mut bytes = Vec::new();
+        while near.wants_write() || far.wants_write() {
+            near.write_tls(&mut bytes).unwrap();
+            far.read_tls(&mut bytes.as_slice()).unwrap();
+            far.process_new_packets().unwrap();
+            bytes.clear();
+            while far.wants_write() {
+                far.write_tls(&mut bytes).unwrap();
+            }
+            near.read_tls(&mut bytes.as_slice()).unwrap();
+            near.process_new_packets().unwrap();
+            bytes.clear();
+        }
+        assert!(first || near.handshake_kind() == Some(kind), "not {kind:?}");
+        first = false;
+    }
 }
 
 fn exchange(group: &dyn SupportedKxGroup) {

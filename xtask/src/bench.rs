@@ -10,6 +10,7 @@ mod measure;
 mod page;
 mod place;
 mod plan;
+mod pods;
 mod report;
 mod stats;
 
@@ -21,6 +22,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
+use marline_tests::cluster::Cluster;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 
@@ -261,7 +263,10 @@ fn on_this_kernel(here: &Here, programs: &Programs, modes: &[Mode], rounds: usiz
             Step::begin(format!("preparing the mode {}", mode.name())).way_out("the agents' logs above tell why");
         beds.push(Bed::open(mode, programs).map_err(|error| step.fail(format!("{error:#}")))?);
     }
-    clean_up_when_interrupted(signals, beds.iter().map(|bed| bed.name().to_owned()).collect());
+    let agent = programs.agent.as_deref().filter(|_| modes.contains(&Mode::Proxied));
+    let mut many_pods = agent.map(pods::prepare).transpose().context("preparing a node with many pods")?;
+    let names = beds.iter().map(Bed::name).chain(many_pods.iter().map(Cluster::name));
+    clean_up_when_interrupted(signals, names.map(str::to_owned).collect());
     let workloads = plan::timed(quick, files);
     let mut all = Rounds::interleaved(&mut beds, &workloads, rounds)?;
     // Without them all else is as true as with them.
@@ -269,7 +274,13 @@ fn on_this_kernel(here: &Here, programs: &Programs, modes: &[Mode], rounds: usiz
         notes.push(format!("system calls, by perf: {error:#}"));
     }
     all.carry_all(&mut beds)?;
-    Ok(report(all, here, false, rounds, quick, notes))
+    // What else is up has a share in the processors.
+    drop(beds);
+    let mut report = report(all, here, false, rounds, quick, notes);
+    if let Some(cluster) = &mut many_pods {
+        report.rows.extend(report::rows(pods::measure(cluster, rounds)?));
+    }
+    Ok(report)
 }
 
 /// An idle connection is two of a proxy's files, and there may be ten thousand. Agents take what they are allowed; returns what that is.

@@ -260,7 +260,9 @@ fn serve(pod: &Pod, load: &Path) -> Result<Process> {
 /// Far more than any mode needs: it is there to end what hangs.
 fn limit(work: Work) -> Duration {
     let own = match work {
-        Work::Requests { seconds, .. } | Work::Arrivals { seconds, .. } | Work::Idle { seconds, .. } => u64::from(seconds),
+        Work::Requests { seconds, .. } | Work::Arrivals { seconds, .. } | Work::Idle { seconds, .. } => {
+            u64::from(seconds)
+        }
         _ => 0,
     };
     seconds(120) + Duration::from_secs(own)

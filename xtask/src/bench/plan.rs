@@ -56,6 +56,8 @@ const WHOLE: Sizes = Sizes { one: 800, many: 2000, seconds: 4, bytes: 1_500_000_
 
 /// So many new connections come in a second where they come one by one: enough to be expected, and no load.
 const ARRIVALS: u32 = 100;
+/// So many pods a full node has: the kubelet's default is 110.
+pub(super) const PODS: u8 = 100;
 /// Over so many connections requests come.
 const CONNECTIONS: u32 = 16;
 /// So many new connections are there at once where there are many.
@@ -216,7 +218,9 @@ fn idle(connections: u32, answer: &Answer, add: &mut impl FnMut(&str, &str, f64)
 fn amount(work: Work, answer: &Answer) -> (f64, &'static str) {
     match work {
         Work::Connect { count, .. } | Work::Exchanges { count } => (f64::from(count), "request"),
-        Work::Requests { .. } | Work::Arrivals { .. } => (answer.latencies.as_ref().map_or(0.0, |l| l.count as f64), "request"),
+        Work::Requests { .. } | Work::Arrivals { .. } => {
+            (answer.latencies.as_ref().map_or(0.0, |l| l.count as f64), "request")
+        }
         Work::Bulk { bytes, .. } => (bytes as f64 / 1e9, "GB"),
         Work::Idle { connections, .. } => (f64::from(connections), "connection"),
     }
