@@ -29,6 +29,7 @@ mod load;
 mod log;
 mod pins;
 pub mod probe;
+pub mod prober;
 pub mod selftest;
 
 pub use direct::Gate;

@@ -1,18 +1,21 @@
-//! The outbound probe: a process that connects from where a pod's programs do, in their cgroup and their network namespace.
+//! The outbound probe: a process that connects from where pods' programs do, in their cgroup and each pod's network namespace.
 //!
-//! `marline internal-probe` runs it; [`super::selftest`] starts it and judges. It is a process because a cgroup is left and
-//! entered by whole processes.
+//! `marline internal-probe` runs it; [`super::prober`] starts it and asks, [`super::selftest`] judges. It is a process because a cgroup is left and
+//! entered by whole processes, and one for many pods because starting a process costs more than all that it does.
 use std::{
-    fs, io,
+    fs,
+    io::{self, BufRead, Write},
     net::{SocketAddr, TcpStream},
     path::PathBuf,
     process::ExitCode,
     time::Duration,
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::sys::netns::Netns;
 
-/// How long the probe waits for its connection, in all.
+/// How long the probe waits for each connection, in all.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Debug, PartialEq, Eq, clap::Args)]
@@ -20,17 +23,23 @@ pub struct ProbeArgs {
     /// The cgroup to move into
     #[arg(long)]
     pub cgroup: PathBuf,
-    /// The network namespace to connect from
-    #[arg(long)]
+}
+
+/// A line of standard input.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// The network namespace to connect from.
     pub netns: PathBuf,
-    /// Where to connect: a documentation address, which nothing in the world answers
-    #[arg(long)]
+    /// Where to connect: a documentation address, which nothing in the world answers.
     pub connect: SocketAddr,
 }
 
-/// Succeeds if the connection was taken and the hooks hid by whom. Says what went wrong on stderr.
+/// Begins a line of standard output that is an answer; the rest is what went wrong, or empty.
+pub const ANSWER: &str = "probe: ";
+
+/// Answers until its input ends. An answer is good if the connection was taken and the hooks hid by whom.
 pub fn probe_main(args: &ProbeArgs) -> ExitCode {
-    match probe(args) {
+    match serve(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
             eprintln!("{message}");
@@ -39,15 +48,25 @@ pub fn probe_main(args: &ProbeArgs) -> ExitCode {
     }
 }
 
-fn probe(args: &ProbeArgs) -> Result<(), String> {
+fn serve(args: &ProbeArgs) -> Result<(), String> {
     let list = args.cgroup.join("cgroup.procs");
     fs::write(&list, "0").map_err(|error| format!("cannot enter the cgroup {}: {error}", args.cgroup.display()))?;
-    let netns = Netns::open(&args.netns)
-        .map_err(|error| format!("cannot open the network namespace {}: {error}", args.netns.display()))?;
-    let names = netns.run(|| connect(args.connect)).and_then(|result| result);
-    let (peer, own) = names.map_err(|error| format!("connect to {}: {error}", args.connect))?;
-    if peer != args.connect {
-        return Err(format!("getpeername shows {peer} instead of {}", args.connect));
+    for line in io::stdin().lock().lines() {
+        let line = line.map_err(|error| format!("standard input: {error}"))?;
+        let asked = serde_json::from_str(&line).map_err(|error| format!("not a request: {error}"))?;
+        let wrong = probe(&asked).err().unwrap_or_default().replace('\n', " ");
+        writeln!(io::stdout(), "{ANSWER}{wrong}").map_err(|error| format!("standard output: {error}"))?;
+    }
+    Ok(())
+}
+
+fn probe(asked: &Request) -> Result<(), String> {
+    let netns = Netns::open(&asked.netns)
+        .map_err(|error| format!("cannot open the network namespace {}: {error}", asked.netns.display()))?;
+    let names = netns.run(|| connect(asked.connect)).and_then(|result| result);
+    let (peer, own) = names.map_err(|error| format!("connect to {}: {error}", asked.connect))?;
+    if peer != asked.connect {
+        return Err(format!("getpeername shows {peer} instead of {}", asked.connect));
     }
     if own.ip().is_loopback() {
         return Err(format!("getsockname shows the loopback address {own}"));

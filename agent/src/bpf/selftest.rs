@@ -6,14 +6,10 @@
 //! connection to [`SelfTest::claim_outbound`] or [`SelfTest::claim_inbound`] first and drop the ones that are claimed.
 use std::{
     collections::HashMap,
-    fmt, fs, io,
+    fmt, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    path::{Path, PathBuf},
-    process,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -24,7 +20,11 @@ use tokio::{
     time::{error::Elapsed, timeout},
 };
 
-use super::{BpfError, Capture, probe::ProbeArgs};
+use super::{
+    BpfError, Capture,
+    probe::{ProbeArgs, Request},
+    prober::Probers,
+};
 use crate::sys::netns::{Netns, NetnsCookie};
 
 /// For each step; the steps are local, but the machine may be slow.
@@ -42,8 +42,10 @@ pub enum SelfTestError {
          namespace holds that address"
     )]
     Inbound { netns: PathBuf, address: IpAddr, detail: String },
-    #[error("the probe could not be started")]
-    Start(#[source] io::Error),
+    #[error("the probe could not be asked")]
+    Probe(#[source] io::Error),
+    #[error("the pod could not be connected to")]
+    Connect(#[source] io::Error),
     #[error(transparent)]
     Bpf(#[from] BpfError),
 }
@@ -68,7 +70,7 @@ pub struct ProbedPod<'a> {
 #[derive(Clone)]
 pub struct SelfTest {
     capture: Capture,
-    command: Arc<dyn Fn(&ProbeArgs) -> Command + Send + Sync>,
+    probers: Arc<Probers>,
     expected: Arc<Mutex<HashMap<Expected, oneshot::Sender<()>>>>,
 }
 
@@ -83,16 +85,15 @@ impl SelfTest {
     pub fn new(capture: Capture) -> Self {
         Self::with_command(capture, |args| {
             let mut command = Command::new("/proc/self/exe");
-            command.arg("internal-probe");
-            command.arg("--cgroup").arg(&args.cgroup).arg("--netns").arg(&args.netns);
-            command.arg("--connect").arg(args.connect.to_string());
+            command.arg("internal-probe").arg("--cgroup").arg(&args.cgroup);
             command
         })
     }
 
     /// With another way to start [`super::probe::probe_main`], for programs that are not `marline`.
     pub fn with_command(capture: Capture, command: impl Fn(&ProbeArgs) -> Command + Send + Sync + 'static) -> Self {
-        Self { capture, command: Arc::new(command), expected: Arc::default() }
+        let probers = Probers::new(capture.cgroup().to_path_buf(), command);
+        Self { capture, probers, expected: Arc::default() }
     }
 
     /// Whether a connection at an outbound listener is a self-test's. If so it has served its purpose: drop it.
@@ -126,18 +127,8 @@ impl SelfTest {
         };
         let _pass = self.capture.allow_probe(netns.cookie(), destination)?;
         let arrival = self.expect(Expected::Outbound { netns: netns.cookie(), destination });
-        let cgroup = ProbeCgroup::create(self.capture.cgroup()).map_err(SelfTestError::Start)?;
-        let args = ProbeArgs { cgroup: cgroup.0.clone(), netns: netns.path().to_path_buf(), connect: destination };
-        let mut command = (self.command)(&args);
-        command.stdin(process::Stdio::null()).stdout(process::Stdio::null()).stderr(process::Stdio::piped());
-        let output = command.kill_on_drop(true).output();
-        let output = match timeout(PATIENCE, output).await {
-            Ok(output) => output.map_err(SelfTestError::Start)?,
-            Err(Elapsed { .. }) => return Err(failed("the probe did not end in time".into())),
-        };
-        if !output.status.success() {
-            return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
-        }
+        let request = Request { netns: netns.path().to_path_buf(), connect: destination };
+        self.probers.ask(&request, PATIENCE).await.map_err(SelfTestError::Probe)?.map_err(failed)?;
         arrival.wait().await.map_err(|()| failed("the probe's connection did not come to the agent".into()))
     }
 
@@ -147,9 +138,9 @@ impl SelfTest {
         let _pass = self.capture.allow_probe(netns.cookie(), target)?;
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
         let any: IpAddr = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-        let socket = socket.map_err(SelfTestError::Start)?;
-        socket.bind(SocketAddr::new(any, 0)).map_err(SelfTestError::Start)?;
-        let client_port = socket.local_addr().map_err(SelfTestError::Start)?.port();
+        let socket = socket.map_err(SelfTestError::Connect)?;
+        socket.bind(SocketAddr::new(any, 0)).map_err(SelfTestError::Connect)?;
+        let client_port = socket.local_addr().map_err(SelfTestError::Connect)?.port();
         let arrival = self.expect(Expected::Inbound { netns: netns.cookie(), client_port, local: target });
         match timeout(PATIENCE, socket.connect(target)).await {
             Ok(Ok(_connection)) => {}
@@ -200,30 +191,6 @@ impl Arrival<'_> {
 impl Drop for Arrival<'_> {
     fn drop(&mut self) {
         self.test.expected().remove(&self.expected);
-    }
-}
-
-/// A cgroup below the pods' for one probe, so that the probe is subject to the same hooks and to no pod's limits.
-pub struct ProbeCgroup(PathBuf);
-
-impl ProbeCgroup {
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-
-    pub fn create(pods: &Path) -> io::Result<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let path = pods.join(format!("marline-probe-{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
-        fs::create_dir(&path)?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for ProbeCgroup {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir(&self.0) {
-            tracing::warn!(path = %self.0.display(), %error, "the probe's cgroup could not be removed");
-        }
     }
 }
 

@@ -21,7 +21,7 @@ use super::{
     wire::{Streams, parse},
 };
 use crate::{
-    bpf::selftest::ProbeCgroup,
+    bpf::prober::ProbeCgroup,
     state::explain::Party,
     sys::{
         netns::Netns,

@@ -1,0 +1,151 @@
+//! Probes that are running: a few for all pods, started when a pod is to be tested and ended when none is. What they do is `probe`'s.
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    process::{self, Stdio},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines},
+    process::{Child, ChildStdin, ChildStdout, Command},
+    sync::Semaphore,
+    time::timeout,
+};
+
+use super::probe::{ANSWER, ProbeArgs, Request};
+
+/// At once. A pod whose test hangs holds one for seconds.
+const MOST: usize = 8;
+/// How long one that is told to end may take.
+const END: Duration = Duration::from_secs(2);
+
+type Start = dyn Fn(&ProbeArgs) -> Command + Send + Sync;
+
+pub(super) struct Probers {
+    pods: PathBuf,
+    start: Box<Start>,
+    turns: Semaphore,
+    idle: Mutex<Vec<Prober>>,
+}
+
+struct Prober {
+    child: Child,
+    requests: ChildStdin,
+    answers: Lines<BufReader<ChildStdout>>,
+    // Only an empty cgroup can be removed: see `end`.
+    cgroup: ProbeCgroup,
+}
+
+impl Probers {
+    /// Below the cgroup of all pods, by a command that runs [`super::probe::probe_main`].
+    pub fn new(pods: PathBuf, start: impl Fn(&ProbeArgs) -> Command + Send + Sync + 'static) -> Arc<Self> {
+        Arc::new(Self { pods, start: Box::new(start), turns: Semaphore::new(MOST), idle: Mutex::default() })
+    }
+
+    /// Has one connect within so much time from when it is its turn; the inner error is what it found wrong.
+    pub async fn ask(&self, request: &Request, limit: Duration) -> io::Result<Result<(), String>> {
+        let turn = self.turns.acquire().await.map_err(io::Error::other)?;
+        let idle = self.idle().pop();
+        let mut prober = match idle {
+            Some(prober) => prober,
+            None => Prober::start(&self.pods, &self.start)?,
+        };
+        let answer = match timeout(limit, prober.ask(request)).await {
+            Ok(Ok(answer)) => {
+                self.idle().push(prober);
+                Ok(answer)
+            }
+            Ok(Err(error)) => {
+                prober.end().await;
+                Err(error)
+            }
+            Err(_) => {
+                prober.end().await;
+                Ok(Err("the probe did not end in time".into()))
+            }
+        };
+        drop(turn);
+        if self.turns.available_permits() == MOST {
+            // Whoever comes now starts another.
+            let unneeded = std::mem::take(&mut *self.idle());
+            for prober in unneeded {
+                prober.end().await;
+            }
+        }
+        answer
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Prober>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Prober {
+    fn start(pods: &Path, start: &Start) -> io::Result<Self> {
+        let cgroup = ProbeCgroup::create(pods)?;
+        let mut command = start(&ProbeArgs { cgroup: cgroup.path().to_path_buf() });
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.kill_on_drop(true).spawn()?;
+        let (Some(requests), Some(answers)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(io::Error::other("a process without pipes"));
+        };
+        Ok(Self { child, requests, answers: BufReader::new(answers).lines(), cgroup })
+    }
+
+    async fn ask(&mut self, request: &Request) -> io::Result<Result<(), String>> {
+        let line = serde_json::to_string(request)? + "\n";
+        // If it has ended, the answer tells.
+        let _ = self.requests.write_all(line.as_bytes()).await;
+        while let Some(line) = self.answers.next_line().await? {
+            match line.strip_prefix(ANSWER) {
+                Some("") => return Ok(Ok(())),
+                Some(wrong) => return Ok(Err(wrong.to_owned())),
+                None => {}
+            }
+        }
+        let mut said = String::new();
+        if let Some(errors) = &mut self.child.stderr {
+            errors.read_to_string(&mut said).await?;
+        }
+        Err(io::Error::other(format!("it ended: {}", said.trim())))
+    }
+
+    async fn end(mut self) {
+        drop(self.requests);
+        if timeout(END, self.child.wait()).await.is_err()
+            && let Err(error) = self.child.kill().await
+        {
+            tracing::warn!(%error, "a probe could not be ended");
+        }
+        drop(self.cgroup);
+    }
+}
+
+/// A cgroup below the pods' for probes, so that they are subject to the same hooks and to no pod's limits.
+pub struct ProbeCgroup(PathBuf);
+
+impl ProbeCgroup {
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub fn create(pods: &Path) -> io::Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let path = pods.join(format!("marline-probe-{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
+        fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for ProbeCgroup {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir(&self.0) {
+            tracing::warn!(path = %self.0.display(), %error, "the probe's cgroup could not be removed");
+        }
+    }
+}
