@@ -45,7 +45,7 @@ use crate::sys::{
 
 #[derive(Clone, Debug)]
 pub struct CaptureSettings {
-    /// The cgroup2 directory that holds the pods, and not the agent.
+    /// The cgroup2 directory that holds the pods. The agent is outside, or alone in a cgroup below.
     pub cgroup: PathBuf,
     /// Where links and maps are pinned, on a bpf filesystem. Each agent on a host has its own.
     pub pin_path: PathBuf,
@@ -110,9 +110,9 @@ impl Capture {
     /// Loads and attaches the kernel programs. Pods that a predecessor enrolled are closed until they are enrolled again;
     /// [`Capture::pods`] lists them. A thread of its own reads the programs' log.
     pub fn load(settings: &CaptureSettings) -> Result<Self, BpfError> {
-        let cgroup = pins::open_cgroup(&settings.cgroup)?;
+        let (cgroup, own) = pins::open_cgroup(&settings.cgroup)?;
         let pins = Pins::open(&settings.pin_path)?;
-        let mut ebpf = load::load(&pins)?;
+        let mut ebpf = load::load(&pins, own)?;
         let mut maps = load::maps(&mut ebpf)?;
         close_all(&mut maps)?;
         load::attach_cgroup(&mut ebpf, &pins, &cgroup, &settings.cgroup)?;

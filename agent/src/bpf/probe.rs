@@ -3,14 +3,14 @@
 //! `marline internal-probe` runs it; [`super::selftest`] starts it and judges. It is a process because a cgroup is left and
 //! entered by whole processes.
 use std::{
-    fs, io,
+    io,
     net::{SocketAddr, TcpStream},
     path::PathBuf,
     process::ExitCode,
     time::Duration,
 };
 
-use crate::sys::netns::Netns;
+use crate::sys::{cgroup, netns::Netns};
 
 /// How long the probe waits for its connection, in all.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -40,8 +40,8 @@ pub fn probe_main(args: &ProbeArgs) -> ExitCode {
 }
 
 fn probe(args: &ProbeArgs) -> Result<(), String> {
-    let list = args.cgroup.join("cgroup.procs");
-    fs::write(&list, "0").map_err(|error| format!("cannot enter the cgroup {}: {error}", args.cgroup.display()))?;
+    cgroup::enter(&args.cgroup)
+        .map_err(|error| format!("cannot enter the cgroup {}: {error}", args.cgroup.display()))?;
     let netns = Netns::open(&args.netns)
         .map_err(|error| format!("cannot open the network namespace {}: {error}", args.netns.display()))?;
     let names = netns.run(|| connect(args.connect)).and_then(|result| result);
