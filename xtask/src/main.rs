@@ -8,6 +8,7 @@ mod build;
 mod cluster;
 mod demo;
 mod deps;
+mod image;
 mod lint;
 mod load;
 mod seccomp;
@@ -61,6 +62,8 @@ enum Cmd {
     Down,
     /// Build the agent and run it on this host
     Load(load::Args),
+    /// Build the container image, without a container engine
+    Image(image::Args),
     /// Write the seccomp profiles for containers anew
     Seccomp(seccomp::Args),
     /// Run a command inside a stock Debian kernel that has kernel TLS
@@ -95,6 +98,7 @@ fn main() -> ExitCode {
         Cmd::Down => (cluster::down().map(|()| 0), 1),
         Cmd::Load(args) => (load::run(&args).map(|()| 0), 1),
         Cmd::Lint(args) => (lint::run(&args).map(|()| 0), 1),
+        Cmd::Image(args) => (image::run(&args).map(|()| 0), 1),
         Cmd::Seccomp(args) => (seccomp::run(&args).map(|()| 0), 1),
         Cmd::Vm(args) => (vm::run(&args), vm::EXIT_NO_VM),
         Cmd::VmGuest { spec } => vm::guest::main(&spec),
