@@ -217,15 +217,13 @@ pub async fn run(dir: PathBuf, levels: Levels, wait: bool) -> Result<(), AppErro
 /// Takes the pins. There is one file system for them and one lock, so a successor can be there, with its image and its configuration, before
 /// its predecessor has gone.
 async fn captured(settings: &CaptureSettings, wait: bool) -> Result<Capture, AppError> {
-    let mut told = false;
     loop {
         match Capture::load(settings) {
             Err(BpfError::PinsInUse { path }) if wait => {
-                if !told {
-                    tracing::info!(pins = %path.display(), "waiting for the agent that has this node to end");
-                    told = true;
+                tracing::info!(pins = %path.display(), "waiting for the agent that has this node to end");
+                while Capture::in_use(&path)? {
+                    tokio::time::sleep(TURN).await;
                 }
-                tokio::time::sleep(TURN).await;
             }
             loaded => return Ok(loaded?),
         }

@@ -133,6 +133,11 @@ impl Capture {
         pins::unload(pin_path)
     }
 
+    /// Whether an agent has the pins there at this moment.
+    pub fn in_use(pin_path: &Path) -> Result<bool, BpfError> {
+        pins::in_use(pin_path)
+    }
+
     pub fn cgroup(&self) -> &Path {
         &self.0.cgroup
     }

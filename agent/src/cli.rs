@@ -20,7 +20,7 @@ mod workloads;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::{
     app,
@@ -130,6 +130,11 @@ enum Command {
     InternalProbe(ProbeArgs),
     #[command(hide = true)]
     InternalCheck(check::probe::CheckProbeArgs),
+}
+
+/// What can be typed.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 pub fn run() -> ExitCode {

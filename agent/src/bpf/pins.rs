@@ -96,6 +96,15 @@ pub(super) fn unload(root: &Path) -> Result<(), BpfError> {
     Ok(())
 }
 
+pub(super) fn in_use(root: &Path) -> Result<bool, BpfError> {
+    let directory = File::open(root).map_err(BpfError::file("cannot open", root))?;
+    match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+        Ok(_lock) => Ok(false),
+        Err((_, Errno::EWOULDBLOCK)) => Ok(true),
+        Err((_, errno)) => Err(BpfError::file("cannot lock", root)(errno.into())),
+    }
+}
+
 /// Opens the pods' cgroup, after making sure that it is one. An agent that is a pod itself is inside: then its own cgroup, of which nobody
 /// else may be, comes back by its id, and is what the kernel programs leave out.
 pub(super) fn open_cgroup(path: &Path) -> Result<(File, Option<u64>), BpfError> {

@@ -1,5 +1,5 @@
 //! `cargo xtask image --check`: the image as its users meet it. Unpacks it, reads all digests anew, looks for what must not be there, and runs
-//! its binary with the image as the root and nothing else.
+//! its binary with the image as the root and nothing else, and agents of it in containers.
 
 use std::{
     collections::BTreeSet,
@@ -9,6 +9,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use marline_tests::{
+    chart,
+    cluster::{AgentPod, ClusterSpec, Family},
+    config::Mode,
+    scenario::on_mesh,
+    traffic::redis::Redis,
+};
 use serde_json::Value;
 
 use super::{
@@ -17,8 +24,10 @@ use super::{
     layout::{Image, digest},
 };
 use crate::{
+    build,
     deps::{self, need},
     step::Step,
+    workspace,
 };
 
 pub(super) fn run(out: &Path, parts: &Parts) -> Result<()> {
@@ -27,7 +36,8 @@ pub(super) fn run(out: &Path, parts: &Parts) -> Result<()> {
     let root = unpacked(out)?;
     contents(&root)?;
     named(parts, &root)?;
-    runs(&root)
+    runs(&root)?;
+    carries(&root)
 }
 
 pub(super) fn same(one: &Image, two: &Image) -> Result<()> {
@@ -68,6 +78,35 @@ fn taken_by_others(out: &Path) -> Result<()> {
         step.output(Command::new("skopeo").args(["inspect", &format!("{kind}:{}", archive.display())]))?;
     }
     Ok(())
+}
+
+/// Two nodes' agents out of the image, each in a container with what the manifests give it and a root that cannot be written, and what
+/// pods see beside them.
+fn carries(root: &Path) -> Result<()> {
+    deps::ensure(
+        "talk through the image's agents",
+        &[need("ip", "iproute2"), need("redis-server", "redis-server"), need("redis-cli", "redis-tools")],
+    )?;
+    let step = Step::begin("building what makes a container");
+    let mut cargo = workspace::cargo();
+    cargo.args(["build", "--package", "marline-tests", "--bin", "container"]);
+    let maker = build::artifacts(&step, &mut cargo)?.into_iter().find(|artifact| artifact.name == "container");
+    let maker = maker.ok_or_else(|| step.fail("cargo did not say where it is"))?.executable;
+    let step = Step::begin("carrying pods' traffic by two agents out of the image, in containers as the manifests describe them");
+    let pod = AgentPod { maker, root: Some(root.to_owned()), capabilities: chart::agents_capabilities()? };
+    let pairs = ClusterSpec::pairs(Mode::Strict);
+    let spec = ClusterSpec { agents_are_pods: Some(pod), program: Some(root.join(BINARY)), ..pairs };
+    let carried = on_mesh(&spec, |cluster| {
+        let (client, server, outside) = (cluster.pod("client-a")?, cluster.pod("server-b")?, cluster.pod("outside")?);
+        let redis = Redis::start(&server, "through-the-image")?;
+        for family in Family::BOTH {
+            let seen = redis.set_and_get(&client, server.address(family))?;
+            ensure!(seen.exact, "{}", seen.note);
+            ensure!(redis.set_and_get(&outside, server.address(family)).is_err(), "STRICT let plaintext in");
+        }
+        Ok(())
+    });
+    carried.map_err(|error| step.fail(format!("{error:#}")))
 }
 
 /// The root of a container.
