@@ -75,9 +75,14 @@ fn every_path_of_a_configuration_is_below_a_mount_of_its_container() {
     absolute(&config, &mut paths);
     assert!(paths.len() >= 6, "{paths:?}");
     let (_, pod) = pods().into_iter().find(|(name, _)| name == "DaemonSet marline-agent").unwrap();
-    let container = pod["containers"].as_array().unwrap().iter().find(|container| container["name"] == "agent").unwrap();
-    let mounts: Vec<&str> =
-        container["volumeMounts"].as_array().unwrap().iter().map(|mount| mount["mountPath"].as_str().unwrap()).collect();
+    let container =
+        pod["containers"].as_array().unwrap().iter().find(|container| container["name"] == "agent").unwrap();
+    let mounts: Vec<&str> = container["volumeMounts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|mount| mount["mountPath"].as_str().unwrap())
+        .collect();
     for path in paths {
         assert!(mounts.iter().any(|mount| Path::new(&path).starts_with(mount)), "{path} is in none of {mounts:?}");
     }
@@ -118,7 +123,9 @@ fn every_capability_is_explained_where_it_is_asked_for() {
     let path = format!("{}/../deploy/manifests/marline.yaml", env!("CARGO_MANIFEST_DIR"));
     let text = fs::read_to_string(path).unwrap();
     let lines: Vec<&str> = text.lines().map(str::trim).collect();
-    let asked = |line: &str| line.strip_prefix("- ").is_some_and(|name| name.chars().all(|c| c.is_ascii_uppercase() || c == '_'));
+    let asked = |line: &str| {
+        line.strip_prefix("- ").is_some_and(|name| name.chars().all(|c| c.is_ascii_uppercase() || c == '_'))
+    };
     let added: Vec<_> = lines.windows(2).filter(|pair| asked(pair[1])).collect();
     assert_eq!(added.len(), 5, "{added:?}");
     for pair in added {

@@ -11,10 +11,8 @@ use anyhow::{Context, Result};
 use crate::{process::succeed, wait::seconds};
 
 /// Each file and the options that give it. The kinds of Istio's are apart: what is applied without Helm would replace those of a cluster.
-pub const MANIFESTS: [(&str, &[&str]); 2] = [
-    ("marline.yaml", &["--set", "crds.install=false"]),
-    ("istio-crds.yaml", &["--show-only", "templates/crds.yaml"]),
-];
+pub const MANIFESTS: [(&str, &[&str]); 2] =
+    [("marline.yaml", &["--set", "crds.install=false"]), ("istio-crds.yaml", &["--show-only", "templates/crds.yaml"])];
 
 #[must_use]
 pub fn manifests() -> PathBuf {

@@ -16,8 +16,8 @@ use nix::{
     unistd::chroot,
 };
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, capability_is_in_bounding_set, remove_capability_from_bounding_set, set_capabilities,
-    set_no_new_privs,
+    CapabilitySet, CapabilitySets, capability_is_in_bounding_set, remove_capability_from_bounding_set,
+    set_capabilities, set_no_new_privs,
 };
 use serde::{Deserialize, Serialize};
 
@@ -122,7 +122,8 @@ impl Container {
 
 fn remount(place: impl AsRef<Path>, flags: MsFlags) -> Result<()> {
     let place = place.as_ref();
-    mount(None::<&str>, place, None::<&str>, flags, None::<&str>).with_context(|| format!("remounting {}", place.display()))
+    mount(None::<&str>, place, None::<&str>, flags, None::<&str>)
+        .with_context(|| format!("remounting {}", place.display()))
 }
 
 /// With all that is mounted below.
@@ -133,7 +134,8 @@ fn bind(from: impl AsRef<Path>, to: &Path) -> Result<()> {
 }
 
 fn bind_alone(from: &Path, to: &Path) -> Result<()> {
-    mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>).with_context(|| format!("binding {}", from.display()))
+    mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .with_context(|| format!("binding {}", from.display()))
 }
 
 fn mount_new(kind: &str, to: &Path, flags: MsFlags) -> Result<()> {

@@ -8,8 +8,7 @@ use anyhow::{Context, Result, ensure};
 use marline_tests::{
     access_log::{Entry, Records},
     capture::LinkCapture,
-    cgroup,
-    chart,
+    cgroup, chart,
     cluster::{AgentPod, Cluster, ClusterSpec, Family, Pod, Side},
     config::Mode,
     flow::{Route, observe},
@@ -49,7 +48,8 @@ fn an_agent_below_the_pods_cgroup_captures_the_pods_beside_it_and_not_itself() -
     on_mesh(&spec()?, |cluster| {
         let (client, server, outside) = (cluster.pod("client-a")?, cluster.pod("server-b")?, cluster.pod("outside")?);
         for side in Side::BOTH {
-            let (own, pods) = (cluster.agent(side)?.cgroup().to_owned(), client.place.cgroup.parent().context("a parent")?);
+            let (own, pods) =
+                (cluster.agent(side)?.cgroup().to_owned(), client.place.cgroup.parent().context("a parent")?);
             let pods = if side == Side::A { pods } else { server.place.cgroup.parent().context("a parent")? };
             ensure!(own.parent() == Some(pods), "{} is not beside {}", own.display(), pods.display());
         }
@@ -65,9 +65,10 @@ fn an_agent_below_the_pods_cgroup_captures_the_pods_beside_it_and_not_itself() -
             ensure!(refused.is_err(), "STRICT let a pod from outside in: {refused:?}");
         }
         let wire = capture.finish()?;
-        let members = wire.streams.iter().filter(|stream| {
-            !Family::BOTH.map(|family| outside.address(family)).contains(&stream.client.ip())
-        });
+        let members = wire
+            .streams
+            .iter()
+            .filter(|stream| !Family::BOTH.map(|family| outside.address(family)).contains(&stream.client.ip()));
         ensure!(members.clone().count() == 2 && members.clone().all(|stream| stream.not_tls() == 0), "{wire:#?}");
         Ok(())
     })
@@ -128,7 +129,11 @@ fn moved(place: &Place, pid: u32) -> Result<()> {
     wait_for("the companion to be in the agent's cgroup", seconds(10), || {
         let there = cgroup::processes(&place.cgroup);
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        Ok(if there == [pid] && name.trim() == "sleep" { Look::Done(()) } else { Look::NotYet(format!("{there:?} {name}")) })
+        Ok(if there == [pid] && name.trim() == "sleep" {
+            Look::Done(())
+        } else {
+            Look::NotYet(format!("{there:?} {name}"))
+        })
     })
 }
 

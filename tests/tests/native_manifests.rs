@@ -37,7 +37,8 @@ fn names(text: &str, kind: &str) -> Vec<String> {
 fn the_plain_manifests_are_what_the_chart_renders() -> Result<()> {
     let Some(helm) = program("MARLINE_HELM", "the_plain_manifests_are_what_the_chart_renders") else { return Ok(()) };
     for (name, options) in chart::MANIFESTS {
-        let (committed, rendered) = (fs::read_to_string(chart::manifests().join(name))?, chart::render(&helm, options)?);
+        let (committed, rendered) =
+            (fs::read_to_string(chart::manifests().join(name))?, chart::render(&helm, options)?);
         ensure!(committed == rendered, "{name} differs from the chart; way out: cargo xtask manifests");
     }
     Ok(())
@@ -69,7 +70,8 @@ fn valid(schemas: &PathBuf, what: &str, text: &str) -> Result<()> {
 #[test]
 fn every_object_is_valid_by_kubernetes_own_schemas_whatever_the_chart_is_told() -> Result<()> {
     let test = "every_object_is_valid_by_kubernetes_own_schemas_whatever_the_chart_is_told";
-    let (Some(helm), Some(schemas)) = (program("MARLINE_HELM", test), program("MARLINE_KUBERNETES_VALIDATE", test)) else {
+    let (Some(helm), Some(schemas)) = (program("MARLINE_HELM", test), program("MARLINE_KUBERNETES_VALIDATE", test))
+    else {
         return Ok(());
     };
     let everything = chart::render(&helm, &MONITORED)?;

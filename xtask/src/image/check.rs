@@ -92,7 +92,9 @@ fn carries(root: &Path) -> Result<()> {
     cargo.args(["build", "--package", "marline-tests", "--bin", "container"]);
     let maker = build::artifacts(&step, &mut cargo)?.into_iter().find(|artifact| artifact.name == "container");
     let maker = maker.ok_or_else(|| step.fail("cargo did not say where it is"))?.executable;
-    let step = Step::begin("carrying pods' traffic by two agents out of the image, in containers as the manifests describe them");
+    let step = Step::begin(
+        "carrying pods' traffic by two agents out of the image, in containers as the manifests describe them",
+    );
     let pod = AgentPod { maker, root: Some(root.to_owned()), capabilities: chart::agents_capabilities()? };
     let pairs = ClusterSpec::pairs(Mode::Strict);
     let spec = ClusterSpec { agents_are_pods: Some(pod), program: Some(root.join(BINARY)), ..pairs };

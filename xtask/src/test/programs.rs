@@ -120,7 +120,9 @@ pub(super) fn prepare(suites: &[Suite]) -> Result<Vec<(String, String)>> {
         if let Some(program) = without("Helm", helm()) {
             told.push(("MARLINE_HELM".to_owned(), program.display().to_string()));
         }
-        if let Some(schemas) = without("Kubernetes' schemas", all_from_pypi(&SCHEMA_PACKAGES, "kubernetes_validate/__main__.py")) {
+        if let Some(schemas) =
+            without("Kubernetes' schemas", all_from_pypi(&SCHEMA_PACKAGES, "kubernetes_validate/__main__.py"))
+        {
             told.push(("MARLINE_KUBERNETES_VALIDATE".to_owned(), schemas.display().to_string()));
         }
     }
