@@ -58,7 +58,7 @@ fn every_configuration_is_taken_by_the_program_without_a_warning() {
         let place = if name == "ConfigMap marline-ca" { dir.path().join("ca.yaml") } else { dir.path().to_owned() };
         let checked = Command::new(env!("CARGO_BIN_EXE_marline")).arg("check-config").arg(place).output().unwrap();
         let said = String::from_utf8_lossy(&checked.stdout).into_owned() + &String::from_utf8_lossy(&checked.stderr);
-        assert!(checked.status.success() && !said.contains("warning"), "{name}: {said}");
+        assert!(checked.status.success() && !said.replace("0 warnings", "").contains("warning"), "{name}: {said}");
         seen.push(name);
     }
     assert_eq!(seen, ["ConfigMap marline-agent", "ConfigMap marline-ca"]);
