@@ -5,7 +5,7 @@ mod certificates;
 mod enrol;
 mod view;
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -37,6 +37,9 @@ use crate::{
     words::PumpKind,
 };
 use view::status::{About, Reloads};
+
+/// So often a successor looks whether it is its turn.
+const TURN: Duration = Duration::from_millis(50);
 
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
@@ -83,9 +86,11 @@ pub fn kernel_alone() -> Result<Capabilities, AppError> {
     runtime()?.block_on(probed())
 }
 
-/// Runs the agent until SIGTERM or SIGINT.
-pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
+/// Runs the agent until SIGTERM or SIGINT. With `wait` it first waits until the agent that has the pins, if one has, is gone.
+pub async fn run(dir: PathBuf, levels: Levels, wait: bool) -> Result<(), AppError> {
     let started = std::time::SystemTime::now();
+    let mut terminate = signal(SignalKind::terminate()).map_err(AppError::Signal)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(AppError::Signal)?;
     let loaded = config::load(&dir)?;
     files::log_warnings(&loaded.warnings);
     let agent = loaded.agent;
@@ -107,10 +112,12 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
         ])
         .set(1);
     let identities = certificates.manager.clone();
-    let capture = Capture::load(&CaptureSettings {
-        cgroup: agent.capture.cgroup.clone(),
-        pin_path: agent.capture.pin_path.clone(),
-    })?;
+    let place = CaptureSettings { cgroup: agent.capture.cgroup.clone(), pin_path: agent.capture.pin_path.clone() };
+    let capture = tokio::select! {
+        capture = captured(&place, wait) => capture?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
     let direct = match &agent.direct {
         DirectConfig { mode: DirectMode::Off, .. } => None,
         DirectConfig { keeper, hold, key_limit, .. } => {
@@ -192,8 +199,6 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
     });
     let announced = tokio::spawn(announce(proxy, shown_source));
 
-    let mut terminate = signal(SignalKind::terminate()).map_err(AppError::Signal)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(AppError::Signal)?;
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
@@ -207,6 +212,22 @@ pub async fn run(dir: PathBuf, levels: Levels) -> Result<(), AppError> {
     stop.send_replace(true);
     announced.abort();
     Ok(())
+}
+
+/// Takes the pins. There is one file system for them and one lock, so a successor can be there, with its image and its configuration, before
+/// its predecessor has gone.
+async fn captured(settings: &CaptureSettings, wait: bool) -> Result<Capture, AppError> {
+    loop {
+        match Capture::load(settings) {
+            Err(BpfError::PinsInUse { path }) if wait => {
+                tracing::info!(pins = %path.display(), "waiting for the agent that has this node to end");
+                while Capture::in_use(&path)? {
+                    tokio::time::sleep(TURN).await;
+                }
+            }
+            loaded => return Ok(loaded?),
+        }
+    }
 }
 
 /// What the kernel can do, of what the operator allows.
@@ -234,7 +255,7 @@ async fn kernel(agent: &AgentConfig) -> Result<Capabilities, AppError> {
 async fn probed() -> Result<Capabilities, AppError> {
     let domain = TrustDomain::parse("probe.marline.internal")?;
     let ca = Ca::ephemeral(&domain)?;
-    let svid = ca.issue(&SpiffeId::new(&domain, "marline-system", "probe")?, std::time::Duration::from_secs(600))?;
+    let svid = ca.issue(&SpiffeId::new(&domain, "marline-system", "probe")?, Duration::from_secs(600))?;
     Ok(probe::probe(&svid, ca.trust(&domain)).await)
 }
 

@@ -46,7 +46,7 @@ use crate::sys::{
 
 #[derive(Clone, Debug)]
 pub struct CaptureSettings {
-    /// The cgroup2 directory that holds the pods, and not the agent.
+    /// The cgroup2 directory that holds the pods. The agent is outside, or alone in a cgroup below.
     pub cgroup: PathBuf,
     /// Where links and maps are pinned, on a bpf filesystem. Each agent on a host has its own.
     pub pin_path: PathBuf,
@@ -111,9 +111,9 @@ impl Capture {
     /// Loads and attaches the kernel programs. Pods that a predecessor enrolled are closed until they are enrolled again;
     /// [`Capture::pods`] lists them. A thread of its own reads the programs' log.
     pub fn load(settings: &CaptureSettings) -> Result<Self, BpfError> {
-        let cgroup = pins::open_cgroup(&settings.cgroup)?;
+        let (cgroup, own) = pins::open_cgroup(&settings.cgroup)?;
         let pins = Pins::open(&settings.pin_path)?;
-        let mut ebpf = load::load(&pins)?;
+        let mut ebpf = load::load(&pins, own)?;
         let mut maps = load::maps(&mut ebpf)?;
         close_all(&mut maps)?;
         load::attach_cgroup(&mut ebpf, &pins, &cgroup, &settings.cgroup)?;
@@ -132,6 +132,11 @@ impl Capture {
     /// Removes everything that an agent pinned there, whether it still runs or not. Its pods are open then.
     pub fn unload(pin_path: &Path) -> Result<(), BpfError> {
         pins::unload(pin_path)
+    }
+
+    /// Whether an agent has the pins there at this moment.
+    pub fn in_use(pin_path: &Path) -> Result<bool, BpfError> {
+        pins::in_use(pin_path)
     }
 
     pub fn cgroup(&self) -> &Path {

@@ -20,7 +20,7 @@ mod workloads;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::{
     app,
@@ -60,6 +60,9 @@ enum Command {
         /// The directory with the AgentConfig and Istio's resources; changes are followed while running
         #[arg(long)]
         config: PathBuf,
+        /// Wait while another agent has this node, and follow it when it ends; without this, end with an error
+        #[arg(long)]
+        wait: bool,
     },
     /// Hold the notify descriptors of pods' seccomp filters, so that their calls outlive the agent
     Keeper(keeper::Args),
@@ -129,6 +132,11 @@ enum Command {
     InternalCheck(check::probe::CheckProbeArgs),
 }
 
+/// What can be typed.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 pub fn run() -> ExitCode {
     if let Some(code) = cni::called() {
         return code;
@@ -151,7 +159,7 @@ pub fn run() -> ExitCode {
         }
     };
     match cli.command {
-        Command::Agent { config } => agent(config, levels),
+        Command::Agent { config, wait } => agent(config, levels, wait),
         Command::Keeper(args) => keeper::run(&args),
         Command::Run(args) => run::run(&args),
         Command::CheckConfig { dir, json } => check_config(&dir, json),
@@ -177,8 +185,8 @@ pub fn run() -> ExitCode {
     }
 }
 
-fn agent(dir: PathBuf, levels: Levels) -> ExitCode {
-    match app::runtime().and_then(|runtime| runtime.block_on(app::run(dir, levels))) {
+fn agent(dir: PathBuf, levels: Levels, wait: bool) -> ExitCode {
+    match app::runtime().and_then(|runtime| runtime.block_on(app::run(dir, levels, wait))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(app::AppError::Config(errors)) => {
             eprintln!("{}", table::plain_lines(&errors.to_string()));

@@ -1,4 +1,5 @@
 //! Socket and kernel calls, behind safe functions.
+pub mod cgroup;
 pub mod clock;
 pub mod diag;
 pub mod links;

@@ -24,3 +24,7 @@ mod ledger;
 mod lives;
 #[path = "ca_service/revocation.rs"]
 mod revocation;
+#[path = "support/rights.rs"]
+mod rights;
+#[path = "ca_service/rights.rs"]
+mod rights_of_the_ca;

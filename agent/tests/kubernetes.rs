@@ -8,5 +8,9 @@ mod bed;
 mod faults;
 #[path = "kubernetes/lists.rs"]
 mod lists;
+#[path = "support/rights.rs"]
+mod rights;
+#[path = "kubernetes/rights.rs"]
+mod rights_of_the_agent;
 #[path = "kubernetes/watches.rs"]
 mod watches;

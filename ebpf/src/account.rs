@@ -1,7 +1,7 @@
 //! Counting, and the last gate: what a pod's own socket sends must not leave past the agent.
 use aya_ebpf::{
     bindings::{__sk_buff, bpf_sock},
-    helpers::bpf_sk_fullsock,
+    helpers::{bpf_sk_fullsock, bpf_skb_cgroup_id},
     macros::cgroup_skb,
     programs::SkBuffContext,
 };
@@ -10,7 +10,7 @@ use marline_common::{Address, Counter};
 use crate::{
     context::{IPPROTO_TCP, IPPROTO_UDP, LOOPBACK_IFINDEX, read, read_pointer},
     direct::{self, Standing},
-    maps::{ADDRESSES, COUNTERS},
+    maps::{ADDRESSES, AGENT_CGROUP, COUNTERS},
 };
 
 const PASS: i32 = 1;
@@ -33,10 +33,15 @@ pub(crate) fn count(counter: Counter) {
 /// A socket that the agent connected is judged by `direct`, wherever its packets go.
 ///
 /// The pod is told by the packet's source address, which is all that Linux 6.1 offers here. The agent's own sockets live
-/// outside the pods' cgroup, so they never come this way.
+/// outside the pods' cgroup, so they never come this way; those of an agent that is a pod do, and pass.
 #[cgroup_skb]
 pub fn egress(ctx: SkBuffContext) -> i32 {
     let skb = ctx.skb.skb;
+    let agent = AGENT_CGROUP.load();
+    // SAFETY: the context is this program's own. The id is that of the socket's cgroup, fixed when it was made.
+    if agent != 0 && unsafe { bpf_skb_cgroup_id(skb) } == agent {
+        return PASS;
+    }
     match direct::standing(&ctx) {
         Standing::Other => {}
         Standing::Pass => return PASS,

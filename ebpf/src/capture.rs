@@ -1,7 +1,8 @@
 //! Outbound: an enrolled pod's TCP connects go to the agent's listener in the pod, and the application does not see it.
 //!
 //! The connect hooks decide and rewrite; sock_ops tells the agent where the connection wanted to go; the name hooks keep up
-//! appearances. All run on the socket's cgroup, fixed when it was made, so the agent's own sockets are never turned around.
+//! appearances. All run on the socket's cgroup, fixed when it was made, so the agent's own sockets are never turned around;
+//! where the agent is a pod itself, by `AGENT_CGROUP`.
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{bpf_sock, bpf_sock_addr, bpf_sock_ops},
@@ -24,7 +25,7 @@ use crate::{
         read_pointer, write,
     },
     direct::{self, Connect},
-    maps::{CLIENTS, ORIGINS, PODS, PROBES, REFUSED, SOCKETS},
+    maps::{AGENT_CGROUP, CLIENTS, ORIGINS, PODS, PROBES, REFUSED, SOCKETS},
 };
 
 const PASS: i32 = 1;
@@ -95,6 +96,12 @@ fn verdict(ctx: &SockAddrContext, destination: &Endpoint) -> Verdict {
             debug!(ctx, "refused a second or another connection of a socket that the agent handshakes on");
             return Verdict::Refuse;
         }
+    }
+    // What it does to a pod's own socket is judged above. Nothing of a pod's is ever in the agent's cgroup, so nothing else is left out.
+    let agent = AGENT_CGROUP.load();
+    // SAFETY: takes nothing and gives a number.
+    if agent != 0 && unsafe { bpf_get_current_cgroup_id() } == agent {
+        return Verdict::Pass;
     }
     if stays_in_pod(netns, &destination.address) {
         // The socket may have been redirected before and be used again.

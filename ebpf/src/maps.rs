@@ -1,5 +1,6 @@
 //! The maps. All are bounded; `common/src/limits.rs` says what happens at each bound. The agent pins them by these names.
 use aya_ebpf::{
+    Global,
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::SkStorage,
     macros::{btf_map, map},
@@ -69,6 +70,11 @@ pub(crate) static TRANSCRIPTS: SkStorage<Transcript> = SkStorage::new();
 /// What the agent's successor must know of direct connections, by socket cookie. Only the agent reads and writes it.
 #[map]
 pub(crate) static DIRECT_FACTS: HashMap<u64, DirectFacts> = HashMap::with_max_entries(MAX_DIRECT, BPF_F_NO_PREALLOC);
+
+/// The cgroup of an agent that is a pod itself, and so below the pods' cgroup; 0 where it is not. Set when the programs are loaded: the
+/// next agent brings its own.
+#[unsafe(no_mangle)]
+pub(crate) static AGENT_CGROUP: Global<u64> = Global::new(0);
 
 #[map]
 pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_COUNTERS, 0);

@@ -86,12 +86,21 @@ pub struct Agent {
 impl Agent {
     /// Starts the agent of a node in its namespace, outside of its pods' cgroup and in one of its own.
     pub fn launch(side: Side, place: Place, config: &Path, settings: Settings) -> Result<Self> {
+        Self::launch_with(&[], side, place, config, settings)
+    }
+
+    /// Starts one that waits until the node's agent has ended.
+    pub fn launch_waiting(side: Side, place: Place, config: &Path, settings: Settings) -> Result<Self> {
+        Self::launch_with(&["--wait"], side, place, config, settings)
+    }
+
+    fn launch_with(options: &[&str], side: Side, place: Place, config: &Path, settings: Settings) -> Result<Self> {
         remains::mount_bpf()?;
         cgroup::create(&place.cgroup)?;
         let name = format!("agent {}", side.letter());
         let log = log_of(config);
-        let mut command = place.command(settings.binary()?);
-        command.args(["agent", "--config"]).arg(config);
+        let mut command = command(&place, &settings)?;
+        command.arg("agent").args(options).arg("--config").arg(config);
         let process = Some(Process::start(name, &mut command, &log)?);
         Ok(Self { side, place, log, process, settings })
     }
@@ -411,6 +420,17 @@ pub fn init_ca(settings: &Settings) -> Result<()> {
 /// What `marline check-config` says of a directory.
 pub fn check_config(directory: &Path) -> Result<std::process::Output> {
     output(Command::new(binary()?).arg("check-config").arg(directory), seconds(20))
+}
+
+/// The agent's program in its place, for a command to be added.
+fn command(place: &Place, settings: &Settings) -> Result<Command> {
+    let Some((maker, container)) = &settings.container else {
+        return Ok(place.command(settings.binary()?));
+    };
+    // Does not fork: the agent is alone in its cgroup.
+    let mut command = place.command(maker);
+    command.arg(serde_json::to_string(container)?).arg(settings.binary()?);
+    Ok(command)
 }
 
 fn log_of(config: &Path) -> PathBuf {

@@ -18,13 +18,14 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-pub use model::{ClusterSpec, Direct, Family, Membership, Pod, PodSpec, Side};
+pub use model::{AgentPod, ClusterSpec, Direct, Family, Membership, Pod, PodSpec, Side};
 use tempfile::TempDir;
 
 use crate::{
     agent::Agent,
     cgroup::{self, Tree},
     config::{self, Extra, Mode, Settings},
+    container::Container,
     keeper::Keeper,
     netns,
     process::{Filter, Place},
@@ -42,6 +43,7 @@ pub struct Cluster {
     leaf_lifetime: Option<String>,
     certificates: Option<Extra>,
     program: Option<PathBuf>,
+    agents_are_pods: Option<AgentPod>,
     pods: BTreeMap<String, Pod>,
     made: u8,
     direct: Option<Direct>,
@@ -112,6 +114,7 @@ impl Cluster {
             leaf_lifetime: spec.leaf_lifetime.clone(),
             certificates: spec.certificates.clone(),
             program: spec.program.clone(),
+            agents_are_pods: spec.agents_are_pods.clone(),
             pods: BTreeMap::new(),
             made: 0,
             direct: spec.direct.clone(),
@@ -154,9 +157,12 @@ impl Cluster {
         Place { netns: netns::path(&network::node_name(&self.name, side)), cgroup: self.tree.rest(), filter: None }
     }
 
-    fn agent_place(&self, side: Side) -> Place {
-        let node = self.node(side);
-        Place { cgroup: node.cgroup.join(format!("agent-{}", side.letter())), ..node }
+    /// Where the agent of a node runs, alone in its cgroup.
+    #[must_use]
+    pub fn agent_place(&self, side: Side) -> Place {
+        let (node, name) = (self.node(side), format!("agent-{}", side.letter()));
+        let above = if self.agents_are_pods.is_some() { self.tree.node(side.letter()) } else { node.cgroup.clone() };
+        Place { cgroup: above.join(name), ..node }
     }
 
     fn keeper_place(&self, side: Side) -> Place {
@@ -280,6 +286,19 @@ impl Cluster {
         Ok(self.agents.entry(side).or_insert(agent))
     }
 
+    /// Starts a second agent beside that of a node, in a cgroup of its own, to wait for its turn. Put it in its place with `follow`.
+    pub fn launch_successor(&self, side: Side) -> Result<Agent> {
+        let place = self.agent_place(side);
+        let next = format!("{}-next", place.cgroup.display());
+        let place = Place { cgroup: next.into(), ..place };
+        Agent::launch_waiting(side, place, &self.config_directory(side), self.settings(side))
+    }
+
+    /// A successor, whose predecessor has ended, is the node's agent from here on.
+    pub fn follow(&mut self, successor: Agent) {
+        self.agents.insert(successor.side(), successor);
+    }
+
     /// Starts the keeper of a node, after killing the one that may run. Agents do not do without it, and do not end it.
     pub fn start_keeper(&mut self, side: Side) -> Result<&mut Keeper> {
         if let Some(mut predecessor) = self.keepers.remove(&side) {
@@ -350,6 +369,9 @@ impl Cluster {
             extra: self.extra.clone(),
             direct: self.direct.clone().map(|direct| (direct, self.keeper_directory(side))),
             program: self.program.clone(),
+            container: self.agents_are_pods.clone().map(|AgentPod { maker, root, capabilities }| {
+                (maker, Container { root, capabilities, shared: self.directory.clone() })
+            }),
         }
     }
 }

@@ -9,7 +9,10 @@ use std::{
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::cluster::{Direct, Membership, Pod, Side};
+use crate::{
+    cluster::{Direct, Membership, Pod, Side},
+    container::Container,
+};
 
 /// The namespace (of Kubernetes' kind) that all workloads of a cluster are in.
 pub const NAMESPACE: &str = "demo";
@@ -53,6 +56,8 @@ pub struct Settings {
     pub direct: Option<(Direct, PathBuf)>,
     /// The agent's program, if it is not the one that `agent::binary` finds.
     pub program: Option<PathBuf>,
+    /// The container that the agent is to be in, and the program that makes it.
+    pub container: Option<(PathBuf, Container)>,
 }
 
 impl Settings {

@@ -61,6 +61,9 @@ pub(crate) fn ebpf() -> Result<()> {
     let target = workspace::target().join("ebpf-build");
     let mut cargo = toolchain.cargo();
     cargo.current_dir(&sources).env("CARGO_TARGET_DIR", &target).args(["build", "--release", "--locked"]);
+    // Added to the flags of ebpf/.cargo/config.toml: the object names no folder of this machine, so that another makes the same one.
+    let flags = workspace::remapped().map(|(from, to)| format!("{:?}", format!("--remap-path-prefix={from}={to}")));
+    cargo.arg("--config").arg(format!("target.bpfel-unknown-none.rustflags=[{}]", flags.join(",")));
     step.run(&mut cargo)?;
     let built = target.join("bpfel-unknown-none/release/marline-ebpf");
     let bytes = fs::read(&built).map_err(|error| step.fail(format!("{}: {error}", built.display())))?;

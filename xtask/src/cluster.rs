@@ -261,6 +261,7 @@ fn spec_of(saved: &Saved) -> ClusterSpec {
         leaf_lifetime: None,
         certificates: None,
         program: Some(saved.program.clone()),
+        agents_are_pods: None,
     }
 }
 

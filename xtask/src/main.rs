@@ -8,8 +8,10 @@ mod build;
 mod cluster;
 mod demo;
 mod deps;
+mod image;
 mod lint;
 mod load;
+mod manifests;
 mod seccomp;
 mod signals;
 mod step;
@@ -61,6 +63,10 @@ enum Cmd {
     Down,
     /// Build the agent and run it on this host
     Load(load::Args),
+    /// Build the container image, without a container engine
+    Image(image::Args),
+    /// Render the plain manifests anew from the Helm chart
+    Manifests(manifests::Args),
     /// Write the seccomp profiles for containers anew
     Seccomp(seccomp::Args),
     /// Run a command inside a stock Debian kernel that has kernel TLS
@@ -95,6 +101,8 @@ fn main() -> ExitCode {
         Cmd::Down => (cluster::down().map(|()| 0), 1),
         Cmd::Load(args) => (load::run(&args).map(|()| 0), 1),
         Cmd::Lint(args) => (lint::run(&args).map(|()| 0), 1),
+        Cmd::Manifests(args) => (manifests::run(&args).map(|()| 0), 1),
+        Cmd::Image(args) => (image::run(&args).map(|()| 0), 1),
         Cmd::Seccomp(args) => (seccomp::run(&args).map(|()| 0), 1),
         Cmd::Vm(args) => (vm::run(&args), vm::EXIT_NO_VM),
         Cmd::VmGuest { spec } => vm::guest::main(&spec),

@@ -31,6 +31,13 @@ pub(crate) fn vm() -> PathBuf {
     target().join("vm")
 }
 
+/// Where paths of this machine, of which binaries keep some, are said to be: the checkout and cargo's home.
+pub(crate) fn remapped() -> [(String, &'static str); 2] {
+    let home = env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+    let cargo = env::var_os("CARGO_HOME").map_or_else(|| home.join(".cargo"), PathBuf::from);
+    [(root().display().to_string(), "/marline"), (cargo.display().to_string(), "/cargo")]
+}
+
 /// The folder that is read-write at the same path in the guest: how results come back.
 pub(crate) fn vm_out() -> PathBuf {
     vm().join("out")

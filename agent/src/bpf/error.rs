@@ -11,9 +11,14 @@ pub enum BpfError {
     NotACgroup { path: PathBuf },
     #[error(
         "the agent itself is in {path}, the pods' cgroup: its own connections would be turned around to itself; start it in \
-         another cgroup, or set `capture.cgroup` to one that holds only pods"
+         another cgroup or in one of its own below that, or set `capture.cgroup` to one that holds only pods"
     )]
     AgentInsideCgroup { path: PathBuf },
+    #[error(
+        "the agent is in {path}, below the pods' cgroup, and not alone there: its own cgroup is not captured, so others in it would \
+         speak in the clear; give the agent a container (or a cgroup) of its own"
+    )]
+    AgentNotAlone { path: PathBuf },
     #[error("{path}: not on a bpf filesystem; `capture.pinPath` must lie on one (usually below /sys/fs/bpf)")]
     NotBpffs { path: PathBuf },
     #[error(

@@ -64,17 +64,19 @@ pub(super) struct Maps {
 }
 
 /// Loads every program. Maps that a predecessor pinned are taken over with what is in them.
-pub(super) fn load(pins: &Pins) -> Result<Ebpf, BpfError> {
+/// `own` is the agent's cgroup, if it is below that of the pods.
+pub(super) fn load(pins: &Pins, own: Option<u64>) -> Result<Ebpf, BpfError> {
     if OBJECT.is_empty() {
         return Err(BpfError::NoObject);
     }
     for layout in &PINNED {
         check_layout(&pins.map(layout.0), layout)?;
     }
-    let level = log::level();
+    // No cgroup has the id 0.
+    let (level, own) = (log::level(), own.unwrap_or_default());
     let mut loader = EbpfLoader::new();
     // Nothing is relocated against the kernel's own types.
-    loader.btf(None).override_global("AYA_LOG_LEVEL", &level, true);
+    loader.btf(None).override_global("AYA_LOG_LEVEL", &level, true).override_global("AGENT_CGROUP", &own, true);
     for (name, ..) in PINNED {
         loader.map_pin_path(name, pins.map(name));
     }

@@ -96,39 +96,60 @@ pub(super) fn unload(root: &Path) -> Result<(), BpfError> {
     Ok(())
 }
 
-/// Opens the pods' cgroup, after making sure that it is one and that the agent is not inside.
-pub(super) fn open_cgroup(path: &Path) -> Result<File, BpfError> {
+pub(super) fn in_use(root: &Path) -> Result<bool, BpfError> {
+    let directory = File::open(root).map_err(BpfError::file("cannot open", root))?;
+    match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+        Ok(_lock) => Ok(false),
+        Err((_, Errno::EWOULDBLOCK)) => Ok(true),
+        Err((_, errno)) => Err(BpfError::file("cannot lock", root)(errno.into())),
+    }
+}
+
+/// Opens the pods' cgroup, after making sure that it is one. An agent that is a pod itself is inside: then its own cgroup, of which nobody
+/// else may be, comes back by its id, and is what the kernel programs leave out.
+pub(super) fn open_cgroup(path: &Path) -> Result<(File, Option<u64>), BpfError> {
     let cgroup = File::open(path).map_err(BpfError::file("cannot open the pods' cgroup", path))?;
     let filesystem = fstatfs(cgroup.as_fd()).map_err(|errno| BpfError::file("cannot examine", path)(errno.into()))?;
     if filesystem.filesystem_type() != CGROUP2_SUPER_MAGIC {
         return Err(BpfError::NotACgroup { path: path.to_path_buf() });
     }
-    if agent_is_inside(path)? {
-        return Err(BpfError::AgentInsideCgroup { path: path.to_path_buf() });
+    let Some(own) = agents_place(path)? else { return Ok((cgroup, None)) };
+    if own == path {
+        return Err(BpfError::AgentInsideCgroup { path: own });
     }
-    Ok(cgroup)
+    // Whoever shares it would be left out as well, and in the clear.
+    if processes(&own)?.lines().any(|process| process != std::process::id().to_string()) {
+        return Err(BpfError::AgentNotAlone { path: own });
+    }
+    // The id of a cgroup is its directory's inode.
+    let id = fs::metadata(&own).map_err(BpfError::file("cannot examine", &own))?.ino();
+    tracing::info!(cgroup = %own.display(), "the agent is in the pods' cgroup, as a pod: its own cgroup is not captured");
+    Ok((cgroup, Some(id)))
 }
 
-/// Whether this process is in the cgroup or below it. Told by the lists of processes, which hold also where the agent has a
-/// cgroup namespace of its own and `/proc/self/cgroup` shows another path than the mount does.
-fn agent_is_inside(cgroup: &Path) -> Result<bool, BpfError> {
-    let own = std::process::id().to_string();
+fn processes(cgroup: &Path) -> Result<String, BpfError> {
     let list = cgroup.join("cgroup.procs");
     // A threaded cgroup cannot list its processes (EOPNOTSUPP); such a one is not what pods live in.
-    let processes = fs::read_to_string(&list).map_err(BpfError::file("cannot read", &list))?;
-    if processes.lines().any(|process| process == own) {
-        return Ok(true);
+    fs::read_to_string(&list).map_err(BpfError::file("cannot read", &list))
+}
+
+/// Where this process is, if it is in the cgroup or below it. Told by the lists of processes, which hold also where the agent has a
+/// cgroup namespace of its own and `/proc/self/cgroup` shows another path than the mount does.
+fn agents_place(cgroup: &Path) -> Result<Option<PathBuf>, BpfError> {
+    let own = std::process::id().to_string();
+    if processes(cgroup)?.lines().any(|process| process == own) {
+        return Ok(Some(cgroup.to_path_buf()));
     }
     for entry in fs::read_dir(cgroup).map_err(BpfError::file("cannot list", cgroup))? {
         let entry = entry.map_err(BpfError::file("cannot list", cgroup))?;
         // Groups come and go under our hands; one that is gone does not hold the agent.
         if entry.file_type().is_ok_and(|kind| kind.is_dir())
-            && let Ok(true) = agent_is_inside(&entry.path())
+            && let Ok(Some(place)) = agents_place(&entry.path())
         {
-            return Ok(true);
+            return Ok(Some(place));
         }
     }
-    Ok(false)
+    Ok(None)
 }
 
 fn ensure_bpffs(root: &Path) -> Result<(), BpfError> {

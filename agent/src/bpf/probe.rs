@@ -3,7 +3,6 @@
 //! `marline internal-probe` runs it; [`super::prober`] starts it and asks, [`super::selftest`] judges. It is a process because a cgroup is left and
 //! entered by whole processes, and one for many pods because starting a process costs more than all that it does.
 use std::{
-    fs,
     io::{self, BufRead, Write},
     net::{SocketAddr, TcpStream},
     path::PathBuf,
@@ -13,7 +12,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::sys::netns::Netns;
+use crate::sys::{cgroup, netns::Netns};
 
 /// How long the probe waits for each connection, in all.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -49,8 +48,8 @@ pub fn probe_main(args: &ProbeArgs) -> ExitCode {
 }
 
 fn serve(args: &ProbeArgs) -> Result<(), String> {
-    let list = args.cgroup.join("cgroup.procs");
-    fs::write(&list, "0").map_err(|error| format!("cannot enter the cgroup {}: {error}", args.cgroup.display()))?;
+    cgroup::enter(&args.cgroup)
+        .map_err(|error| format!("cannot enter the cgroup {}: {error}", args.cgroup.display()))?;
     for line in io::stdin().lock().lines() {
         let line = line.map_err(|error| format!("standard input: {error}"))?;
         let asked = serde_json::from_str(&line).map_err(|error| format!("not a request: {error}"))?;

@@ -2,11 +2,11 @@
 
 use std::{fs, path::PathBuf, process::ExitCode};
 
-use clap::{Args, CommandFactory as _};
+use clap::Args;
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use super::{Cli, failed, print};
+use super::{command, failed, print};
 
 #[derive(Args)]
 #[command(after_long_help = "\
@@ -29,13 +29,13 @@ pub(super) struct ManArgs {
 
 pub(super) fn completions(args: &CompletionsArgs) -> ExitCode {
     let mut text = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "marline", &mut text);
+    clap_complete::generate(args.shell, &mut command(), "marline", &mut text);
     print(&String::from_utf8_lossy(&text));
     ExitCode::SUCCESS
 }
 
 pub(super) fn man(args: &ManArgs) -> ExitCode {
-    let command = Cli::command();
+    let command = command();
     let Some(dir) = &args.dir else {
         let mut text = Vec::new();
         return match Man::new(command).render(&mut text) {
@@ -59,12 +59,12 @@ mod tests {
 
     #[test]
     fn the_definition_of_the_command_line_is_sound() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]
     fn every_command_that_people_see_has_words_and_an_example() {
-        let command = Cli::command();
+        let command = command();
         for one in command.get_subcommands().filter(|one| !one.is_hide_set()) {
             let name = one.get_name();
             assert!(one.get_about().is_some(), "{name} says nothing of itself");

@@ -100,7 +100,7 @@ pub struct TlsConfig {
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CaptureConfig {
-    /// The cgroup2 directory that holds the pods, and not the agent.
+    /// The cgroup2 directory that holds the pods. The agent is outside, or alone in a cgroup below.
     pub cgroup: PathBuf,
     /// A directory in a BPF file system.
     pub pin_path: PathBuf,

@@ -78,7 +78,7 @@ async fn start_fails(bed: &Bed) -> String {
     text
 }
 
-fn revoke(bed: &Bed, arguments: &[&str]) -> (i32, String) {
+pub fn revoke(bed: &Bed, arguments: &[&str]) -> (i32, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_marline"));
     command.args(["ca", "revoke", "--config"]).arg(bed.path("ca.yaml")).args(arguments);
     let output = command.output().unwrap();

@@ -136,6 +136,11 @@ impl FakeCluster {
         (inner.gather, inner.gathered) = (Some(((method, path), count)), 0);
     }
 
+    /// Every request so far, by its method and its path.
+    pub fn all_asked(&self) -> Vec<String> {
+        self.lock().asked.clone()
+    }
+
     pub fn asked(&self, begins: &str) -> usize {
         self.lock().asked.iter().filter(|asked| asked.starts_with(begins)).count()
     }

@@ -178,6 +178,8 @@ pub struct ClusterSpec {
     pub certificates: Option<Extra>,
     /// The agent's program, if it is not the one that `agent::binary` finds.
     pub program: Option<PathBuf>,
+    /// Set where agents are what a DaemonSet's are: each in a container, and in a cgroup of its own below the one that it captures.
+    pub agents_are_pods: Option<AgentPod>,
 }
 
 impl ClusterSpec {
@@ -191,7 +193,16 @@ impl ClusterSpec {
             PodSpec::new("client-b", Side::B, Membership::Mesh),
             PodSpec::new("server-b", Side::B, Membership::Mesh),
         ];
-        Self { mode, pods, extra: Vec::new(), direct: None, leaf_lifetime: None, certificates: None, program: None }
+        Self {
+            mode,
+            pods,
+            extra: Vec::new(),
+            direct: None,
+            leaf_lifetime: None,
+            certificates: None,
+            program: None,
+            agents_are_pods: None,
+        }
     }
 
     /// No connection is made before a program asks for it: for whoever counts those on the wire.
@@ -200,6 +211,17 @@ impl ClusterSpec {
         self.extra.push("  spareConnections: off".to_owned());
         self
     }
+}
+
+/// How agents get into their containers.
+#[derive(Clone, Debug)]
+pub struct AgentPod {
+    /// The program that makes them: `container` of this crate.
+    pub maker: PathBuf,
+    /// The image, unpacked, if they are not to have this machine's /usr.
+    pub root: Option<PathBuf>,
+    /// As the manifests have them.
+    pub capabilities: Vec<String>,
 }
 
 /// What the agents are told about direct paths, beside where the keeper is.

@@ -46,6 +46,7 @@ pub fn on_kubernetes(scenario: impl FnOnce(&mut World<'_>) -> Result<()>) -> Res
         leaf_lifetime: None,
         certificates: None,
         program: None,
+        agents_are_pods: None,
     };
     on_network(&spec, |cluster| {
         let api = Api::start(cluster)?;

@@ -40,6 +40,7 @@ pub(super) fn prepare(agent: &Path) -> Result<Cluster> {
         leaf_lifetime: None,
         certificates: None,
         program,
+        agents_are_pods: None,
     })
 }
 

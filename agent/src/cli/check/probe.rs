@@ -3,7 +3,7 @@
 //! whole processes. What the events mean is left to `check`.
 
 use std::{
-    fs, io,
+    io,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     os::fd::AsFd as _,
@@ -15,7 +15,7 @@ use std::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
-use crate::sys::netns::Netns;
+use crate::sys::{cgroup::enter, netns::Netns};
 
 const PATIENCE: Duration = Duration::from_secs(15);
 
@@ -67,8 +67,7 @@ pub(in crate::cli) fn main(args: &CheckProbeArgs) -> ExitCode {
 
 fn run(args: &CheckProbeArgs) -> Result<(), String> {
     if let Some(cgroup) = &args.cgroup {
-        let list = cgroup.join("cgroup.procs");
-        fs::write(&list, "0").map_err(|error| format!("cannot enter the cgroup {}: {error}", cgroup.display()))?;
+        enter(cgroup).map_err(|error| format!("cannot enter the cgroup {}: {error}", cgroup.display()))?;
     }
     let netns = Netns::open(&args.netns)
         .map_err(|error| format!("cannot open the network namespace {}: {error}", args.netns.display()))?;
