@@ -80,11 +80,8 @@ fn services_lead_where_kube_proxy_would_send_the_same_connection_and_by_mtls() -
         let client = world.start("foo", "client", Side::A)?;
         let (near, far) = (world.start("foo", "near", Side::A)?, world.start("foo", "far", Side::B)?);
         let plain = world.start("legacy", "plain", Side::B)?;
-        let _serving = [
-            Nginx::start(&near, "from near")?,
-            Nginx::start(&far, "from far")?,
-            Nginx::start(&plain, "from plain")?,
-        ];
+        let _serving =
+            [Nginx::start(&near, "from near")?, Nginx::start(&far, "from far")?, Nginx::start(&plain, "from plain")?];
         let ports = json!([{"port": 80, "protocol": "TCP"}]);
 
         // A name for DNS, with an address that is outside: nothing of it is the mesh's.
@@ -93,7 +90,11 @@ fn services_lead_where_kube_proxy_would_send_the_same_connection_and_by_mtls() -
         let mut outside = Process::start("echo", node.command(super::TALKER).args(["echo", "7001"]), &log)?;
         outside.listens(&node.netns, 7001)?;
         let external = link_address(Side::B);
-        service(world, "outside", json!({"type": "ExternalName", "externalName": external.to_string(), "ports": [{"port": 7001}]}));
+        service(
+            world,
+            "outside",
+            json!({"type": "ExternalName", "externalName": external.to_string(), "ports": [{"port": 7001}]}),
+        );
 
         // The zone's own where hints say so, and all of them where one endpoint has none.
         service(world, "zones", json!({"clusterIP": "10.96.1.1", "ports": ports}));

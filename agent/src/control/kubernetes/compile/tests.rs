@@ -1,12 +1,12 @@
 //! What a cluster means, and that it means the same however one came to know it.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use proptest::prelude::*;
 use serde_json::{Value as Json, json};
 
 use super::{super::model::Update, super::objects::*, super::places::PodPlace, super::store::Change, *};
-use crate::config::ObjectKind;
+use crate::{config::ObjectKind, policy::ServiceEndpoint};
 
 fn viewpoint() -> Viewpoint {
     Viewpoint { domains: TrustDomains::default(), node: "node-a".into() }
@@ -255,10 +255,10 @@ fn a_service_that_is_local_only_leads_nowhere_else() {
 }
 
 #[test]
-fn a_headless_service_is_called_at_its_own_port_and_an_external_name_is_dns() {
+fn a_headless_service_leads_to_where_its_endpoints_listen_and_an_external_name_is_dns() {
     let headless = json!({"clusterIP": "None", "clusterIPs": ["None"], "ports": [{"name": "http", "port": 80}]});
     let slices = || vec![slice("a", json!([endpoint("10.0.0.1", true, true, "node-a")]))];
-    assert_eq!(reached(headless, slices()), ["10.0.0.1:80 foo/web"]);
+    assert_eq!(reached(headless, slices()), ["10.0.0.1:8080 foo/web"]);
     assert_eq!(reached(json!({"type": "ExternalName", "externalName": "example.com"}), slices()), ["none"]);
 }
 

@@ -106,7 +106,9 @@ fn a_nodes_port_is_the_services_at_every_node_and_nothing_else_there_is() {
     for node in ["192.0.2.1", "192.0.2.2", "[::ffff:192.0.2.2]"] {
         assert_eq!(led(&snapshot, &format!("{node}:30080")), web, "{node}");
     }
-    for other in ["192.0.2.1:80", "192.0.2.1:6443", "192.0.2.1:30053", "192.0.2.3:30080", "192.0.2.9:30080", "10.0.0.2:30080"] {
+    for other in
+        ["192.0.2.1:80", "192.0.2.1:6443", "192.0.2.1:30053", "192.0.2.3:30080", "192.0.2.9:30080", "10.0.0.2:30080"]
+    {
         assert_eq!(led(&snapshot, other), None, "{other} is not the service's");
     }
     assert_eq!(led(&snapshot, "10.96.0.1:80"), Some((80, vec![])), "no endpoint is on this node");
@@ -130,7 +132,8 @@ fn a_workloads_address_is_no_nodes_whatever_a_pod_is_said_to_run_on() {
 #[test]
 fn what_rules_say_of_a_port_counts_at_the_nodes_port_and_at_a_headless_endpoints_too() {
     let web = json!({"spec": {"clusterIP": "10.96.0.1", "ports": [{"name": "http", "port": 80, "nodePort": 30080}]}});
-    let headless = json!({"spec": {"clusterIP": "None", "ports": [{"name": "http", "port": 80, "targetPort": "http"}]}});
+    let headless =
+        json!({"spec": {"clusterIP": "None", "ports": [{"name": "http", "port": 80, "targetPort": "http"}]}});
     let rule = |host: &str| {
         named(
             host,
@@ -187,8 +190,14 @@ fn affinity_is_for_who_asks_for_it_and_lasts_three_hours_if_nothing_is_said() {
         (json!({}), None),
         (json!({"sessionAffinity": "None", "sessionAffinityConfig": null}), None),
         (json!({"sessionAffinity": "ClientIP"}), Some(10_800)),
-        (json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 30}}}), Some(30)),
-        (json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": -1}}}), Some(10_800)),
+        (
+            json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 30}}}),
+            Some(30),
+        ),
+        (
+            json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": -1}}}),
+            Some(10_800),
+        ),
     ] {
         let snapshot = seen(vec![spec(more.clone())], Vec::new(), vec![client()], Vec::new());
         assert_eq!(snapshot.services()[0].affinity.map(|life| life.as_secs()), seconds, "{more}");
@@ -197,9 +206,19 @@ fn affinity_is_for_who_asks_for_it_and_lasts_three_hours_if_nothing_is_said() {
 
 #[test]
 fn services_without_selectors_lead_to_what_somebody_has_written_and_no_further() {
-    let service = |name: &str| named(name, json!({"spec": {"clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1", "fd96::1"], "ports": [{"name": "http", "port": 80}]}}));
+    let service = |name: &str| {
+        named(
+            name,
+            json!({"spec": {"clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1", "fd96::1"], "ports": [{"name": "http", "port": 80}]}}),
+        )
+    };
     let slices = vec![
-        slice("a", "db", http(5432), json!([ready("203.0.113.5"), {"addresses": ["203.0.113.6"]}, {"addresses": ["10.0.0.1"], "conditions": {}}])),
+        slice(
+            "a",
+            "db",
+            http(5432),
+            json!([ready("203.0.113.5"), {"addresses": ["203.0.113.6"]}, {"addresses": ["10.0.0.1"], "conditions": {}}]),
+        ),
         slice("b", "db", json!({"name": "other", "port": 1}), json!([ready("203.0.113.7")])),
         slice("c", "db", http(5432), json!([ready("db.example"), ready("127.0.0.1"), ready("fd01::5")])),
         slice("d", "another", http(5432), json!([ready("203.0.113.8")])),
@@ -216,8 +235,12 @@ fn services_without_selectors_lead_to_what_somebody_has_written_and_no_further()
 
 #[test]
 fn what_is_published_before_it_is_ready_counts_as_ready() {
-    let service = named("web", json!({"spec": {"clusterIP": "10.96.0.1", "publishNotReadyAddresses": true, "ports": [{"name": "http", "port": 80}]}}));
-    let early = json!({"addresses": ["10.0.0.2"], "conditions": {"ready": true, "serving": false, "terminating": true}});
+    let service = named(
+        "web",
+        json!({"spec": {"clusterIP": "10.96.0.1", "publishNotReadyAddresses": true, "ports": [{"name": "http", "port": 80}]}}),
+    );
+    let early =
+        json!({"addresses": ["10.0.0.2"], "conditions": {"ready": true, "serving": false, "terminating": true}});
     let snapshot = seen(vec![service], vec![slice("a", "web", http(80), json!([early]))], vec![client()], Vec::new());
     assert_eq!(led(&snapshot, "10.96.0.1:80"), Some((80, vec!["10.0.0.2:80".into()])));
 }
@@ -243,7 +266,15 @@ fn said() -> impl Strategy<Value = Said> {
     let hinted = prop_oneof![2 => Just(Vec::new()), 2 => prop::collection::vec(nodes(), 1..3)];
     let likely = prop_oneof![2 => Just(None), 1 => Just(Some(true)), 2 => Just(Some(false))];
     (any::<bool>(), likely, condition(), condition(), prop::option::of(nodes()), zones, hinted).prop_map(
-        |(v4, ready, serving, terminating, node, zones, nodes)| Said { v4, ready, serving, terminating, node, zones, nodes },
+        |(v4, ready, serving, terminating, node, zones, nodes)| Said {
+            v4,
+            ready,
+            serving,
+            terminating,
+            node,
+            zones,
+            nodes,
+        },
     )
 }
 
@@ -258,8 +289,12 @@ fn allowed(all: &[Said], v4: bool, local: bool) -> BTreeSet<String> {
     let is_leaving = |it: &Said| !is_ready(it) && it.serving.unwrap_or(true) && it.terminating.unwrap_or(false);
     let is_local = |it: &Said| it.node == Some("node-a");
     let ready: Vec<_> = family.iter().filter(|(_, it)| is_ready(it)).collect();
-    let by_node = !local && ready.iter().all(|(_, it)| !it.nodes.is_empty()) && ready.iter().any(|(_, it)| it.nodes.contains(&"node-a"));
-    let by_zone = !local && ready.iter().all(|(_, it)| !it.zones.is_empty()) && ready.iter().any(|(_, it)| it.zones.contains(&"z-a"));
+    let by_node = !local
+        && ready.iter().all(|(_, it)| !it.nodes.is_empty())
+        && ready.iter().any(|(_, it)| it.nodes.contains(&"node-a"));
+    let by_zone = !local
+        && ready.iter().all(|(_, it)| !it.zones.is_empty())
+        && ready.iter().any(|(_, it)| it.zones.contains(&"z-a"));
     let first = |it: &Said| {
         is_ready(it)
             && if local {
