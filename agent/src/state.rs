@@ -5,7 +5,7 @@
 pub mod explain;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
@@ -38,6 +38,15 @@ pub struct Source {
     pub line: u64,
 }
 
+/// The service that a client's connection is for.
+pub struct Called<'a> {
+    pub service: &'a Arc<Service>,
+    /// The service's own port, whatever the client has written. One that the service has not stays as it is.
+    pub port: u16,
+    /// What DestinationRules say of it.
+    pub traffic: Arc<Traffic>,
+}
+
 /// Everything the agent knows at one moment.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -59,8 +68,11 @@ pub struct Snapshot {
     by_address: HashMap<IpAddr, Arc<Workload>>,
     services: Vec<Arc<Service>>,
     by_virtual_address: HashMap<IpAddr, Arc<Service>>,
-    /// Services without virtual addresses, by their endpoints.
-    headless: HashMap<SocketAddr, Vec<Arc<Service>>>,
+    /// Services without virtual addresses and their ports, by where their endpoints are called.
+    headless: HashMap<SocketAddr, Vec<(Arc<Service>, u16)>>,
+    by_node_port: HashMap<u16, Arc<Service>>,
+    /// At which the node ports are, of all nodes.
+    nodes: HashSet<IpAddr>,
     /// Endpoints of services which DestinationRules ask plaintext for, and the services' ports.
     disabled: HashMap<SocketAddr, Vec<(Arc<Service>, u16)>>,
     by_host: HashMap<String, Arc<Service>>,
@@ -84,7 +96,7 @@ impl Snapshot {
             }
         }
         let (services, by_virtual_address, headless, disabled, by_host, behind) = Default::default();
-        let (sources, warnings) = Default::default();
+        let (sources, warnings, by_node_port, nodes) = Default::default();
         Self {
             sources,
             warnings,
@@ -99,6 +111,8 @@ impl Snapshot {
             services,
             by_virtual_address,
             headless,
+            by_node_port,
+            nodes,
             disabled,
             by_host,
             behind,
@@ -110,7 +124,7 @@ impl Snapshot {
         let disabling = self.policies.destinations.disabling();
         for service in &services {
             self.by_host.insert(service.host.clone(), Arc::clone(service));
-            for endpoint in service.ports.values().flatten() {
+            for (_, endpoint) in service.all_endpoints() {
                 let first = self.behind.entry(endpoint.address).or_insert_with(|| Arc::clone(service));
                 if service.host < first.host {
                     *first = Arc::clone(service);
@@ -119,11 +133,18 @@ impl Snapshot {
             for address in &service.addresses {
                 self.by_virtual_address.insert(address.to_canonical(), Arc::clone(service));
             }
+            for node_port in service.node_ports.keys() {
+                self.by_node_port.entry(*node_port).or_insert_with(|| Arc::clone(service));
+            }
             let disabled = disabling.iter().any(|rule| rule.is_for(&service.host));
-            let ports = service.ports.iter().filter(|_| disabled || service.is_headless());
-            for (port, endpoint) in ports.flat_map(|(port, all)| all.iter().map(move |endpoint| (*port, endpoint))) {
+            for (port, endpoint) in service.all_endpoints().filter(|_| disabled || service.is_headless()) {
                 if service.is_headless() {
-                    self.headless.entry(endpoint.address).or_default().push(Arc::clone(service));
+                    // Clients write the service's port, or that of the endpoint as SRV records have it.
+                    let written = [endpoint.address.port(), port];
+                    for at in written.into_iter().skip(usize::from(endpoint.address.port() == port)) {
+                        let at = SocketAddr::new(endpoint.address.ip(), at);
+                        self.headless.entry(at).or_default().push((Arc::clone(service), port));
+                    }
                 }
                 if disabled {
                     self.disabled.entry(endpoint.address).or_default().push((Arc::clone(service), port));
@@ -134,9 +155,25 @@ impl Snapshot {
         self
     }
 
+    /// The addresses of all nodes, where the node ports are.
+    pub fn with_nodes(mut self, nodes: HashSet<IpAddr>) -> Self {
+        self.nodes = nodes;
+        self
+    }
+
     /// The service with this virtual address.
     pub fn service(&self, address: IpAddr) -> Option<&Arc<Service>> {
         self.by_virtual_address.get(&address.to_canonical())
+    }
+
+    /// The service with this virtual address, or with this port on the node at this address.
+    pub fn service_at(&self, to: SocketAddr) -> Option<&Arc<Service>> {
+        let of_node = || {
+            let ip = to.ip().to_canonical();
+            let is_node = self.nodes.contains(&ip) && !self.by_address.contains_key(&ip);
+            self.by_node_port.get(&to.port()).filter(|_| is_node)
+        };
+        self.service(to.ip()).or_else(of_node)
     }
 
     /// The service of this host.
@@ -150,18 +187,20 @@ impl Snapshot {
     }
 
     /// The service that a client's connection to an address is for, and what DestinationRules say of it.
-    pub fn called(&self, client: &Workload, to: SocketAddr) -> Option<(&Arc<Service>, Arc<Traffic>)> {
-        let said = |service: &Service| {
+    pub fn called(&self, client: &Workload, to: SocketAddr) -> Option<Called<'_>> {
+        let said = |service: &Service, port: u16| {
             let rule = self.policies.destinations.asked(client, &service.namespace, &service.host).next();
-            rule.map(|rule| Arc::clone(rule.traffic_at(to.port()))).unwrap_or_default()
+            rule.map(|rule| Arc::clone(rule.traffic_at(port))).unwrap_or_default()
         };
-        if let Some(service) = self.service(to.ip()) {
-            return Some((service, said(service)));
+        if let Some(service) = self.service_at(to) {
+            let port = service.leads(to).map_or(to.port(), |(port, _)| port);
+            return Some(Called { service, port, traffic: said(service, port) });
         }
         let canonical = SocketAddr::new(to.ip().to_canonical(), to.port());
-        let all = self.headless.get(&canonical)?.iter().map(|service| (service, said(service)));
+        let all = self.headless.get(&canonical)?.iter();
+        let all = all.map(|(service, port)| Called { service, port: *port, traffic: said(service, *port) });
         // Several may have one endpoint, and nobody says which was meant: the strictest counts, and of equals the first.
-        all.rev().max_by_key(|(service, traffic)| {
+        all.rev().max_by_key(|Called { service, traffic, .. }| {
             (demands_mtls(Some(service), traffic), traffic.tls != Some(ClientTls::Disable))
         })
     }
@@ -197,6 +236,7 @@ impl Snapshot {
             && self.unplaced == other.unplaced
             && self.workloads == other.workloads
             && self.services == other.services
+            && self.nodes == other.nodes
     }
 
     /// The identities that this node must hold certificates for.

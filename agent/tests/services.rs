@@ -90,7 +90,7 @@ fn a_service_without_an_address_is_called_at_its_endpoints() {
         let snapshot = load(&text).unwrap().snapshot;
         let client = snapshot.workload("10.0.0.1".parse().unwrap()).unwrap();
         assert!(snapshot.service("10.0.0.1".parse().unwrap()).is_none());
-        let called = |to: &str| snapshot.called(client, to.parse().unwrap()).map(|(service, _)| service.host.clone());
+        let called = |to: &str| snapshot.called(client, to.parse().unwrap()).map(|called| called.service.host.clone());
         assert_eq!(called("10.0.0.2:80").as_deref(), Some("web.shop.svc.cluster.local"));
         assert_eq!(called("[::ffff:10.0.0.2]:80").as_deref(), Some("web.shop.svc.cluster.local"));
         assert_eq!((called("10.0.0.2:9090"), called("10.0.0.9:80")), (None, None));
@@ -151,8 +151,8 @@ fn of_headless_services_with_one_endpoint_the_strictest_rule_counts() {
     ] {
         let snapshot = rules(&[service("a"), service("b"), text.clone()].concat()).unwrap().snapshot;
         let client = snapshot.workload("10.0.0.1".parse().unwrap()).unwrap();
-        let (service, _) = snapshot.called(client, "10.0.0.2:80".parse().unwrap()).unwrap();
-        assert_eq!(service.host, format!("{host}.shop.svc.cluster.local"), "{text}");
+        let called = snapshot.called(client, "10.0.0.2:80".parse().unwrap()).unwrap();
+        assert_eq!(called.service.host, format!("{host}.shop.svc.cluster.local"), "{text}");
     }
 }
 

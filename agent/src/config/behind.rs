@@ -38,6 +38,7 @@ pub(super) fn services(
             addresses: resource.addresses.clone(),
             ports,
             identities: resource.identities.clone(),
+            ..Service::default()
         }));
     }
     services

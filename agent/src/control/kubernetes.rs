@@ -10,6 +10,7 @@ mod model;
 mod objects;
 mod places;
 mod roster;
+mod services;
 mod store;
 mod wire;
 

@@ -4,13 +4,14 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use super::Workload;
 use crate::identity::SpiffeId;
 
 /// One host, with virtual addresses of its own or, if it is headless, that of each endpoint.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Service {
     /// As clients write it: `shop.default.svc.cluster.local`.
     pub host: String,
@@ -20,6 +21,21 @@ pub struct Service {
     pub ports: BTreeMap<u16, Vec<ServiceEndpoint>>,
     /// Who may answer, beside being the endpoint's own workload; nobody is named where that is enough.
     pub identities: Vec<SpiffeId>,
+    /// By the port of every node that leads to it, too.
+    pub node_ports: BTreeMap<u16, NodePort>,
+    /// A client's connections to one port go to one endpoint for as long as it is there, unless none was made for so long.
+    pub affinity: Option<Duration>,
+    /// An IPv4 address leads to IPv4 endpoints alone, and an IPv6 one to IPv6 endpoints.
+    pub families_apart: bool,
+}
+
+/// What a port of the nodes stands for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NodePort {
+    /// The service's own port.
+    pub port: u16,
+    /// Where it leads, if not to the same endpoints as the service's port.
+    pub endpoints: Option<Vec<ServiceEndpoint>>,
 }
 
 /// Where a connection to a service can go.
@@ -36,9 +52,28 @@ impl Service {
         self.addresses.is_empty()
     }
 
-    /// The endpoints for a connection to one of the service's addresses, the best first: those of the client's zone, then those
-    /// with the fewest connections; `turn` shares out what is equal. Addresses of the other family are a resort, and the last are
-    /// endpoints without a count of connections: those that have refused lately. `None` if the service has no such port.
+    /// Which of the service's ports a connection is for, and where it can go. An address that is not the service's is a node's. `None` if there
+    /// is no such port.
+    pub fn leads(&self, to: SocketAddr) -> Option<(u16, &[ServiceEndpoint])> {
+        if self.is_headless() || self.addresses.iter().any(|own| own.to_canonical() == to.ip().to_canonical()) {
+            return self.ports.get(&to.port()).map(|all| (to.port(), all.as_slice()));
+        }
+        let node_port = self.node_ports.get(&to.port())?;
+        let all = node_port.endpoints.as_ref().or_else(|| self.ports.get(&node_port.port))?;
+        Some((node_port.port, all))
+    }
+
+    /// All endpoints, each with the service's port.
+    pub fn all_endpoints(&self) -> impl Iterator<Item = (u16, &ServiceEndpoint)> {
+        let ports = self.ports.iter().map(|(port, all)| (*port, all));
+        let node_ports = self.node_ports.values().filter_map(|node| Some((node.port, node.endpoints.as_ref()?)));
+        ports.chain(node_ports).flat_map(|(port, all)| all.iter().map(move |endpoint| (port, endpoint)))
+    }
+
+    /// The endpoints for a connection to one of the service's addresses or node ports, the best first: those of the client's zone, then those
+    /// with the fewest connections; `turn` shares out what is equal. Addresses of the other family are a resort, unless the service keeps the
+    /// families apart, and the last are endpoints without a count of connections: those that have refused lately. `None` if the service has
+    /// no such port.
     pub fn endpoints(
         &self,
         to: SocketAddr,
@@ -46,8 +81,10 @@ impl Service {
         connections: impl Fn(SocketAddr) -> Option<usize>,
         turn: usize,
     ) -> Option<Vec<&ServiceEndpoint>> {
-        let all = self.ports.get(&to.port())?;
-        let mut order: Vec<_> = all.iter().collect();
+        let is_v4 = to.ip().to_canonical().is_ipv4();
+        let same = |endpoint: &ServiceEndpoint| endpoint.address.is_ipv4() == is_v4;
+        let (_, all) = self.leads(to)?;
+        let mut order: Vec<_> = all.iter().filter(|endpoint| !self.families_apart || same(endpoint)).collect();
         if !order.is_empty() {
             let start = turn % order.len();
             order.rotate_left(start);
@@ -56,7 +93,7 @@ impl Service {
         order.sort_by_cached_key(|endpoint| {
             let far = zone.is_some() && endpoint.zone.as_deref() != zone;
             let connections = connections(endpoint.address);
-            (connections.is_none(), endpoint.address.is_ipv4() != to.is_ipv4(), far, connections)
+            (connections.is_none(), !same(endpoint), far, connections)
         });
         Some(order)
     }
@@ -79,7 +116,7 @@ mod tests {
             namespace: "default".to_owned(),
             addresses: vec!["10.96.0.10".parse().unwrap()],
             ports: BTreeMap::from([(80, endpoints.collect())]),
-            identities: Vec::new(),
+            ..Service::default()
         }
     }
 
@@ -111,6 +148,42 @@ mod tests {
     fn the_other_family_is_the_last_resort() {
         let service = service(&[("[fd00::1]:8080", Some("a")), ("10.0.0.2:8080", Some("b"))]);
         assert_eq!(order(&service, Some("a"), &[], 0), ["10.0.0.2:8080", "[fd00::1]:8080"]);
+    }
+
+    #[test]
+    fn a_service_that_keeps_the_families_apart_has_no_such_resort() {
+        let apart = Service {
+            addresses: vec!["10.96.0.10".parse().unwrap(), "fd96::10".parse().unwrap()],
+            families_apart: true,
+            ..service(&[("[fd00::1]:8080", None), ("10.0.0.2:8080", None)])
+        };
+        assert_eq!(order(&apart, None, &["10.0.0.2:8080"; 9], 0), ["10.0.0.2:8080"]);
+        let v6 = apart.endpoints("[fd96::10]:80".parse().unwrap(), None, |_| Some(0), 0).unwrap();
+        assert_eq!(v6.iter().map(|it| it.address.to_string()).collect::<Vec<_>>(), ["[fd00::1]:8080"]);
+    }
+
+    #[test]
+    fn a_nodes_port_leads_to_the_endpoints_of_its_own_or_to_those_of_the_services_port() {
+        let mut service = service(&[("10.0.0.1:8080", None)]);
+        service.node_ports.insert(30080, NodePort { port: 80, endpoints: None });
+        let led = |service: &Service, to: &str| {
+            let (port, all) = service.leads(to.parse().unwrap())?;
+            Some((port, all.iter().map(|endpoint| endpoint.address.to_string()).collect::<Vec<_>>()))
+        };
+        assert_eq!(led(&service, "192.0.2.1:30080"), Some((80, vec!["10.0.0.1:8080".into()])));
+        assert_eq!(led(&service, "[::ffff:10.96.0.10]:80"), Some((80, vec!["10.0.0.1:8080".into()])));
+        for other in ["192.0.2.1:80", "10.96.0.10:30080"] {
+            assert_eq!(led(&service, other), None, "{other}");
+        }
+        let wider = ["10.0.0.1:8080", "10.0.0.2:8080"].map(|address| ServiceEndpoint {
+            address: address.parse().unwrap(),
+            workload: None,
+            zone: None,
+        });
+        service.node_ports.insert(30080, NodePort { port: 80, endpoints: Some(wider.to_vec()) });
+        assert_eq!(led(&service, "192.0.2.1:30080").unwrap().1.len(), 2);
+        assert_eq!(led(&service, "10.96.0.10:80").unwrap().1.len(), 1);
+        assert_eq!(service.all_endpoints().map(|(port, _)| port).collect::<Vec<_>>(), [80, 80, 80]);
     }
 
     #[test]

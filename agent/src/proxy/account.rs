@@ -113,7 +113,7 @@ impl Account {
 
     /// It is on its way there. An endpoint of a service counts it for as long as this lives.
     pub fn aims_at(&mut self, ctx: &Context, target: &Target) {
-        self.load = target.service.is_some().then(|| (ctx.loads.taken(target.address), target.slot.clone()));
+        self.load = target.service.is_some().then(|| (ctx.loads.taken(target), target.slot.clone()));
         self.live.learn(|facts| {
             facts.destination = identify::of(target.workload.as_deref(), target.address);
             facts.service = target.service.as_ref().map(|service| service.host.clone());

@@ -174,7 +174,7 @@ pub fn revoked_by(snapshot: &Snapshot, direction: Direction, facts: &Facts) -> O
             // What is said now of the service that was called. One that is gone says nothing, and ends nothing.
             let caller = facts.source.address.and_then(|source| snapshot.workload(source.ip()));
             let called = caller.zip(facts.called).and_then(|(caller, to)| snapshot.called(caller, to));
-            let (service, traffic) = called.map(|(service, traffic)| (Some(&**service), traffic)).unwrap_or_default();
+            let (service, traffic) = called.map(|called| (Some(&**called.service), called.traffic)).unwrap_or_default();
             match policy::towards(&snapshot.policies, workload.map(|now| &**now), destination.port(), service, &traffic)
             {
                 Outbound::Deny(_) => by("forbidden by policy"),
@@ -293,13 +293,13 @@ mod tests {
         let service = Service {
             host: "web.example".into(),
             namespace: "shop".into(),
-            addresses: Vec::new(),
-            ports: BTreeMap::new(),
             identities: identities.iter().map(id).collect(),
+            ..Service::default()
         };
         let traffic = Arc::new(Traffic { tls, ..Traffic::default() });
         let address = "10.0.0.1:80".parse().unwrap();
-        Target { called: address, address, workload, service: Some(Arc::new(service)), traffic, slot: None }
+        let service = Some(Arc::new(service));
+        Target { called: address, address, port: 80, workload, service, traffic, slot: None, affinity: None }
     }
 
     /// The mesh of `snapshot` with a service for the workload, and a rule for it.
@@ -326,7 +326,7 @@ mod tests {
             namespace: "shop".into(),
             addresses: vec!["10.96.0.1".parse().unwrap()],
             ports: BTreeMap::from([(80, vec![endpoint])]),
-            identities: Vec::new(),
+            ..Service::default()
         };
         Snapshot::new(policies, TrustDomain::default(), vec![server, client], Vec::new())
             .with_services(vec![Arc::new(service)])

@@ -82,7 +82,7 @@ async fn open(
     let destination = origin?;
     let snapshot = ctx.state.load();
     let targets = ctx.loads.targets(&snapshot, pod, destination.0)?;
-    let (target, leg) = match reach(ctx, pod, &snapshot, (chosen(client), destination), targets, account).await {
+    let (target, leg) = match reach(ctx, pod, &snapshot, chosen(client), targets, account).await {
         Err(refusal @ Refusal::Refused(_)) => {
             remember_refused(ctx, pod, destination);
             return Err(refusal);
@@ -122,7 +122,7 @@ async fn reach(
     ctx: &Context,
     pod: &Pod,
     snapshot: &Snapshot,
-    (from, destination): (Option<IpAddr>, OrigDst),
+    from: Option<IpAddr>,
     targets: Vec<Target>,
     account: &mut Account,
 ) -> Result<(Target, Leg), Refusal> {
@@ -133,7 +133,7 @@ async fn reach(
         let aim = match &mut way {
             Way::Plaintext { .. } => None,
             Way::Mtls { expect, .. } => {
-                let (port, host) = (destination.0.port(), target.host().to_owned());
+                let (port, host) = (target.port, target.host().to_owned());
                 Some(Aim { address: target.address, port, host, expect: std::mem::take(expect) })
             }
         };

@@ -1,5 +1,6 @@
 //! Where a connection from a local pod goes: to where the application sent it or, where that is a service's virtual address, to one of
-//! the service's endpoints. Which of them is `policy`'s order; how many connections each has is counted here.
+//! the service's endpoints. Which of them is `policy`'s order; how many connections each has is counted here, and `sessions` knows
+//! which clients stay with theirs.
 
 use std::{
     collections::HashMap,
@@ -12,12 +13,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+mod sessions;
+
 use super::{connections::lock, pod::Pod, refusal::Refusal};
 use crate::{
     policy::{Service, ServiceEndpoint, Traffic, Workload},
-    state::Snapshot,
+    state::{Called, Snapshot},
     sys::netns::NetnsCookie,
 };
+pub use sessions::Affinity;
+use sessions::{Client, Sessions};
 
 /// One place to connect to.
 #[derive(Clone)]
@@ -25,6 +30,8 @@ pub struct Target {
     pub address: SocketAddr,
     /// What the application asked for.
     pub called: SocketAddr,
+    /// The service's own port, which the peer's agent is asked for; without a service the application's.
+    pub port: u16,
     pub workload: Option<Arc<Workload>>,
     /// The service that it is an endpoint of.
     pub service: Option<Arc<Service>>,
@@ -32,6 +39,8 @@ pub struct Target {
     pub traffic: Arc<Traffic>,
     /// Counted among its pod's connections to the service, where those are limited.
     pub slot: Option<Arc<Slot>>,
+    /// Whose session is whoever's takes the connection.
+    pub affinity: Option<Affinity>,
 }
 
 /// How many are tried for one connection.
@@ -53,6 +62,7 @@ pub struct Loads {
     counts: Arc<Mutex<HashMap<SocketAddr, usize>>>,
     refused: Arc<Mutex<HashMap<SocketAddr, Instant>>>,
     slots: Arc<Mutex<HashMap<Host, usize>>>,
+    sessions: Arc<Mutex<Sessions>>,
     turn: Arc<AtomicUsize>,
 }
 
@@ -71,26 +81,30 @@ pub struct InUse(Loads, SocketAddr);
 impl Loads {
     /// Where to connect to, the best first.
     pub fn targets(&self, snapshot: &Snapshot, pod: &Pod, to: SocketAddr) -> Result<Vec<Target>, Refusal> {
-        let Some((service, traffic)) = snapshot.called(&pod.workload, to) else {
-            let (workload, traffic) = (snapshot.workload(to.ip()).cloned(), Arc::default());
-            return Ok(vec![Target { address: to, called: to, workload, service: None, traffic, slot: None }]);
+        let Some(Called { service, port, traffic }) = snapshot.called(&pod.workload, to) else {
+            let (workload, traffic, port) = (snapshot.workload(to.ip()).cloned(), Arc::default(), to.port());
+            let (service, slot, affinity) = (None, None, None);
+            return Ok(vec![Target { address: to, called: to, port, workload, service, traffic, slot, affinity }]);
         };
+        let affinity = affinity(service, pod.netns.cookie(), to, port);
         // The client of a headless service has chosen.
         let endpoints = match service.is_headless() {
             true => vec![(to, snapshot.workload(to.ip()).cloned())],
-            false => self.endpoints(snapshot, pod, service, to)?,
+            false => self.endpoints(snapshot, pod, service, to, affinity)?,
         };
         let slot = match traffic.max_connections {
-            Some(limit) => Some(self.slot((pod.netns.cookie(), service.host.clone(), to.port()), limit)?),
+            Some(limit) => Some(self.slot((pod.netns.cookie(), service.host.clone(), port), limit)?),
             None => None,
         };
         let target = |(address, workload)| Target {
             address,
             called: to,
+            port,
             workload,
             service: Some(Arc::clone(service)),
             traffic: Arc::clone(&traffic),
             slot: slot.clone(),
+            affinity,
         };
         Ok(endpoints.into_iter().map(target).collect())
     }
@@ -102,6 +116,7 @@ impl Loads {
         pod: &Pod,
         service: &Service,
         to: SocketAddr,
+        affinity: Option<Affinity>,
     ) -> Result<Vec<Place>, Refusal> {
         let zone = snapshot.local.iter().find(|local| local.netns == pod.netns.path());
         let zone = zone.and_then(|local| local.zone.as_deref());
@@ -113,9 +128,12 @@ impl Loads {
             let connections = |address| (!refused.contains_key(&address)).then(|| count(address));
             service.endpoints(to, zone, connections, turn)
         };
-        let endpoints = endpoints.ok_or_else(|| Refusal::NoPort { host: service.host.clone(), port: to.port() })?;
+        let mut endpoints = endpoints.ok_or_else(|| Refusal::NoPort { host: service.host.clone(), port: to.port() })?;
         if endpoints.is_empty() {
             return Err(Refusal::NoEndpoint { host: service.host.clone(), port: to.port() });
+        }
+        if let Some(affinity) = affinity {
+            lock(&self.sessions).lead(affinity, &mut endpoints, Instant::now());
         }
         let found = |endpoint: &ServiceEndpoint| (endpoint.address, endpoint.workload.clone());
         Ok(endpoints.into_iter().take(TRIES).map(found).collect())
@@ -136,13 +154,26 @@ impl Loads {
         if target.service.is_some() {
             lock(&self.refused).insert(target.address, Instant::now());
         }
+        if let Some(affinity) = &target.affinity {
+            lock(&self.sessions).lose(&affinity.client, target.address);
+        }
     }
 
     /// A connection is being made to it.
-    pub fn taken(&self, address: SocketAddr) -> InUse {
-        *lock(&self.counts).entry(address).or_default() += 1;
-        InUse(self.clone(), address)
+    pub fn taken(&self, target: &Target) -> InUse {
+        if let Some(affinity) = target.affinity {
+            lock(&self.sessions).hold(affinity, target.address, Instant::now());
+        }
+        *lock(&self.counts).entry(target.address).or_default() += 1;
+        InUse(self.clone(), target.address)
     }
+}
+
+/// Whose session a connection to a service's address or node port is.
+fn affinity(service: &Service, pod: NetnsCookie, to: SocketAddr, port: u16) -> Option<Affinity> {
+    let (life, first) = (service.affinity?, *service.addresses.first()?);
+    let is_v4 = to.ip().to_canonical().is_ipv4();
+    Some(Affinity { client: Client { pod, service: first, port, is_v4 }, life })
 }
 
 impl Drop for Slot {

@@ -1,7 +1,7 @@
 //! A question about a connection as people ask it, with names: finds both ends in a snapshot and has `policy` explain. Printing the
 //! answer is left to whoever was asked.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -84,8 +84,11 @@ impl Snapshot {
             .ok_or_else(|| format!("--destination {destination:?}: write WORKLOAD:PORT"))?;
         let caller = Caller { address, workload, plaintext };
         let source = Party::of(SocketAddr::new(address, 0), workload);
-        if let Some(service) = self.service_called(name) {
-            let explanation = explain_service(&self.policies, caller, service, port)
+        if let Some(service) = self.service_called(name, port) {
+            // Of a headless service the port alone counts.
+            let ip = name.parse().ok().or_else(|| service.addresses.first().copied());
+            let to = SocketAddr::new(ip.unwrap_or(Ipv4Addr::UNSPECIFIED.into()), port);
+            let explanation = explain_service(&self.policies, caller, service, to)
                 .ok_or_else(|| format!("--destination {name}: {} has no port {port}", service.host))?;
             let by_endpoint = explanation.endpoints.iter().map(|endpoint| Endpoint {
                 address: endpoint.address,
@@ -128,7 +131,7 @@ impl Snapshot {
         let callee = Callee {
             workload: destination,
             address: local,
-            service: called.as_ref().map(|(service, traffic)| (&***service, &**traffic)),
+            service: called.as_ref().map(|called| (&**called.service, &*called.traffic)),
             told_plaintext: workload.is_some_and(|caller| self.told_plaintext(caller, local)),
         };
         let explanation = explain(&self.policies, caller, callee);
@@ -145,10 +148,10 @@ impl Snapshot {
         })
     }
 
-    /// A service by one of its addresses, its host, or the beginning of that: NAME.NAMESPACE, NAME.NAMESPACE.svc.
-    fn service_called(&self, text: &str) -> Option<&Service> {
+    /// A service by one of its addresses, a port of the nodes, its host, or the beginning of that: NAME.NAMESPACE, NAME.NAMESPACE.svc.
+    fn service_called(&self, text: &str, port: u16) -> Option<&Service> {
         if let Ok(address) = text.parse::<IpAddr>() {
-            return self.service(address).map(|service| &**service);
+            return self.service_at(SocketAddr::new(address, port)).map(|service| &**service);
         }
         let in_full = [text.to_owned(), format!("{text}.svc.cluster.local"), format!("{text}.cluster.local")];
         let found = in_full.iter().filter(|_| text.contains('.')).find_map(|host| self.service_of_host(host));

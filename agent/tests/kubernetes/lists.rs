@@ -36,8 +36,6 @@ async fn what_was_recorded_is_what_is_believed() {
     let service = snapshot.service("10.0.0.141".parse().unwrap()).unwrap();
     assert_eq!(service.host, "httpbin.foo.svc.cluster.local");
     assert_eq!(endpoints(&snapshot, &service.host, 8000), ["10.244.0.11:8080", "10.244.1.12:8080"]);
-    let zones: Vec<_> = service.ports[&8000].iter().map(|endpoint| endpoint.zone.as_deref()).collect();
-    assert_eq!(zones, [Some("/z-a"), Some("/z-b")]);
     assert_eq!(
         endpoints(&snapshot, "httpbin-headless.bar.svc.cluster.local", 8080),
         ["10.244.0.14:8080", "10.244.1.15:8080"]

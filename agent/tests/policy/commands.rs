@@ -297,7 +297,9 @@ fn the_guides_destination_rule_for_all_hosts_asks_for_mtls_where_nobody_answers_
             let found: Vec<&str> = (1..4)
                 .map(|n| {
                     let service = snapshot.service(format!("10.96.0.{n}").parse().unwrap()).unwrap();
-                    let said = explain_service(&snapshot.policies, caller, service, 8000).unwrap();
+                    let said =
+                        explain_service(&snapshot.policies, caller, service, (service.addresses[0], 8000).into())
+                            .unwrap();
                     match (said.allowed, said.endpoints[0].explanation.encryption) {
                         (false, _) => "R",
                         (true, Encryption::Mtls) => "M",

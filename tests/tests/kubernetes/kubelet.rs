@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use marline_tests::{
-    cluster::{Cluster, ClusterSpec, Direct, Membership, Pod, PodSpec, Side},
+    cluster::{Cluster, ClusterSpec, Direct, Membership, Pod, PodSpec, Side, network::link_address},
     config::Mode,
     netns,
     process::{spawn, succeed},
@@ -131,7 +131,7 @@ impl World<'_> {
     pub fn report(&self, namespace: &str, pod: &Pod) -> Result<()> {
         self.api.change(PODS, namespace, &pod.name, |object| {
             object["status"] = json!({
-                "phase": "Running", "podIP": pod.v4.to_string(),
+                "phase": "Running", "podIP": pod.v4.to_string(), "hostIP": link_address(pod.side).to_string(),
                 "podIPs": [{"ip": pod.v4.to_string()}, {"ip": pod.v6.to_string()}],
             });
         })

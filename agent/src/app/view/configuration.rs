@@ -39,7 +39,8 @@ pub(super) fn services(snapshot: &Snapshot) -> Value {
         });
         json!({
             "host": service.host, "namespace": service.namespace, "addresses": service.addresses,
-            "ports": ports.collect::<Vec<_>>(),
+            "ports": ports.collect::<Vec<_>>(), "node_ports": service.node_ports.iter().map(|(at, it)| json!({"node_port": at, "port": it.port})).collect::<Vec<_>>(),
+            "session_affinity_seconds": service.affinity.map(|life| life.as_secs()),
             "subject_alt_names": service.identities.iter().map(ToString::to_string).collect::<Vec<_>>(),
         })
     });

@@ -4,22 +4,23 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
-    net::{IpAddr, SocketAddr},
+    collections::{HashMap, HashSet, hash_map::Entry},
+    net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use super::{
     model::Model,
-    objects::{Endpoint, Key, Pod, Service, Slice},
+    objects::{Key, Pod},
     places::Places,
     roster::{Member, Members},
+    services::{self, Here},
 };
 use crate::{
     config,
     identity::{SpiffeId, TrustDomains},
-    policy::{self, Labels, Policies, ServiceEndpoint, Workload},
+    policy::{Labels, Policies, Workload},
     state::{LocalPod, Snapshot, Source},
 };
 
@@ -63,7 +64,9 @@ pub fn compile(model: &mut Model, viewpoint: &Viewpoint, places: &Places) -> (Sn
     let workloads = workloads(model, viewpoint, places, &mut facts);
     let by_address: HashMap<IpAddr, &Arc<Workload>> =
         workloads.iter().flat_map(|(_, _, it)| it.addresses.iter().map(move |address| (*address, it))).collect();
-    let services = services(model, viewpoint, &own, &by_address);
+    let here = Here { node: &viewpoint.node, zone: own.get(ZONE) };
+    let services = services::services(model, here, &by_address);
+    let nodes = services::nodes(model);
     let virtual_addresses: HashSet<IpAddr> = services.iter().flat_map(|service| service.addresses.clone()).collect();
     let taken = |address: IpAddr| by_address.contains_key(&address) || virtual_addresses.contains(&address);
 
@@ -110,7 +113,8 @@ pub fn compile(model: &mut Model, viewpoint: &Viewpoint, places: &Places) -> (Sn
     all.extend(compiled.workloads);
     // Of one host or address the Service counts, and not the ServiceEntry.
     let services = [compiled.services, services].concat();
-    let mut snapshot = Snapshot::new(policies, &viewpoint.domains, all, local).with_services(services);
+    let mut snapshot = Snapshot::new(policies, &viewpoint.domains, all, local);
+    snapshot = snapshot.with_services(services).with_nodes(nodes);
     snapshot.warnings = [facts.errors.clone(), facts.warnings.clone()].concat();
     snapshot.sources = sources(model);
     (snapshot.closed, snapshot.unplaced) = (closed, !facts.not_captured.is_empty());
@@ -245,70 +249,6 @@ fn workload(key: &Key, pod: &Pod, addresses: &[IpAddr], id: SpiffeId, in_mesh: b
         labels: pod.labels.clone(),
         host: Workload::host_of(&key.name, &key.namespace),
     }
-}
-
-fn services(
-    model: &Model,
-    viewpoint: &Viewpoint,
-    own: &Labels,
-    by_address: &HashMap<IpAddr, &Arc<Workload>>,
-) -> Vec<Arc<policy::Service>> {
-    let mut slices: HashMap<(&str, &str), Vec<&Slice>> = HashMap::new();
-    for (key, slot) in model.slices.iter() {
-        slices.entry((&key.namespace, &slot.object.service)).or_default().push(&slot.object);
-    }
-    let mut all: Vec<_> = model.services.iter().filter(|(_, slot)| !slot.object.external).collect();
-    all.sort_unstable_by_key(|(key, _)| *key);
-    let service = |(key, service): (&Key, &Service)| {
-        let slices = slices.get(&(&*key.namespace, &*key.name)).map_or(&[][..], Vec::as_slice);
-        let headless = service.addresses.is_empty();
-        let endpoint = |(address, endpoint): (SocketAddr, &Endpoint)| ServiceEndpoint {
-            address,
-            workload: by_address.get(&address.ip()).map(|workload| Arc::clone(workload)),
-            zone: endpoint.zone.as_deref().and_then(|zone_name| zone(own, Some(zone_name))),
-        };
-        let ports = service.ports.iter().map(|port| {
-            let found = endpoints(service, &port.name, slices, viewpoint);
-            // Whoever calls an endpoint of a headless service does so at the service's port, as in files.
-            let at = |listens| if headless { port.number } else { listens };
-            let found = found.into_iter().map(|((ip, listens), it)| endpoint((SocketAddr::new(ip, at(listens)), it)));
-            (port.number, found.collect())
-        });
-        Arc::new(policy::Service {
-            host: Workload::host_of(&key.name, &key.namespace),
-            namespace: key.namespace.to_string(),
-            addresses: service.addresses.clone(),
-            ports: ports.collect(),
-            identities: Vec::new(),
-        })
-    };
-    all.into_iter().map(|(key, slot)| service((key, &slot.object))).collect()
-}
-
-/// Where one port of a service leads, as kube-proxy has it: to what is ready; if nothing is, to what goes away and still serves. An endpoint
-/// that several slices name is one.
-fn endpoints<'a>(
-    service: &Service,
-    port: &str,
-    slices: &[&'a Slice],
-    viewpoint: &Viewpoint,
-) -> BTreeMap<(IpAddr, u16), &'a Endpoint> {
-    let (mut ready, mut serving) = (BTreeMap::new(), BTreeMap::new());
-    for slice in slices {
-        let Some((_, listens)) = slice.ports.iter().find(|(name, _)| **name == *port) else { continue };
-        for endpoint in &slice.endpoints {
-            if service.local_only && endpoint.node.as_ref() != Some(&viewpoint.node) {
-                continue;
-            }
-            let place = (endpoint.address, *listens);
-            if endpoint.ready {
-                ready.insert(place, endpoint);
-            } else if endpoint.serving {
-                serving.insert(place, endpoint);
-            }
-        }
-    }
-    if ready.is_empty() { serving } else { ready }
 }
 
 /// `REGION/ZONE`, where a cluster is in one region: that of the own node.

@@ -53,9 +53,12 @@ pub trait Trimmed: Sized + Send + 'static {
     fn trim(wire: Self::Wire, names: &mut Names) -> Option<Item<Self>>;
 }
 
-/// Texts that many objects have in common: namespaces, service accounts, nodes.
+/// What many objects have in common: namespaces, service accounts, nodes and their addresses.
 #[derive(Default)]
-pub struct Names(HashSet<Arc<str>>);
+pub struct Names {
+    texts: HashSet<Arc<str>>,
+    addresses: HashSet<Arc<[IpAddr]>>,
+}
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Namespace {
@@ -80,6 +83,8 @@ pub struct Pod {
     /// In seconds, as it is written; of two pods with one address the younger has it.
     pub created: Box<str>,
     pub addresses: Box<[IpAddr]>,
+    /// Its node's, as the kubelet tells them.
+    pub host_addresses: Arc<[IpAddr]>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -91,6 +96,8 @@ pub struct Service {
     pub local_only: bool,
     /// A name for DNS, and nothing that connections go through.
     pub external: bool,
+    /// For so many seconds after a connection the client's next goes to the same endpoint.
+    pub affinity: Option<u32>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -98,6 +105,8 @@ pub struct ServicePort {
     /// The name by which slices say where it leads.
     pub name: Box<str>,
     pub number: u16,
+    /// The same on every node.
+    pub node_port: Option<u16>,
 }
 
 /// An EndpointSlice.
@@ -105,6 +114,7 @@ pub struct ServicePort {
 pub struct Slice {
     /// The service's name.
     pub service: Arc<str>,
+    /// Without those that nothing is sent to.
     pub endpoints: Box<[Endpoint]>,
     /// By name.
     pub ports: Box<[(Box<str>, u16)]>,
@@ -114,10 +124,23 @@ pub struct Slice {
 pub struct Endpoint {
     pub address: IpAddr,
     pub node: Option<Arc<str>>,
-    pub zone: Option<Arc<str>>,
-    pub ready: bool,
+    pub condition: Condition,
+    /// For whom it is meant, where that is said.
+    pub hints: Option<Box<Hints>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Condition {
+    Ready,
     /// Going away, and still taking connections: the last resort.
-    pub serving: bool,
+    Leaving,
+}
+
+/// The nodes and zones whose clients an endpoint is meant for.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Hints {
+    pub nodes: Box<[Arc<str>]>,
+    pub zones: Box<[Arc<str>]>,
 }
 
 /// A resource of Istio's, with the kind that it was asked for by.
@@ -127,11 +150,20 @@ pub struct Raw(Json);
 
 impl Names {
     pub fn shared(&mut self, text: &str) -> Arc<str> {
-        if let Some(known) = self.0.get(text) {
+        if let Some(known) = self.texts.get(text) {
             return Arc::clone(known);
         }
         let shared: Arc<str> = text.into();
-        self.0.insert(Arc::clone(&shared));
+        self.texts.insert(Arc::clone(&shared));
+        shared
+    }
+
+    fn shared_addresses(&mut self, addresses: &[IpAddr]) -> Arc<[IpAddr]> {
+        if let Some(known) = self.addresses.get(addresses) {
+            return Arc::clone(known);
+        }
+        let shared: Arc<[IpAddr]> = addresses.into();
+        self.addresses.insert(Arc::clone(&shared));
         shared
     }
 }
@@ -195,6 +227,10 @@ struct PodStatus {
     pod_ip: Option<String>,
     #[serde(rename = "podIPs")]
     pod_ips: Option<Vec<PodIp>>,
+    #[serde(rename = "hostIP")]
+    host_ip: Option<String>,
+    #[serde(rename = "hostIPs")]
+    host_ips: Option<Vec<PodIp>>,
 }
 
 #[derive(Deserialize)]
@@ -207,11 +243,14 @@ impl Trimmed for Pod {
     type Wire = WirePod;
     fn trim(mut wire: WirePod, names: &mut Names) -> Option<Item<Self>> {
         let (spec, status) = (&wire.spec, &wire.status);
-        let several = status.pod_ips.iter().flatten().map(|ip| ip.ip.as_str());
-        let mut addresses: Vec<IpAddr> =
-            status.pod_ip.as_deref().into_iter().chain(several).filter_map(address).collect();
-        addresses.sort_unstable();
-        addresses.dedup();
+        let all = |one: &Option<String>, several: &Option<Vec<PodIp>>| {
+            let several = several.iter().flatten().map(|ip| ip.ip.as_str());
+            let mut all: Vec<IpAddr> = one.as_deref().into_iter().chain(several).filter_map(address).collect();
+            all.sort_unstable();
+            all.dedup();
+            all
+        };
+        let addresses = all(&status.pod_ip, &status.pod_ips);
         let account = spec.service_account_name.as_deref().filter(|name| !name.is_empty()).unwrap_or("default");
         let pod = Self {
             labels: wire.metadata.labels.take().unwrap_or_default().into_iter().collect(),
@@ -222,6 +261,7 @@ impl Trimmed for Pod {
             deleting: wire.metadata.deletion_timestamp.is_some(),
             created: wire.metadata.creation_timestamp.take().unwrap_or_default().into(),
             addresses: addresses.into(),
+            host_addresses: names.shared_addresses(&all(&status.host_ip, &status.host_ips)),
         };
         wire.metadata.item(names, pod)
     }
@@ -244,22 +284,42 @@ struct ServiceSpec {
     cluster_ips: Option<Vec<String>>,
     ports: Option<Vec<WirePort>>,
     internal_traffic_policy: Option<String>,
+    session_affinity: Option<String>,
+    session_affinity_config: Option<AffinityConfig>,
 }
 
 #[derive(Default, Deserialize)]
-#[serde(default)]
+#[serde(rename_all = "camelCase", default)]
+struct AffinityConfig {
+    #[serde(rename = "clientIP")]
+    client_ip: Option<ClientIp>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct ClientIp {
+    timeout_seconds: Option<i64>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 struct WirePort {
     name: Option<String>,
     protocol: Option<String>,
     port: Option<i64>,
+    node_port: Option<i64>,
 }
 
 impl WirePort {
     /// Name and number of one for TCP.
     fn tcp(&self) -> Option<(Box<str>, u16)> {
         let tcp = self.protocol.as_deref().is_none_or(|protocol| protocol == "TCP");
-        let number = u16::try_from(self.port?).ok().filter(|number| *number != 0 && tcp)?;
+        let number = number(self.port).filter(|_| tcp)?;
         Some((self.name.as_deref().unwrap_or_default().into(), number))
+    }
+
+    fn of_service(&self) -> Option<ServicePort> {
+        self.tcp().map(|(name, number)| ServicePort { name, number, node_port: self::number(self.node_port) })
     }
 }
 
@@ -271,12 +331,12 @@ impl Trimmed for Service {
         let mut addresses: Vec<IpAddr> = all.filter_map(|text| address(text)).collect();
         addresses.sort_unstable();
         addresses.dedup();
-        let ports = spec.ports.iter().flatten().filter_map(WirePort::tcp);
         let service = Self {
             addresses,
-            ports: ports.map(|(name, number)| ServicePort { name, number }).collect(),
+            ports: spec.ports.iter().flatten().filter_map(WirePort::of_service).collect(),
             local_only: spec.internal_traffic_policy.as_deref() == Some("Local"),
             external: spec.r#type.as_deref() == Some("ExternalName"),
+            affinity: affinity(spec),
         };
         wire.metadata.item(names, service)
     }
@@ -295,7 +355,20 @@ struct WireEndpoint {
     addresses: Vec<String>,
     conditions: Conditions,
     node_name: Option<String>,
-    zone: Option<String>,
+    hints: Option<WireHints>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct WireHints {
+    for_zones: Option<Vec<Named>>,
+    for_nodes: Option<Vec<Named>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Named {
+    name: String,
 }
 
 #[derive(Default, Deserialize)]
@@ -303,6 +376,19 @@ struct WireEndpoint {
 struct Conditions {
     ready: Option<bool>,
     serving: Option<bool>,
+    terminating: Option<bool>,
+}
+
+impl Conditions {
+    /// Nothing is sent to an endpoint without one.
+    fn condition(&self) -> Option<Condition> {
+        // What is not said is ready and serves.
+        match (self.ready.unwrap_or(true), self.serving.unwrap_or(true), self.terminating.unwrap_or(false)) {
+            (true, _, _) => Some(Condition::Ready),
+            (false, true, true) => Some(Condition::Leaving),
+            (false, _, _) => None,
+        }
+    }
 }
 
 impl Trimmed for Slice {
@@ -312,15 +398,17 @@ impl Trimmed for Slice {
         let service = labels.get("kubernetes.io/service-name").map(String::as_str).unwrap_or_default();
         let service = names.shared(service);
         let endpoint = |endpoint: &WireEndpoint| {
-            // What is not said is ready, and what is ready serves.
-            let ready = endpoint.conditions.ready.unwrap_or(true);
+            let mut shared = |all: &Option<Vec<Named>>| {
+                all.iter().flatten().map(|named| names.shared(&named.name)).collect::<Box<[_]>>()
+            };
+            let hints = endpoint.hints.as_ref();
+            let hints = hints.map(|all| Hints { nodes: shared(&all.for_nodes), zones: shared(&all.for_zones) });
             Some(Endpoint {
                 // The first alone counts, as it does for kube-proxy.
                 address: endpoint.addresses.first().and_then(|text| address(text))?,
                 node: endpoint.node_name.as_deref().map(|name| names.shared(name)),
-                zone: endpoint.zone.as_deref().map(|name| names.shared(name)),
-                ready,
-                serving: endpoint.conditions.serving.unwrap_or(ready),
+                condition: endpoint.conditions.condition()?,
+                hints: hints.filter(|hints| *hints != Hints::default()).map(Box::new),
             })
         };
         let endpoints = wire.endpoints.iter().flatten().filter_map(endpoint).collect();
@@ -334,6 +422,19 @@ pub fn istio(kind: ObjectKind, raw: Raw, names: &mut Names) -> Option<Item<Objec
     let metadata = raw.0.get("metadata").and_then(|json| Metadata::deserialize(json).ok())?;
     let object = Object::read(kind, &metadata.namespace, &metadata.name, &raw.0);
     metadata.item(names, object)
+}
+
+/// Kubernetes' own default, where the API server has not written it.
+const AFFINITY: u32 = 10_800;
+
+fn affinity(spec: &ServiceSpec) -> Option<u32> {
+    let seconds = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref()?.timeout_seconds);
+    let seconds = seconds.and_then(|seconds| u32::try_from(seconds).ok()).filter(|seconds| *seconds != 0);
+    (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| seconds.unwrap_or(AFFINITY))
+}
+
+fn number(port: Option<i64>) -> Option<u16> {
+    u16::try_from(port?).ok().filter(|number| *number != 0)
 }
 
 /// One that a workload or service can have.

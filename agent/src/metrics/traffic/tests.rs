@@ -38,7 +38,7 @@ fn mesh() -> Snapshot {
         namespace: "shop".into(),
         addresses: vec!["10.96.0.1".parse().unwrap()],
         ports: std::collections::BTreeMap::from([(80, vec![endpoint])]),
-        identities: Vec::new(),
+        ..Service::default()
     };
     Snapshot::new(Policies::default(), TrustDomain::default(), vec![web, client], Vec::new())
         .with_services(vec![Arc::new(service)])

@@ -36,14 +36,14 @@ pub struct EndpointExplained<'a> {
     pub explanation: Explanation<'a>,
 }
 
-/// What becomes of a call to a port of a service. None if the service has no such port.
+/// What becomes of a call to a service, at one of its addresses or of a node's. None if there is no such port.
 pub fn explain_service<'a>(
     policies: &'a Policies,
     caller: Caller<'a>,
     service: &'a Service,
-    port: u16,
+    to: SocketAddr,
 ) -> Option<ServiceExplanation<'a>> {
-    let endpoints = service.ports.get(&port)?;
+    let (port, endpoints) = service.leads(to)?;
     // Rules are for those who have an agent.
     let member = caller.workload.filter(|workload| workload.in_mesh && !caller.plaintext);
     let asked = |client| policies.destinations.asked(client, &service.namespace, &service.host).collect::<Vec<_>>();

@@ -346,7 +346,7 @@ impl Try<'_> {
         let learned = config::Learned::default();
         let config = config::client_config_with(parameters, &svid, trust, expect, Offer::Direct, learned.clone())
             .map_err(Refusal::from)?;
-        let name = config::server_name(self.destination.port(), to.target.host());
+        let name = config::server_name(to.target.port, to.target.host());
         let result = handshake::connect(socket, config, name, ctx.settings.handshake).await;
         if result.as_ref().is_err_and(handshake::not_agreed) {
             return Err(Stop::Left(Why::PeerNotReady));

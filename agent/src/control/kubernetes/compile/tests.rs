@@ -1,12 +1,12 @@
 //! What a cluster means, and that it means the same however one came to know it.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use proptest::prelude::*;
 use serde_json::{Value as Json, json};
 
 use super::{super::model::Update, super::objects::*, super::places::PodPlace, super::store::Change, *};
-use crate::config::ObjectKind;
+use crate::{config::ObjectKind, policy::ServiceEndpoint};
 
 fn viewpoint() -> Viewpoint {
     Viewpoint { domains: TrustDomains::default(), node: "node-a".into() }
@@ -202,7 +202,7 @@ fn slice(name: &str, endpoints: Json) -> Json {
 }
 
 fn endpoint(address: &str, ready: bool, serving: bool, node: &str) -> Json {
-    json!({"addresses": [address], "conditions": {"ready": ready, "serving": serving}, "nodeName": node, "zone": "z-a"})
+    json!({"addresses": [address], "conditions": {"ready": ready, "serving": serving, "terminating": !ready}, "nodeName": node, "zone": "z-a"})
 }
 
 fn reached(spec: Json, slices: Vec<Json>) -> Vec<String> {
@@ -219,7 +219,7 @@ fn reached(spec: Json, slices: Vec<Json>) -> Vec<String> {
     let Some(service) = snapshot.service_of_host("web.foo.svc.cluster.local") else { return vec!["none".into()] };
     let told = |endpoint: &ServiceEndpoint| {
         let workload = endpoint.workload.as_ref().map(|workload| workload.to_string()).unwrap_or_default();
-        format!("{} {workload} {}", endpoint.address, endpoint.zone.as_deref().unwrap_or_default())
+        format!("{} {workload}", endpoint.address)
     };
     service.ports.get(&80).into_iter().flatten().map(told).collect()
 }
@@ -234,10 +234,10 @@ fn a_service_leads_to_what_is_ready_and_else_to_what_still_serves() {
     let leaving = endpoint("10.0.0.1", false, true, "node-a");
     assert_eq!(
         reached(spec(), vec![slice("a", json!([web.clone(), outside.clone()]))]),
-        ["10.0.0.1:8080 foo/web r/z-a", "192.0.2.1:8080  r/z-a"]
+        ["10.0.0.1:8080 foo/web", "192.0.2.1:8080 "]
     );
-    assert_eq!(reached(spec(), vec![slice("a", json!([leaving.clone(), outside]))]), ["192.0.2.1:8080  r/z-a"]);
-    assert_eq!(reached(spec(), vec![slice("a", json!([leaving]))]), ["10.0.0.1:8080 foo/web r/z-a"]);
+    assert_eq!(reached(spec(), vec![slice("a", json!([leaving.clone(), outside]))]), ["192.0.2.1:8080 "]);
+    assert_eq!(reached(spec(), vec![slice("a", json!([leaving]))]), ["10.0.0.1:8080 foo/web"]);
     assert_eq!(
         reached(spec(), vec![slice("a", json!([endpoint("10.0.0.1", false, false, "node-a")]))]),
         Vec::<String>::new()
@@ -251,14 +251,14 @@ fn a_service_that_is_local_only_leads_nowhere_else() {
     let both = json!([endpoint("10.0.0.1", true, true, "node-a"), endpoint("10.0.0.2", true, true, "node-b")]);
     let mut local = spec();
     local["internalTrafficPolicy"] = json!("Local");
-    assert_eq!(reached(local, vec![slice("a", both)]), ["10.0.0.1:8080 foo/web r/z-a"]);
+    assert_eq!(reached(local, vec![slice("a", both)]), ["10.0.0.1:8080 foo/web"]);
 }
 
 #[test]
-fn a_headless_service_is_called_at_its_own_port_and_an_external_name_is_dns() {
+fn a_headless_service_leads_to_where_its_endpoints_listen_and_an_external_name_is_dns() {
     let headless = json!({"clusterIP": "None", "clusterIPs": ["None"], "ports": [{"name": "http", "port": 80}]});
     let slices = || vec![slice("a", json!([endpoint("10.0.0.1", true, true, "node-a")]))];
-    assert_eq!(reached(headless, slices()), ["10.0.0.1:80 foo/web r/z-a"]);
+    assert_eq!(reached(headless, slices()), ["10.0.0.1:8080 foo/web"]);
     assert_eq!(reached(json!({"type": "ExternalName", "externalName": "example.com"}), slices()), ["none"]);
 }
 
