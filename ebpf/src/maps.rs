@@ -1,13 +1,15 @@
 //! The maps. All are bounded; `common/src/limits.rs` says what happens at each bound. The agent pins them by these names.
 use aya_ebpf::{
+    Global,
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::SkStorage,
     macros::{btf_map, map},
     maps::{HashMap, LruHashMap, PerCpuArray, SockHash},
 };
 use marline_common::{
-    Address, DirectEntry, DirectFacts, Endpoint, GateEntry, MAX_ADDRESSES, MAX_CLIENTS, MAX_COUNTERS, MAX_DIRECT,
-    MAX_MAPPED_PORTS, MAX_ORIGINS, MAX_PODS, MAX_PROBES, MAX_REFUSED, NetnsCookie, Origin, PodEndpoint, PodEntry,
+    Address, DirectEntry, DirectFacts, Endpoint, Flow, GateEntry, KubeletEntry, MAX_ADDRESSES, MAX_CLIENTS,
+    MAX_COUNTERS, MAX_DIRECT, MAX_KUBELET, MAX_MAPPED_PORTS, MAX_ORIGINS, MAX_PODS, MAX_PROBED_PORTS, MAX_PROBES,
+    MAX_REFUSED, NetnsCookie, Origin, PodEndpoint, PodEntry,
     PodPort, SocketEntry, Transcript,
 };
 
@@ -69,6 +71,18 @@ pub(crate) static TRANSCRIPTS: SkStorage<Transcript> = SkStorage::new();
 /// What the agent's successor must know of direct connections, by socket cookie. Only the agent reads and writes it.
 #[map]
 pub(crate) static DIRECT_FACTS: HashMap<u64, DirectFacts> = HashMap::with_max_entries(MAX_DIRECT, BPF_F_NO_PREALLOC);
+
+/// The node's own network namespace, where the kubelet is. Set when the programs are loaded.
+#[unsafe(no_mangle)]
+pub(crate) static NODE_NETNS: Global<u64> = Global::new(0);
+
+/// The ports of pods that their objects declare in probes. Written by the agent.
+#[map]
+pub(crate) static PROBED_PORTS: HashMap<PodPort, u32> = HashMap::with_max_entries(MAX_PROBED_PORTS, BPF_F_NO_PREALLOC);
+
+/// The kubelet's connections to them. Written by `kubelet`; the agent takes out what has ended.
+#[map]
+pub(crate) static KUBELET: LruHashMap<Flow, KubeletEntry> = LruHashMap::with_max_entries(MAX_KUBELET, 0);
 
 #[map]
 pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_COUNTERS, 0);

@@ -10,6 +10,7 @@ use std::{
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value as Json;
 
+use super::probes::{self, WireContainer};
 use crate::{
     config::{Object, ObjectKind},
     policy::Labels,
@@ -53,9 +54,12 @@ pub trait Trimmed: Sized + Send + 'static {
     fn trim(wire: Self::Wire, names: &mut Names) -> Option<Item<Self>>;
 }
 
-/// Texts that many objects have in common: namespaces, service accounts, nodes.
+/// What many objects have in common: namespaces, service accounts, nodes, and lists of ports.
 #[derive(Default)]
-pub struct Names(HashSet<Arc<str>>);
+pub struct Names {
+    texts: HashSet<Arc<str>>,
+    ports: HashSet<Arc<[u16]>>,
+}
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Namespace {
@@ -80,6 +84,8 @@ pub struct Pod {
     /// In seconds, as it is written; of two pods with one address the younger has it.
     pub created: Box<str>,
     pub addresses: Box<[IpAddr]>,
+    /// That its kubelet connects to.
+    pub probed: Arc<[u16]>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -127,11 +133,20 @@ pub struct Raw(Json);
 
 impl Names {
     pub fn shared(&mut self, text: &str) -> Arc<str> {
-        if let Some(known) = self.0.get(text) {
+        if let Some(known) = self.texts.get(text) {
             return Arc::clone(known);
         }
         let shared: Arc<str> = text.into();
-        self.0.insert(Arc::clone(&shared));
+        self.texts.insert(Arc::clone(&shared));
+        shared
+    }
+
+    pub fn shared_ports(&mut self, ports: &[u16]) -> Arc<[u16]> {
+        if let Some(known) = self.ports.get(ports) {
+            return Arc::clone(known);
+        }
+        let shared: Arc<[u16]> = ports.into();
+        self.ports.insert(Arc::clone(&shared));
         shared
     }
 }
@@ -185,6 +200,8 @@ struct PodSpec {
     node_name: Option<String>,
     service_account_name: Option<String>,
     host_network: Option<bool>,
+    containers: Option<Vec<WireContainer>>,
+    init_containers: Option<Vec<WireContainer>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -222,6 +239,11 @@ impl Trimmed for Pod {
             deleting: wire.metadata.deletion_timestamp.is_some(),
             created: wire.metadata.creation_timestamp.take().unwrap_or_default().into(),
             addresses: addresses.into(),
+            probed: probes::ports(
+                spec.containers.as_deref().unwrap_or_default(),
+                spec.init_containers.as_deref().unwrap_or_default(),
+                names,
+            ),
         };
         wire.metadata.item(names, pod)
     }
