@@ -60,6 +60,8 @@ pub struct EndedProbe {
     pub client: SocketAddr,
     pub server: SocketAddr,
     pub lasted: Duration,
+    /// Whether the pod has taken it.
+    pub established: bool,
     /// How long ago it ended.
     pub ago: Duration,
     /// Bytes of the pod's, and of the kubelet's.
@@ -107,7 +109,11 @@ impl Capture {
         let mut maps = self.maps();
         forget_probed(&mut maps, |key| key.netns == netns && !wanted.contains(&key.port))?;
         for port in wanted {
-            maps.probed_ports.insert(PodPort::new(netns, port), 1, 0).map_err(BpfError::map("PROBED_PORTS"))?;
+            if let Err(source) = maps.probed_ports.insert(PodPort::new(netns, port), 1, 0) {
+                // Half of them would be told of to nobody, and stay.
+                forget_probed(&mut maps, |key| key.netns == netns)?;
+                return Err(BpfError::Map { name: "PROBED_PORTS", source });
+            }
         }
         Ok(())
     }
@@ -152,6 +158,7 @@ fn told(flow: Flow, entry: &KubeletEntry, now: u64) -> EndedProbe {
         client: flow.client.into(),
         server: flow.server.into(),
         lasted: between(entry.opened, entry.closed),
+        established: state != TcpState::SYN_SENT,
         ago: between(entry.closed, now),
         sent: entry.bytes_received.saturating_sub(u64::from(state.fin_received() == Some(true))),
         received: entry.bytes_acked.saturating_sub(1 + u64::from(fin_acked)),
@@ -265,6 +272,7 @@ mod tests {
         let ended = told(flow, &entry, 10_000);
         assert_eq!((ended.sent, ended.received), (20, 10));
         assert_eq!((ended.lasted, ended.ago), (Duration::from_nanos(2_000), Duration::from_nanos(7_000)));
+        assert!(ended.established && !told(flow, &KubeletEntry { state: 2, ..entry }, 10_000).established);
         assert_eq!((ended.client.to_string(), ended.server.port()), ("10.0.0.1:4000".into(), 80));
         assert_eq!(told(flow, &KubeletEntry::default(), 0).received, 0, "it never came to be");
     }

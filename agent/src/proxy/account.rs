@@ -43,7 +43,10 @@ enum End {
     },
     Closed,
     /// The kubelet's own, which the kernel programs have let in and told of so long after its end.
-    Probed(Duration),
+    Probed {
+        ago: Duration,
+        established: bool,
+    },
     Failed {
         reason: &'static str,
         text: String,
@@ -170,10 +173,10 @@ impl Account {
     }
 
     /// It was the kubelet's, and ended a while ago.
-    pub fn probed(mut self, ago: Duration) {
+    pub fn probed(mut self, ago: Duration, established: bool) {
         self.opened(true);
         self.metrics.carried(self.live.direction, Mode::Plaintext, "plaintext", Path::Direct, None);
-        self.end = End::Probed(ago);
+        self.end = End::Probed { ago, established };
     }
 
     pub fn finished(mut self, result: &Result<(), PumpError>) {
@@ -214,7 +217,10 @@ impl Drop for Account {
             }
             End::Refused { reason, text } => ("refused", Some(*reason), text.clone()),
             End::Closed => ("allowed", None, "closed".to_owned()),
-            End::Probed(_) => ("allowed", Some(KUBELET_PROBE), "closed".to_owned()),
+            End::Probed { established, .. } => {
+                let close = if *established { "closed" } else { "the application did not take it" };
+                ("allowed", Some(KUBELET_PROBE), close.to_owned())
+            }
             End::Failed { reason, text } => ("allowed", Some(*reason), text.clone()),
         };
         let (direction, refused) = (self.live.direction, verdict == "refused");
@@ -227,7 +233,7 @@ impl Drop for Account {
         }
         let policy = facts.policy.as_deref();
         self.metrics.ended(direction, &Ended { mode: facts.mode, verdict, reason, policy });
-        let ago = if let End::Probed(ago) = self.end { ago } else { Duration::ZERO };
+        let ago = if let End::Probed { ago, .. } = self.end { ago } else { Duration::ZERO };
         let lasted = self.live.started.elapsed().saturating_sub(ago);
         let duration_ms = u64::try_from(lasted.as_millis()).unwrap_or(u64::MAX);
         // Remembered before it is gone from those that live: who asks for both in this order misses none.

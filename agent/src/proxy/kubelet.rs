@@ -99,5 +99,5 @@ fn record(ctx: &Context, probe: &EndedProbe) {
     });
     live.moved.sent.store(probe.sent, Ordering::Relaxed);
     live.moved.received.store(probe.received, Ordering::Relaxed);
-    account.probed(probe.ago);
+    account.probed(probe.ago, probe.established);
 }
