@@ -3,6 +3,7 @@
 
 mod certificates;
 mod enrol;
+mod kubelet;
 mod view;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
@@ -135,8 +136,10 @@ pub async fn run(dir: PathBuf, levels: Levels, wait: bool) -> Result<(), AppErro
         Some(kubernetes) => Some(Source::open(kubernetes, agent.trust.domains.clone()).await?),
     };
     let enrolment = source.as_ref().map(|source| enrol::Enrolment::open(source, &agent)).transpose()?;
-    let shown_source = source.as_ref().zip(enrolment.clone());
-    let shown_source = shown_source.map(|(source, enrolment)| view::source::Shown::new(source, enrolment));
+    let kubelet = kubelet::Kubelet::find(&agent, &capture)?;
+    let shown_source = source.as_ref().zip(enrolment.clone()).zip(kubelet.clone());
+    let shown_source =
+        shown_source.map(|((source, enrolment), kubelet)| view::source::Shown::new(source, enrolment, kubelet));
     let state = State::new(loaded.snapshot);
     let proxy = Proxy::new(Parts {
         state: state.clone(),
@@ -184,6 +187,9 @@ pub async fn run(dir: PathBuf, levels: Levels, wait: bool) -> Result<(), AppErro
             cni::server::serve(listener, socket, enroller, stopped).await;
             Ok(())
         });
+    }
+    if let Some(kubelet) = kubelet {
+        tokio::spawn(kubelet.run());
     }
     servers.spawn({
         let (proxy, source) = (proxy.clone(), shown_source.clone());

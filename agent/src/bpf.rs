@@ -16,8 +16,8 @@ use std::{
 
 use aya::{Ebpf, maps::MapError};
 use marline_common::{
-    Address, Counter, Endpoint, MAX_ADDRESSES, MAX_CLIENTS, MAX_DIRECT, MAX_ORIGINS, MAX_PODS, MAX_REFUSED, POD_READY,
-    POD_REFUSED, PodEndpoint, PodEntry,
+    Address, Counter, Endpoint, MAX_ADDRESSES, MAX_CLIENTS, MAX_DIRECT, MAX_KUBELET, MAX_ORIGINS, MAX_PODS,
+    MAX_PROBED_PORTS, MAX_REFUSED, POD_READY, POD_REFUSED, PodEndpoint, PodEntry,
 };
 
 mod direct;
@@ -25,6 +25,7 @@ mod entries;
 mod error;
 pub mod facts;
 mod hooks;
+mod kubelet;
 mod load;
 mod log;
 mod pins;
@@ -36,6 +37,7 @@ pub use direct::Gate;
 use entries::{absent_is_fine, addresses_of, close_all, forget_address, forget_listeners, forget_mapped};
 pub use error::BpfError;
 pub use facts::{Hook, PodNetns};
+pub use kubelet::{EndedProbe, KubeletFault};
 use load::Maps;
 use pins::{Pins, inbound_link};
 
@@ -243,6 +245,7 @@ impl Capture {
             forget_address(&mut maps, &address)?;
         }
         forget_mapped(&mut maps, Some(netns))?;
+        kubelet::forget_probed(&mut maps, |key| key.netns == netns)?;
         absent_is_fine(maps.pods.remove(&netns)).map_err(BpfError::map("PODS"))
     }
 
@@ -297,7 +300,7 @@ impl Capture {
     }
 
     /// How many entries the maps hold now and have room for, by the map's name. Goes through all of them.
-    pub fn occupancy(&self) -> [(&'static str, u64, u64); 6] {
+    pub fn occupancy(&self) -> [(&'static str, u64, u64); 8] {
         fn count<K>(keys: impl Iterator<Item = Result<K, MapError>>) -> u64 {
             keys.filter(Result::is_ok).count() as u64
         }
@@ -309,6 +312,8 @@ impl Capture {
             ("clients", count(maps.clients.keys()), MAX_CLIENTS.into()),
             ("refused", count(maps.refused.keys()), MAX_REFUSED.into()),
             ("direct", count(maps.direct_facts.keys()), MAX_DIRECT.into()),
+            ("probed_ports", count(maps.probed_ports.keys()), MAX_PROBED_PORTS.into()),
+            ("kubelet", count(maps.kubelet.keys()), MAX_KUBELET.into()),
         ]
     }
 

@@ -38,6 +38,7 @@ pub mod handshake;
 mod hooks;
 pub mod identify;
 mod inbound;
+mod kubelet;
 pub mod offload;
 mod outbound;
 mod pod;
@@ -96,6 +97,8 @@ pub struct Context {
     served: Mutex<HashMap<NetnsCookie, PathBuf>>,
     /// The namespaces whose pods are ready.
     captured: Mutex<HashMap<NetnsCookie, PodNetns>>,
+    /// Which ports the kubelet is let in at.
+    declared: kubelet::Declared,
     /// As they were found last.
     hooks: Mutex<Vec<Hook>>,
 }
@@ -151,6 +154,7 @@ impl Proxy {
             pods_changed: watch::Sender::new(0),
             served: Mutex::default(),
             captured: Mutex::default(),
+            declared: Mutex::default(),
             hooks: Mutex::default(),
         };
         Self { ctx: Arc::new(ctx), pods: Arc::default(), closed: Arc::default() }
@@ -161,6 +165,7 @@ impl Proxy {
         tokio::spawn(vital(watchdog::run(self.ctx.clone())));
         tokio::spawn(vital(hooks::run(self.ctx.clone())));
         tokio::spawn(vital(direct::run(self.ctx.clone())));
+        tokio::spawn(vital(kubelet::run(self.ctx.clone())));
         let mut changes = self.ctx.state.subscribe();
         let mut trust = self.ctx.identities.trust_store().subscribe();
         let mut strangers = true;
@@ -168,6 +173,7 @@ impl Proxy {
             self.reevaluate();
             strangers = strangers && !self.forget_strangers();
             self.reconcile().await;
+            kubelet::follow(&self.ctx);
             self.ctx.pods_changed.send_modify(|count| *count += 1);
             let changed = tokio::select! {
                 changed = changes.changed() => changed,
@@ -252,6 +258,10 @@ impl Proxy {
                     }
                 }
                 lock(&self.closed).extend(closed);
+                if let Err(error) = self.ctx.capture.retain_probes(|cookie| wanted.contains(&cookie)) {
+                    tracing::error!("what an earlier agent let the kubelet in for stays: {}", with_causes(&error));
+                    return false;
+                }
                 true
             }
             (Err(error), _) => {

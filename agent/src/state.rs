@@ -5,7 +5,7 @@
 pub mod explain;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
@@ -60,6 +60,8 @@ pub struct Snapshot {
     pub local: Vec<Arc<LocalPod>>,
     /// Namespaces that are to be as they were left: of pods that are in the mesh no more and may have processes still. Sorted.
     pub closed: Vec<PathBuf>,
+    /// Ports of local pods, by their namespaces, that the node's kubelet probes: it is let in there, whatever policy says.
+    pub probes: BTreeMap<PathBuf, Arc<[u16]>>,
     /// Some pod of the mesh is here and nobody knows in which namespace: it could be any that an earlier agent has closed.
     pub unplaced: bool,
     /// Set by `State`; grows by one with each replacement.
@@ -104,6 +106,7 @@ impl Snapshot {
             trust_domains: trust_domains.into(),
             local,
             closed: Vec::new(),
+            probes: BTreeMap::new(),
             unplaced: false,
             generation: 0,
             workloads,
@@ -233,6 +236,7 @@ impl Snapshot {
             && self.trust_domains == other.trust_domains
             && self.local == other.local
             && self.closed == other.closed
+            && self.probes == other.probes
             && self.unplaced == other.unplaced
             && self.workloads == other.workloads
             && self.services == other.services

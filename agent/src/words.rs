@@ -57,6 +57,9 @@ impl Path {
     }
 }
 
+/// The reason by which a connection is told that was let in because it was the kubelet's own, and not by a policy.
+pub const KUBELET_PROBE: &str = "kubelet_probe";
+
 /// One end, as far as it is known.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {

@@ -60,6 +60,10 @@ counters! {
     /// Segments that TCP has to send again, which speaks against nobody: the socket was released while they were on their way, or
     /// one before them was lost on its way to the gate.
     DirectHeldBack = "direct_held_back",
+    /// The kubelet's SYNs for a port that the pod declares in a probe: they go to the application, past the agent.
+    KubeletAdmitted = "kubelet_admitted",
+    /// The kubelet connects to such a port and cannot be followed: it is refused as anybody's plaintext would be.
+    KubeletLost = "kubelet_lost",
 }
 
 const _: () = assert!(Counter::ALL.len() <= crate::MAX_COUNTERS as usize);

@@ -69,7 +69,7 @@ pub struct DirectFacts {
 
 pub const MAX_DIRECT_FACTS: usize = 2044;
 
-/// A port of a pod, in network byte order. The key of `MAPPED_PORTS`.
+/// A port of a pod, in network byte order. The key of `MAPPED_PORTS` and `PROBED_PORTS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PodPort {

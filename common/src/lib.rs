@@ -8,11 +8,13 @@ mod address;
 mod counter;
 mod direct;
 pub mod framing;
+mod kubelet;
 mod limits;
 
 pub use address::{Address, Endpoint};
 pub use counter::Counter;
 pub use direct::*;
+pub use kubelet::*;
 pub use limits::*;
 
 /// A network namespace, as the kernel numbers it: unique until the next boot, never reused. The name of a pod in every map.
@@ -97,4 +99,5 @@ mod user {
     }
     pod!(NetnsCookie, PodEntry, PodEndpoint, PodPort, Origin, Address, Endpoint);
     pod!(DirectEntry, GateEntry, Transcript, DirectFacts);
+    pod!(Flow, KubeletEntry);
 }

@@ -15,6 +15,10 @@ pub const MAX_REFUSED: u32 = 16384;
 pub const MAX_PROBES: u32 = 1024;
 /// Ports whose IPv4 clients are given to the v4-mapped listener. Beyond it they are not, and are served through the proxy.
 pub const MAX_MAPPED_PORTS: u32 = 16384;
+/// Ports that pods of the node declare in probes. Beyond it the kubelet's probes of those ports are refused.
+pub const MAX_PROBED_PORTS: u32 = 16384;
+/// The kubelet's connections to such ports. The least recent go first, and are refused then.
+pub const MAX_KUBELET: u32 = 16384;
 /// Direct connections whose facts are kept for the agent's successor. Beyond it connections are not made direct.
 pub const MAX_DIRECT: u32 = 65536;
 /// Slots for counters: more than there are, so that a version with more of them can adopt the maps of its predecessor.

@@ -10,6 +10,7 @@ use marline_common::{Address, Counter};
 use crate::{
     context::{IPPROTO_TCP, IPPROTO_UDP, LOOPBACK_IFINDEX, read, read_pointer},
     direct::{self, Standing},
+    kubelet,
     maps::{ADDRESSES, AGENT_CGROUP, COUNTERS},
 };
 
@@ -29,6 +30,8 @@ pub(crate) fn count(counter: Counter) {
 
 /// TCP of an enrolled pod stays in the pod: it goes to the agent's listeners or to the pod's own services. This holds also for
 /// sockets that the connect hooks never saw: those connected before enrolment, and whatever finds another way to connect.
+///
+/// What answers the kubelet's own connections is let out: see `kubelet`.
 ///
 /// A socket that the agent connected is judged by `direct`, wherever its packets go.
 ///
@@ -69,15 +72,18 @@ pub fn egress(ctx: SkBuffContext) -> i32 {
         }
         _ => return PASS,
     };
-    // SAFETY: the value is not read.
-    if unsafe { ADDRESSES.get(source) }.is_none() {
+    // SAFETY: the value is one aligned word, read whole.
+    let Some(netns) = (unsafe { ADDRESSES.get(source) }).copied() else {
         return PASS;
-    }
+    };
     if protocol == IPPROTO_UDP {
         count(Counter::UdpPassed);
         return PASS;
     }
     if protocol != IPPROTO_TCP && !of_tcp_socket(&ctx) {
+        return PASS;
+    }
+    if kubelet::is_answer(&ctx, netns, source) {
         return PASS;
     }
     count(Counter::EgressDropped);

@@ -21,6 +21,24 @@ macro_rules! read {
     }};
 }
 
+/// Reads a 64-bit field of a context structure.
+macro_rules! read64 {
+    ($pointer:ident as $type:ty, $field:ident) => {{
+        let value: u64;
+        // SAFETY: as for `read!`.
+        unsafe {
+            core::arch::asm!(
+                "{value} = *(u64 *)({pointer} + {offset})",
+                value = out(reg) value,
+                pointer = in(reg) $pointer,
+                offset = const core::mem::offset_of!($type, $field),
+                options(nostack, readonly),
+            );
+        }
+        value
+    }};
+}
+
 /// Reads the pointer that a context structure holds in this field.
 macro_rules! read_pointer {
     ($pointer:ident as $type:ty, $field:ident) => {{
@@ -70,7 +88,7 @@ macro_rules! write {
     }};
 }
 
-pub(crate) use {read, read_address6, read_pointer, write};
+pub(crate) use {read, read_address6, read_pointer, read64, write};
 
 pub(crate) const AF_INET: u32 = 2;
 pub(crate) const SOCK_STREAM: u32 = 1;

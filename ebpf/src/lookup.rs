@@ -8,6 +8,7 @@ use marline_common::{Address, Counter, Endpoint, POD_READY, PodEndpoint, PodPort
 use crate::{
     account::count,
     context::{AF_INET, IPPROTO_TCP, LOOPBACK_IFINDEX, read, read_address6},
+    kubelet,
     maps::{ADDRESSES, LISTENERS, LISTENERS_MAPPED, MAPPED_PORTS, PODS, PROBES},
 };
 
@@ -47,9 +48,15 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
     if unsafe { ADDRESSES.get(remote) } == Some(&netns) {
         return PASS;
     }
+    let port = (read!(lookup as bpf_sk_lookup, local_port) as u16).to_be();
+    // Also to a pod that no agent serves: a container shall not be restarted for the agent's sake.
+    let client = Endpoint::new(remote, read!(lookup as bpf_sk_lookup, remote_port) as u16);
+    if kubelet::admits(netns, client, Endpoint::new(local, port)) {
+        count(Counter::KubeletAdmitted);
+        return PASS;
+    }
     // SAFETY: only the state is used, one aligned word.
     let ready = unsafe { PODS.get(netns) }.is_some_and(|pod| pod.state == POD_READY);
-    let port = (read!(lookup as bpf_sk_lookup, local_port) as u16).to_be();
     if !ready {
         let probe = PodEndpoint::new(netns, Endpoint::new(local, port));
         // SAFETY: the value is not read.

@@ -7,8 +7,9 @@ use aya_ebpf::{
     maps::{HashMap, LruHashMap, PerCpuArray, SockHash},
 };
 use marline_common::{
-    Address, DirectEntry, DirectFacts, Endpoint, GateEntry, MAX_ADDRESSES, MAX_CLIENTS, MAX_COUNTERS, MAX_DIRECT,
-    MAX_MAPPED_PORTS, MAX_ORIGINS, MAX_PODS, MAX_PROBES, MAX_REFUSED, NetnsCookie, Origin, PodEndpoint, PodEntry,
+    Address, DirectEntry, DirectFacts, Endpoint, Flow, GateEntry, KubeletEntry, MAX_ADDRESSES, MAX_CLIENTS,
+    MAX_COUNTERS, MAX_DIRECT, MAX_KUBELET, MAX_MAPPED_PORTS, MAX_ORIGINS, MAX_PODS, MAX_PROBED_PORTS, MAX_PROBES,
+    MAX_REFUSED, NetnsCookie, Origin, PodEndpoint, PodEntry,
     PodPort, SocketEntry, Transcript,
 };
 
@@ -75,6 +76,18 @@ pub(crate) static DIRECT_FACTS: HashMap<u64, DirectFacts> = HashMap::with_max_en
 /// next agent brings its own.
 #[unsafe(no_mangle)]
 pub(crate) static AGENT_CGROUP: Global<u64> = Global::new(0);
+
+/// The node's own network namespace, where the kubelet is. Set when the programs are loaded.
+#[unsafe(no_mangle)]
+pub(crate) static NODE_NETNS: Global<u64> = Global::new(0);
+
+/// The ports of pods that their objects declare in probes. Written by the agent.
+#[map]
+pub(crate) static PROBED_PORTS: HashMap<PodPort, u32> = HashMap::with_max_entries(MAX_PROBED_PORTS, BPF_F_NO_PREALLOC);
+
+/// The kubelet's connections to them. Written by `kubelet`; the agent takes out what has ended.
+#[map]
+pub(crate) static KUBELET: LruHashMap<Flow, KubeletEntry> = LruHashMap::with_max_entries(MAX_KUBELET, 0);
 
 #[map]
 pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_COUNTERS, 0);

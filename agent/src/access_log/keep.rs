@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::Record;
 use crate::{
     config::{AccessLogConfig, AccessLogFilter},
-    words::{Endpoint, Mode, Path},
+    words::{Endpoint, KUBELET_PROBE, Mode, Path},
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub(super) fn judge(config: &AccessLogConfig, record: &Record<'_>, drawn: f64) -
 
 /// Whether it was let through and ended in order: all else is worth a line always.
 fn is_well(record: &Record<'_>) -> bool {
-    record.verdict == "allowed" && record.reason.is_none()
+    record.verdict == "allowed" && record.reason.is_none_or(|reason| reason == KUBELET_PROBE)
 }
 
 fn passes(filter: &AccessLogFilter, record: &Record<'_>) -> bool {

@@ -156,6 +156,15 @@ pub struct Source {
     /// Why pods start without the CNI plugin, if they do and this agent looks at it.
     #[serde(default)]
     pub cni_fault: Option<String>,
+    /// The kubelet's cgroup, by which its probes are known.
+    #[serde(default)]
+    pub kubelet: Option<PathBuf>,
+    /// Why its probes are refused as anybody's plaintext would be, if they are.
+    #[serde(default)]
+    pub kubelet_fault: Option<String>,
+    /// How many pods of this node declare ports for it.
+    #[serde(default)]
+    pub probed: usize,
     /// Objects that cannot be read, and deny until they can.
     pub errors: Vec<String>,
     pub warnings: Vec<String>,

@@ -88,7 +88,9 @@ impl Gathered {
 impl View for Gathered {
     fn ready(&self) -> Result<(), String> {
         self.about.source.as_ref().map_or(Ok(()), source::Shown::is_known)?;
-        self.proxy.ready()
+        self.proxy.ready()?;
+        let snapshot = self.proxy.context().state.load();
+        self.about.source.as_ref().map_or(Ok(()), |source| source.probes_fail(&snapshot))
     }
 
     fn metrics(&self) -> String {

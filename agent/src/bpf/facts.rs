@@ -97,7 +97,7 @@ impl Capture {
     }
 
     /// The number that the kernel has given to the program that this agent loaded.
-    fn program_id(&self, name: &str) -> Option<u32> {
+    pub(super) fn program_id(&self, name: &str) -> Option<u32> {
         let ebpf = self.0.ebpf.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         ebpf.program(name)?.info().ok().map(|info| info.id())
     }

@@ -10,9 +10,9 @@ use aya::{
     },
 };
 use marline_common::{
-    Address, DirectEntry, DirectFacts, Endpoint, GateEntry, MAX_ADDRESSES, MAX_CLIENTS, MAX_COUNTERS, MAX_DIRECT,
-    MAX_MAPPED_PORTS, MAX_ORIGINS, MAX_PODS, MAX_PROBES, MAX_REFUSED, Origin, PodEndpoint, PodEntry, PodPort,
-    SocketEntry, Transcript,
+    Address, DirectEntry, DirectFacts, Endpoint, Flow, GateEntry, KubeletEntry, MAX_ADDRESSES, MAX_CLIENTS,
+    MAX_COUNTERS, MAX_DIRECT, MAX_KUBELET, MAX_MAPPED_PORTS, MAX_ORIGINS, MAX_PODS, MAX_PROBED_PORTS, MAX_PROBES,
+    MAX_REFUSED, Origin, PodEndpoint, PodEntry, PodPort, SocketEntry, Transcript,
 };
 
 use super::{error::BpfError, log, pins::Pins};
@@ -23,11 +23,12 @@ static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/marline
 pub(super) const ADDRESS_HOOKS: [&str; 6] =
     ["connect4", "connect6", "getpeername4", "getpeername6", "getsockname4", "getsockname6"];
 pub(super) const INBOUND: &str = "inbound";
+pub(super) const KUBELET: &str = "kubelet";
 
 /// The shape of a map that outlives its agent: name, type, size of key and value, capacity.
 type Layout = (&'static str, MapType, usize, usize, u32);
 
-const PINNED: [Layout; 15] = [
+const PINNED: [Layout; 17] = [
     ("PODS", MapType::Hash, size_of::<NetnsCookie>(), size_of::<PodEntry>(), MAX_PODS),
     ("ADDRESSES", MapType::Hash, size_of::<Address>(), size_of::<NetnsCookie>(), MAX_ADDRESSES),
     ("LISTENERS", MapType::SockHash, size_of::<Address>(), size_of::<u32>(), MAX_ADDRESSES),
@@ -42,6 +43,8 @@ const PINNED: [Layout; 15] = [
     ("GATES", MapType::SkStorage, size_of::<u32>(), size_of::<GateEntry>(), 0),
     ("TRANSCRIPTS", MapType::SkStorage, size_of::<u32>(), size_of::<Transcript>(), 0),
     ("DIRECT_FACTS", MapType::Hash, size_of::<u64>(), size_of::<DirectFacts>(), MAX_DIRECT),
+    ("PROBED_PORTS", MapType::Hash, size_of::<PodPort>(), size_of::<u32>(), MAX_PROBED_PORTS),
+    ("KUBELET", MapType::LruHash, size_of::<Flow>(), size_of::<KubeletEntry>(), MAX_KUBELET),
     ("COUNTERS", MapType::PerCpuArray, size_of::<u32>(), size_of::<u64>(), MAX_COUNTERS),
 ];
 
@@ -60,6 +63,8 @@ pub(super) struct Maps {
     pub(super) gates: SkStorage<MapData, GateEntry>,
     pub(super) transcripts: SkStorage<MapData, Transcript>,
     pub(super) direct_facts: HashMap<MapData, u64, DirectFacts>,
+    pub(super) probed_ports: HashMap<MapData, PodPort, u32>,
+    pub(super) kubelet: HashMap<MapData, Flow, KubeletEntry>,
     pub(super) counters: PerCpuArray<MapData, u64>,
 }
 
@@ -74,9 +79,11 @@ pub(super) fn load(pins: &Pins, own: Option<u64>) -> Result<Ebpf, BpfError> {
     }
     // No cgroup has the id 0.
     let (level, own) = (log::level(), own.unwrap_or_default());
+    let node = Netns::current().map_err(BpfError::Socket)?.cookie().0;
     let mut loader = EbpfLoader::new();
     // Nothing is relocated against the kernel's own types.
     loader.btf(None).override_global("AYA_LOG_LEVEL", &level, true).override_global("AGENT_CGROUP", &own, true);
+    loader.override_global("NODE_NETNS", &node, true);
     for (name, ..) in PINNED {
         loader.map_pin_path(name, pins.map(name));
     }
@@ -84,7 +91,9 @@ pub(super) fn load(pins: &Pins, own: Option<u64>) -> Result<Ebpf, BpfError> {
     for name in ADDRESS_HOOKS {
         program::<CgroupSockAddr>(&mut ebpf, name)?.load().map_err(failed(name))?;
     }
-    program::<SockOps>(&mut ebpf, "connecting")?.load().map_err(failed("connecting"))?;
+    for name in ["connecting", KUBELET] {
+        program::<SockOps>(&mut ebpf, name)?.load().map_err(failed(name))?;
+    }
     program::<CgroupSock>(&mut ebpf, "create")?.load().map_err(failed("create"))?;
     program::<CgroupSkb>(&mut ebpf, "egress")?.load().map_err(failed("egress"))?;
     program::<SkLookup>(&mut ebpf, INBOUND)?.load().map_err(failed(INBOUND))?;
@@ -107,6 +116,8 @@ pub(super) fn maps(ebpf: &mut Ebpf) -> Result<Maps, BpfError> {
         gates: take(ebpf, "GATES")?.try_into().map_err(BpfError::map("GATES"))?,
         transcripts: take(ebpf, "TRANSCRIPTS")?.try_into().map_err(BpfError::map("TRANSCRIPTS"))?,
         direct_facts: hash(ebpf, "DIRECT_FACTS")?,
+        probed_ports: hash(ebpf, "PROBED_PORTS")?,
+        kubelet: hash(ebpf, "KUBELET")?,
         counters: take(ebpf, "COUNTERS")?.try_into().map_err(BpfError::map("COUNTERS"))?,
     })
 }
@@ -139,6 +150,15 @@ pub(super) fn attach_cgroup(ebpf: &mut Ebpf, pins: &Pins, cgroup: &File, path: &
         pins.replace_link(name, fd_link(name, path, link.try_into())?)?;
     }
     Ok(())
+}
+
+/// Attaches the hook that sees the kubelet connect.
+pub(super) fn attach_kubelet(ebpf: &mut Ebpf, pins: &Pins, cgroup: &File, path: &Path) -> Result<(), BpfError> {
+    let attached = |source| BpfError::Attach { name: KUBELET, target: path.to_path_buf(), source };
+    let hook = program::<SockOps>(ebpf, KUBELET)?;
+    let id = hook.attach(cgroup, CgroupAttachMode::Single).map_err(attached)?;
+    let link = hook.take_link(id).map_err(attached)?;
+    pins.replace_link(KUBELET, fd_link(KUBELET, path, link.try_into())?)
 }
 
 /// Attaches the inbound hook to a pod's namespace.

@@ -43,6 +43,8 @@ pub struct KubernetesConfig {
     pub node_name: Option<String>,
     /// For development outside of a cluster; in one, the pod's service account.
     pub kubeconfig: Option<PathBuf>,
+    /// The cgroup2 directory that has the kubelet and nobody else, if it is not where it usually is.
+    pub kubelet_cgroup: Option<PathBuf>,
     pub cni: CniConfig,
 }
 
@@ -309,9 +311,10 @@ fn read_kubernetes(dir: &Path, spec: &mut Fields<'_>, report: &mut Report) -> Op
     let mut fields = spec.fields(report, "kubernetes")?;
     let node_name = fields.text(report, "nodeName").filter(|name| !name.is_empty()).map(str::to_owned);
     let kubeconfig = fields.text(report, "kubeconfig").map(|path| dir.join(path));
+    let kubelet_cgroup = fields.text(report, "kubeletCgroup").map(|path| dir.join(path));
     let cni = read_cni(dir, &mut fields, report);
     fields.finish(report, Unknown::Error);
-    Some(KubernetesConfig { node_name, kubeconfig, cni })
+    Some(KubernetesConfig { node_name, kubeconfig, kubelet_cgroup, cni })
 }
 
 fn read_cni(dir: &Path, kubernetes: &mut Fields<'_>, report: &mut Report) -> CniConfig {

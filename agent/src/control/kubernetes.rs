@@ -9,6 +9,7 @@ mod health;
 mod model;
 mod objects;
 mod places;
+mod probes;
 mod roster;
 mod services;
 mod store;

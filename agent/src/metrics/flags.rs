@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Serialize, Serializer};
 
-use crate::words::Direction;
+use crate::words::{Direction, KUBELET_PROBE};
 
 macro_rules! flags {
     ($($(#[doc = $doc:literal])+ $flag:ident = $text:literal,)+) => {
@@ -71,7 +71,7 @@ impl ResponseFlags {
             "no_svid" if outbound => Self::UpstreamFailure,
             "capture" | "tls_config" | "ktls_required" | "offload" | "no_svid" | "cannot_rekey" | "record_limit"
             | "no_pipe" | "abandoned" => Self::LocalReset,
-            "unobserved" => Self::None,
+            "unobserved" | KUBELET_PROBE => Self::None,
             // What is left are handshakes that failed.
             _ if outbound => Self::UpstreamFailure,
             "truncated" | "io" => Self::DownstreamTermination,

@@ -77,7 +77,7 @@ impl Latest {
 
 /// Whether an event is that a connection or packet was not let through, and not one of traffic.
 fn is_refusal(event: &str) -> bool {
-    !["outbound_redirected", "inbound_steered", "udp_passed", "direct_held_back"].contains(&event)
+    !["outbound_redirected", "inbound_steered", "udp_passed", "direct_held_back", "kubelet_admitted"].contains(&event)
 }
 
 impl Collector for Latest {

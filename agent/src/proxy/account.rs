@@ -1,7 +1,10 @@
 //! One record per connection, written when its account is dropped, whatever the way it ended: to the metrics and to the access
 //! log. The facts are gathered by the stages as they learn them.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use super::{
     Context,
@@ -15,7 +18,7 @@ use crate::{
     access_log::{AccessLog, Record},
     metrics::{Ended, Metrics, Progress, ResponseFlags, Seen},
     state::State,
-    words::{Direction, Endpoint, Mode, Path, with_causes},
+    words::{Direction, Endpoint, KUBELET_PROBE, Mode, Path, with_causes},
 };
 
 pub struct Account {
@@ -39,6 +42,11 @@ enum End {
         text: String,
     },
     Closed,
+    /// The kubelet's own, which the kernel programs have let in and told of so long after its end.
+    Probed {
+        ago: Duration,
+        established: bool,
+    },
     Failed {
         reason: &'static str,
         text: String,
@@ -164,6 +172,13 @@ impl Account {
         self.end = End::Refused { reason, text };
     }
 
+    /// It was the kubelet's, and ended a while ago.
+    pub fn probed(mut self, ago: Duration, established: bool) {
+        self.opened(true);
+        self.metrics.carried(self.live.direction, Mode::Plaintext, "plaintext", Path::Direct, None);
+        self.end = End::Probed { ago, established };
+    }
+
     pub fn finished(mut self, result: &Result<(), PumpError>) {
         self.end = match result {
             Ok(()) => End::Closed,
@@ -202,6 +217,10 @@ impl Drop for Account {
             }
             End::Refused { reason, text } => ("refused", Some(*reason), text.clone()),
             End::Closed => ("allowed", None, "closed".to_owned()),
+            End::Probed { established, .. } => {
+                let close = if *established { "closed" } else { "the application did not take it" };
+                ("allowed", Some(KUBELET_PROBE), close.to_owned())
+            }
             End::Failed { reason, text } => ("allowed", Some(*reason), text.clone()),
         };
         let (direction, refused) = (self.live.direction, verdict == "refused");
@@ -214,7 +233,9 @@ impl Drop for Account {
         }
         let policy = facts.policy.as_deref();
         self.metrics.ended(direction, &Ended { mode: facts.mode, verdict, reason, policy });
-        let duration_ms = u64::try_from(self.live.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let ago = if let End::Probed { ago, .. } = self.end { ago } else { Duration::ZERO };
+        let lasted = self.live.started.elapsed().saturating_sub(ago);
+        let duration_ms = u64::try_from(lasted.as_millis()).unwrap_or(u64::MAX);
         // Remembered before it is gone from those that live: who asks for both in this order misses none.
         self.connections.remember(connections::Ended {
             id: self.live.id,
@@ -232,7 +253,7 @@ impl Drop for Account {
         self.connections.close(&self.live);
         self.log.write(&Record {
             time: self.live.since,
-            end: SystemTime::now(),
+            end: SystemTime::now().checked_sub(ago).unwrap_or(self.live.since),
             direction: self.live.direction,
             source: &facts.source,
             destination: &facts.destination,

@@ -22,7 +22,7 @@ use super::{
     connections::lock,
     direct::{Enrolled, Turns},
     identify::ClientAddr,
-    inbound, outbound,
+    inbound, kubelet, outbound,
     pool::Pool,
 };
 use crate::{
@@ -229,6 +229,7 @@ async fn serve(
     let addresses = &local.workload.addresses;
     ctx.capture.refuse(&netns)?;
     ctx.capture.cover(&netns, addresses, |owner| lock(&ctx.served).contains_key(&owner))?;
+    kubelet::declare(ctx, netns.cookie(), &local.netns);
     let id = &local.workload.id;
     tokio::select! {
         () = ctx.identities.until_held(id) => {}

@@ -289,6 +289,7 @@ impl Bed {
         let config = KubernetesConfig {
             node_name: Some("node-a".into()),
             kubeconfig: Some(dir.path().join("kubeconfig")),
+            kubelet_cgroup: None,
             cni: CniConfig::default(),
         };
         let mut source = Source::open(&config, TrustDomains::default()).await.unwrap();

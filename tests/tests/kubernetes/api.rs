@@ -1,4 +1,5 @@
 //! An API server over HTTPS that has objects, lists them and tells watches of every change, in each node's namespace at 127.0.0.1:6443.
+#![allow(dead_code, reason = "each suite uses some of it")]
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -34,7 +35,8 @@ pub const SERVICES: &str = "/api/v1/services";
 pub const NODES: &str = "/api/v1/nodes";
 pub const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
 pub const PEERS: &str = "/apis/security.istio.io/v1/peerauthentications";
-const KINDS: [&str; 6] = [NAMESPACES, PODS, SERVICES, NODES, SLICES, PEERS];
+pub const AUTHORIZATIONS: &str = "/apis/security.istio.io/v1/authorizationpolicies";
+const KINDS: [&str; 7] = [NAMESPACES, PODS, SERVICES, NODES, SLICES, PEERS, AUTHORIZATIONS];
 const PORT: u16 = 6443;
 
 #[derive(Default)]

@@ -1,4 +1,5 @@
 //! What a kubelet, a scheduler and a container runtime do about a pod, by the CNI protocol: the plugin is installed and called as on a node.
+#![allow(dead_code, reason = "each suite uses some of it")]
 
 use std::{
     fs,

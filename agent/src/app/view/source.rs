@@ -7,9 +7,10 @@ use std::{
 
 use crate::{
     admin::status,
-    app::enrol::Enrolment,
+    app::{enrol::Enrolment, kubelet::Kubelet},
     control::kubernetes::{Asked, Health, Source},
     metrics,
+    state::Snapshot,
 };
 
 #[derive(Clone)]
@@ -18,15 +19,17 @@ pub(in crate::app) struct Shown {
     asked: Arc<Asked>,
     node: Arc<str>,
     enrolment: Enrolment,
+    kubelet: Kubelet,
 }
 
 impl Shown {
-    pub(in crate::app) fn new(source: &Source, enrolment: Enrolment) -> Self {
+    pub(in crate::app) fn new(source: &Source, enrolment: Enrolment, kubelet: Kubelet) -> Self {
         Self {
             health: source.health.clone(),
             asked: Arc::clone(source.api.asked()),
             node: Arc::clone(&source.viewpoint.node),
             enrolment,
+            kubelet,
         }
     }
 
@@ -52,8 +55,20 @@ impl Shown {
         }
     }
 
-    pub(super) fn facts(&self) -> status::Source {
-        let report = self.health.report();
+    /// Why pods' probes fail, if pods have any.
+    pub(super) fn probes_fail(&self, snapshot: &Snapshot) -> Result<(), String> {
+        let probed = snapshot.probes.len();
+        match self.kubelet.found() {
+            Err(why) if probed > 0 => Err(format!(
+                "the kubelet's probes of {probed} pods are refused where plaintext is: {why}; set spec.kubernetes.kubeletCgroup to the cgroup2 \
+                 directory that has the kubelet and nothing else"
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn facts(&self, snapshot: &Snapshot) -> status::Source {
+        let (report, kubelet) = (self.health.report(), self.kubelet.found());
         let owned = |texts: Vec<&'static str>| texts.into_iter().map(str::to_owned).collect();
         status::Source {
             node: self.node.to_string(),
@@ -67,6 +82,9 @@ impl Shown {
             host_network: report.facts.host_network,
             late: report.facts.late,
             cni_fault: self.enrolment.fault(),
+            kubelet: kubelet.as_ref().ok().cloned(),
+            kubelet_fault: kubelet.err(),
+            probed: snapshot.probes.len(),
             errors: report.facts.errors,
             warnings: report.facts.warnings,
         }

@@ -121,7 +121,7 @@ pub(super) fn status(shown: &Gathered) -> Value {
             warnings: last.warnings,
             restart: last.restart,
         },
-        source: about.source.as_ref().map(super::source::Shown::facts),
+        source: about.source.as_ref().map(|source| source.facts(&snapshot)),
         listeners: Listeners { admin: agent.admin, metrics: agent.metrics, readiness: agent.readiness },
     })
 }

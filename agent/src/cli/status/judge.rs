@@ -300,6 +300,7 @@ fn source(source: &Source) -> Vec<Check> {
         let text = format!("the CNI plugin is missing: {why}");
         checks.push(Check::fail(NAME, text, "run marline cni install, with --watch to keep it there"));
     }
+    checks.extend(kubelet(source));
     if !source.host_network.is_empty() {
         let text = format!("left alone, as they have the node's own network: {}", named(&source.host_network));
         checks.push(Check::ok(NAME, text));
@@ -309,6 +310,28 @@ fn source(source: &Source) -> Vec<Check> {
         checks.push(Check::warn(NAME, text, "marline status --json has all"));
     }
     checks
+}
+
+/// Whether its probes reach pods that take no other plaintext.
+fn kubelet(source: &Source) -> Option<Check> {
+    const NAME: &str = "kubelet";
+    let way_out = "set spec.kubernetes.kubeletCgroup to the directory in cgroup2 that has the kubelet and nothing else (see /proc/PID/cgroup of \
+                   the kubelet); the agent looks again by itself";
+    match (&source.kubelet_fault, &source.kubelet, source.probed) {
+        (Some(why), _, 0) => {
+            let text = format!("its probes would be refused, and no pod here declares one: {why}");
+            Some(Check::warn(NAME, text, way_out))
+        }
+        (Some(why), _, pods) => {
+            let text = format!("its probes of {pods} pods are refused where plaintext is: {why}");
+            Some(Check::fail(NAME, text, way_out))
+        }
+        (None, Some(cgroup), pods) => {
+            let text = format!("{pods} pods declare ports for its probes, which are known by {}", cgroup.display());
+            Some(Check::ok(NAME, text))
+        }
+        (None, None, _) => None,
+    }
 }
 
 fn maps(status: &Status) -> Check {

@@ -4,7 +4,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{HashMap, HashSet, hash_map::Entry},
+    collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -70,15 +70,16 @@ pub fn compile(model: &mut Model, viewpoint: &Viewpoint, places: &Places) -> (Sn
     let virtual_addresses: HashSet<IpAddr> = services.iter().flat_map(|service| service.addresses.clone()).collect();
     let taken = |address: IpAddr| by_address.contains_key(&address) || virtual_addresses.contains(&address);
 
-    let mut local = Vec::new();
+    let (mut local, mut probes) = (Vec::new(), BTreeMap::new());
     for (key, uid, workload) in workloads.iter().filter(|(_, _, workload)| workload.in_mesh) {
-        if model.pods.get(key).is_none_or(|pod| pod.node != viewpoint.node) {
-            continue;
-        }
+        let Some(pod) = model.pods.get(key).filter(|pod| pod.node == viewpoint.node) else { continue };
         match places.of(uid) {
             Some(place) => {
                 if place.late {
                     facts.late.push(name(key));
+                }
+                if !pod.probed.is_empty() {
+                    probes.insert(place.netns.clone(), Arc::clone(&pod.probed));
                 }
                 local.push(Arc::new(LocalPod {
                     workload: Arc::clone(workload),
@@ -118,6 +119,7 @@ pub fn compile(model: &mut Model, viewpoint: &Viewpoint, places: &Places) -> (Sn
     snapshot.warnings = [facts.errors.clone(), facts.warnings.clone()].concat();
     snapshot.sources = sources(model);
     (snapshot.closed, snapshot.unplaced) = (closed, !facts.not_captured.is_empty());
+    snapshot.probes = probes;
     (snapshot, facts)
 }
 

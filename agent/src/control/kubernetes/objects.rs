@@ -10,6 +10,7 @@ use std::{
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value as Json;
 
+use super::probes::{self, WireContainer};
 use crate::{
     config::{Object, ObjectKind},
     policy::Labels,
@@ -53,11 +54,12 @@ pub trait Trimmed: Sized + Send + 'static {
     fn trim(wire: Self::Wire, names: &mut Names) -> Option<Item<Self>>;
 }
 
-/// What many objects have in common: namespaces, service accounts, nodes and their addresses.
+/// What many objects have in common: namespaces, service accounts, nodes and their addresses, and lists of ports.
 #[derive(Default)]
 pub struct Names {
     texts: HashSet<Arc<str>>,
     addresses: HashSet<Arc<[IpAddr]>>,
+    ports: HashSet<Arc<[u16]>>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -85,6 +87,8 @@ pub struct Pod {
     pub addresses: Box<[IpAddr]>,
     /// Its node's, as the kubelet tells them.
     pub host_addresses: Arc<[IpAddr]>,
+    /// That its kubelet connects to.
+    pub probed: Arc<[u16]>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -166,6 +170,15 @@ impl Names {
         self.addresses.insert(Arc::clone(&shared));
         shared
     }
+
+    pub fn shared_ports(&mut self, ports: &[u16]) -> Arc<[u16]> {
+        if let Some(known) = self.ports.get(ports) {
+            return Arc::clone(known);
+        }
+        let shared: Arc<[u16]> = ports.into();
+        self.ports.insert(Arc::clone(&shared));
+        shared
+    }
 }
 
 impl Metadata {
@@ -217,6 +230,8 @@ struct PodSpec {
     node_name: Option<String>,
     service_account_name: Option<String>,
     host_network: Option<bool>,
+    containers: Option<Vec<WireContainer>>,
+    init_containers: Option<Vec<WireContainer>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -262,6 +277,11 @@ impl Trimmed for Pod {
             created: wire.metadata.creation_timestamp.take().unwrap_or_default().into(),
             addresses: addresses.into(),
             host_addresses: names.shared_addresses(&all(&status.host_ip, &status.host_ips)),
+            probed: probes::ports(
+                spec.containers.as_deref().unwrap_or_default(),
+                spec.init_containers.as_deref().unwrap_or_default(),
+                names,
+            ),
         };
         wire.metadata.item(names, pod)
     }

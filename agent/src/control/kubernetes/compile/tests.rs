@@ -185,6 +185,37 @@ fn a_pod_is_captured_when_it_is_told_where_it_runs_by_its_uid() {
 }
 
 #[test]
+fn the_kubelet_is_let_in_at_the_ports_of_captured_pods_of_its_own_node_alone() {
+    let probed = |name: &str, port: u16| {
+        pod(name, |pod| {
+            pod["spec"]["containers"] = json!([{"livenessProbe": {"httpGet": {"port": port}}}]);
+            pod["status"] = json!({"podIP": format!("10.0.0.{port}")});
+        })
+    };
+    let mut outside = probed("outside", 4);
+    outside["metadata"]["labels"][MESH] = json!("disabled");
+    let mut far = probed("far", 2);
+    far["spec"]["nodeName"] = json!("node-b");
+    let mut pods = vec![probed("web", 1), far, probed("unplaced", 3), outside, addressed("none", "10.0.0.5")];
+    let places = Places::default();
+    for name in ["web", "far", "outside", "none"] {
+        places.tell(&format!("uid-{name}"), PodPlace { netns: name.into(), ..PodPlace::default() });
+    }
+    let compiled = |pods: &[Json]| {
+        let cluster = Cluster { namespaces: vec![namespace("foo", true)], pods: pods.to_vec(), ..Cluster::default() };
+        compile(&mut cluster.model(), &viewpoint(), &places).0
+    };
+    let snapshot = compiled(&pods);
+    let declared: Vec<_> =
+        snapshot.probes.iter().map(|(path, ports)| (path.to_str().unwrap(), ports.to_vec())).collect();
+    assert_eq!(declared, [("web", vec![1])]);
+    // The object says no more of it.
+    pods[0]["spec"]["containers"] = json!([{"name": "c"}]);
+    let without = compiled(&pods);
+    assert!(without.probes.is_empty() && !without.describes_the_same_as(&snapshot));
+}
+
+#[test]
 fn of_two_pods_with_one_address_the_younger_has_it() {
     let older = addressed("older", "10.0.0.1");
     let mut younger = addressed("younger", "10.0.0.1");
