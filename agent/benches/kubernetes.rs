@@ -87,6 +87,7 @@ async fn measure(size: Size) {
         node_name: Some("node-0".into()),
         kubeconfig: Some(dir.path().join("kubeconfig")),
         cni: CniConfig::default(),
+        kubelet_cgroup: None,
     };
     let before = resident();
     let (start, work) = (Instant::now(), processor_time());

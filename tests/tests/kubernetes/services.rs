@@ -61,7 +61,7 @@ fn all(client: &Pod, to: &str) -> Result<BTreeSet<String>> {
 /// Waits until just these answer.
 fn leads_to(client: &Pod, to: &str, names: &[&str]) -> Result<()> {
     let expected: BTreeSet<String> = names.iter().map(|name| (*name).to_owned()).collect();
-    wait_for(&format!("{to} to lead to {names:?}"), seconds(20), || {
+    wait_for(format!("{to} to lead to {names:?}"), seconds(20), || {
         Ok(match all(client, to) {
             Ok(found) if found == expected => Look::Done(()),
             other => Look::NotYet(format!("{other:?}")),
