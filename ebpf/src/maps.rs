@@ -9,8 +9,7 @@ use aya_ebpf::{
 use marline_common::{
     Address, DirectEntry, DirectFacts, Endpoint, Flow, GateEntry, KubeletEntry, MAX_ADDRESSES, MAX_CLIENTS,
     MAX_COUNTERS, MAX_DIRECT, MAX_KUBELET, MAX_MAPPED_PORTS, MAX_ORIGINS, MAX_PODS, MAX_PROBED_PORTS, MAX_PROBES,
-    MAX_REFUSED, NetnsCookie, Origin, PodEndpoint, PodEntry,
-    PodPort, SocketEntry, Transcript,
+    MAX_REFUSED, NetnsCookie, Origin, PodEndpoint, PodEntry, PodPort, SocketEntry, Transcript,
 };
 
 /// Enrolled pods. Written by the agent.
