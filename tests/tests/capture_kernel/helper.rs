@@ -100,6 +100,8 @@ pub(crate) fn main() {
     match words.split_whitespace().collect::<Vec<_>>()[..] {
         ["pod", cgroup, netns] => pod(Path::new(cgroup), Path::new(netns)),
         ["probe", cgroup] => {
+            // The test harness has begun a line, and answers are lines of their own.
+            println!();
             let code = probe::probe_main(&probe::ProbeArgs { cgroup: cgroup.into() });
             std::process::exit(i32::from(code != std::process::ExitCode::SUCCESS));
         }
