@@ -37,10 +37,21 @@ impl Flow {
 }
 
 impl KubeletEntry {
-    /// Only a socket that lives proves that a SYN is the kubelet's.
+    /// Whether a SYN of now is the kubelet's: its socket lives, as far as is known, and may still be sending SYNs. Should its end be missed, as when
+    /// another program takes away the hook's flag, the entry proves nothing soon.
+    #[inline(always)]
+    pub const fn proves_syn(&self, now: u64) -> bool {
+        self.is_open() && now.wrapping_sub(self.opened) < KUBELET_SYN_NANOS
+    }
+
     #[inline(always)]
     pub const fn is_open(&self) -> bool {
         self.closed == 0
+    }
+
+    /// Open for so long that its end must have been missed: no probe takes that long.
+    pub const fn is_lost(&self, now: u64) -> bool {
+        self.is_open() && now.saturating_sub(self.opened) > KUBELET_LOST_NANOS
     }
 
     /// Whether the pod may still answer: also for a moment after the end, or its own socket could not end in order.
@@ -50,6 +61,9 @@ impl KubeletEntry {
     }
 }
 
+/// Linux sends SYNs for 127 s at most by default (tcp_syn_retries).
+pub const KUBELET_SYN_NANOS: u64 = 130_000_000_000;
+pub const KUBELET_LOST_NANOS: u64 = 3_600_000_000_000;
 /// For so long after the kubelet's socket has gone the pod's may send what belongs to its end.
 pub const KUBELET_LINGERS_NANOS: u64 = 5_000_000_000;
 
@@ -64,8 +78,12 @@ mod tests {
     fn an_entry_whose_socket_is_gone_proves_nothing_and_is_answered_for_a_moment_only() {
         let open = KubeletEntry { opened: 5, ..KubeletEntry::default() };
         assert!(open.is_open() && open.may_be_answered(u64::MAX));
+        assert!(open.proves_syn(5) && open.proves_syn(4 + KUBELET_SYN_NANOS) && !open.is_lost(5 + KUBELET_LOST_NANOS));
+        assert!(!open.proves_syn(5 + KUBELET_SYN_NANOS), "its end may have been missed");
+        assert!(!open.proves_syn(4), "a clock that goes backwards proves nothing");
+        assert!(open.is_lost(6 + KUBELET_LOST_NANOS));
         let closed = KubeletEntry { closed: 10, ..open };
-        assert!(!closed.is_open());
+        assert!(!closed.is_open() && !closed.proves_syn(11) && !closed.is_lost(u64::MAX));
         assert!(closed.may_be_answered(10) && closed.may_be_answered(9 + KUBELET_LINGERS_NANOS));
         assert!(!closed.may_be_answered(10 + KUBELET_LINGERS_NANOS));
         assert!(!closed.may_be_answered(9), "a clock that goes backwards lets nothing through");

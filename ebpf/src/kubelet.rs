@@ -47,9 +47,11 @@ pub(crate) fn admits(netns: NetnsCookie, client: Endpoint, server: Endpoint) -> 
     let Some(entry) = KUBELET.get_ptr_mut(Flow::new(client, server)) else {
         return false;
     };
+    // SAFETY: takes nothing and gives a number.
+    let now = unsafe { bpf_ktime_get_ns() };
     // SAFETY: the map frees no entry before the program is done, and each word is written alone.
     unsafe {
-        if !(*entry).is_open() {
+        if !(*entry).proves_syn(now) {
             return false;
         }
         (*entry).admitted = 1;

@@ -127,13 +127,20 @@ impl Capture {
     pub fn ended_probes(&self) -> Result<Vec<EndedProbe>, BpfError> {
         let (now, mut ended) = (clock::monotonic_nanos(), Vec::new());
         let mut maps = self.maps();
-        let over = |entry: &KubeletEntry| !entry.may_be_answered(now);
+        let lost = |entry: &KubeletEntry| entry.is_lost(now);
+        let over = |entry: &KubeletEntry| !entry.may_be_answered(now) || lost(entry);
         let found: Vec<(Flow, KubeletEntry)> =
             maps.kubelet.iter().filter_map(Result::ok).filter(|(_, entry)| over(entry)).collect();
         for (flow, entry) in found {
             // The kubelet may have connected from the same port again.
             if maps.kubelet.get(&flow, 0).is_ok_and(|now| now == entry) {
                 absent_is_fine(maps.kubelet.remove(&flow)).map_err(BpfError::map("KUBELET"))?;
+                if lost(&entry) {
+                    tracing::warn!(
+                        "the end of a connection of the kubelet's was missed; does another program use its cgroup's sock_ops?"
+                    );
+                    continue;
+                }
                 ended.extend((entry.admitted != 0).then(|| told(flow, &entry, now)));
             }
         }
@@ -194,7 +201,8 @@ fn find(pods: &Path, place: Option<&Path>) -> Result<Found, KubeletFault> {
     let mut fault = None;
     for place in WELL_KNOWN {
         let place = root.join(place);
-        if !place.is_dir() {
+        // A kubelet that has moved elsewhere may leave its unit's behind.
+        if !place.is_dir() || fs::read_to_string(place.join("cgroup.procs")).is_ok_and(|list| list.is_empty()) {
             continue;
         }
         match open(&place, pods) {

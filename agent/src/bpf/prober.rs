@@ -44,12 +44,20 @@ struct Prober {
 impl Probers {
     /// Below the cgroup of all pods, by a command that runs [`super::probe::probe_main`].
     pub fn new(pods: PathBuf, start: impl Fn(&ProbeArgs) -> Command + Send + Sync + 'static) -> Arc<Self> {
+        sweep(&pods);
         Arc::new(Self { pods, start: Box::new(start), turns: Semaphore::new(MOST), idle: Mutex::default() })
     }
 
     /// Has one connect within so much time from when it is its turn; the inner error is what it found wrong.
-    pub async fn ask(&self, request: &Request, limit: Duration) -> io::Result<Result<(), String>> {
-        let turn = self.turns.acquire().await.map_err(io::Error::other)?;
+    pub async fn ask(self: &Arc<Self>, request: Request, limit: Duration) -> io::Result<Result<(), String>> {
+        // Whoever asks may be cut off; a probe's process is to be ended all the same, and then its cgroup.
+        let this = self.clone();
+        tokio::spawn(async move { this.asked(&request, limit).await }).await.map_err(io::Error::other)?
+    }
+
+    async fn asked(&self, request: &Request, limit: Duration) -> io::Result<Result<(), String>> {
+        // Where pods that hang have all of them, the others go on without one.
+        let turn = timeout(limit, self.turns.acquire()).await.ok();
         let idle = self.idle().pop();
         let mut prober = match idle {
             Some(prober) => prober,
@@ -118,11 +126,22 @@ impl Prober {
     async fn end(mut self) {
         drop(self.requests);
         if timeout(END, self.child.wait()).await.is_err()
-            && let Err(error) = self.child.kill().await
+            && let Ok(Err(error)) = timeout(END, self.child.kill()).await
         {
             tracing::warn!(%error, "a probe could not be ended");
         }
         drop(self.cgroup);
+    }
+}
+
+const PREFIX: &str = "marline-probe-";
+
+/// Removes what an agent that was killed has left. One that is in use cannot be removed.
+fn sweep(pods: &Path) {
+    for entry in fs::read_dir(pods).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            let _ = fs::remove_dir(entry.path());
+        }
     }
 }
 
@@ -136,7 +155,7 @@ impl ProbeCgroup {
 
     pub fn create(pods: &Path) -> io::Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let path = pods.join(format!("marline-probe-{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
+        let path = pods.join(format!("{PREFIX}{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
         fs::create_dir(&path)?;
         Ok(Self(path))
     }

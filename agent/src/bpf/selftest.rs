@@ -128,7 +128,7 @@ impl SelfTest {
         let _pass = self.capture.allow_probe(netns.cookie(), destination)?;
         let arrival = self.expect(Expected::Outbound { netns: netns.cookie(), destination });
         let request = Request { netns: netns.path().to_path_buf(), connect: destination };
-        self.probers.ask(&request, PATIENCE).await.map_err(SelfTestError::Probe)?.map_err(failed)?;
+        self.probers.ask(request, PATIENCE).await.map_err(SelfTestError::Probe)?.map_err(failed)?;
         arrival.wait().await.map_err(|()| failed("the probe's connection did not come to the agent".into()))
     }
 

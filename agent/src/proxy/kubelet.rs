@@ -25,21 +25,21 @@ pub(super) type Declared = Mutex<HashMap<NetnsCookie, (PathBuf, Arc<[u16]>)>>;
 
 /// For a pod that is being served, before it is opened.
 pub(super) fn declare(ctx: &Context, cookie: NetnsCookie, path: &Path) {
-    let ports = of(&ctx.state.load(), path);
     let mut declared = lock(&ctx.declared);
+    let ports = of(&ctx.state.load(), path);
     // What was there before is gone, or another namespace.
     for (old, _) in declared.extract_if(|other, (at, _)| at == path && *other != cookie) {
         tell(ctx, old, &[]);
     }
-    if tell(ctx, cookie, &ports) {
-        declared.insert(cookie, (path.to_path_buf(), ports));
-    }
+    // What could not be told is tried again with the next change.
+    let told = if tell(ctx, cookie, &ports) { ports } else { Arc::default() };
+    declared.insert(cookie, (path.to_path_buf(), told));
 }
 
 /// For all that were declared, as the present state has it.
 pub(super) fn follow(ctx: &Context) {
-    let snapshot = ctx.state.load();
     let mut declared = lock(&ctx.declared);
+    let snapshot = ctx.state.load();
     declared.retain(|cookie, (path, ports)| {
         let now = of(&snapshot, path);
         if *now != **ports && tell(ctx, *cookie, &now) {

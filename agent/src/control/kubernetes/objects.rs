@@ -54,12 +54,16 @@ pub trait Trimmed: Sized + Send + 'static {
     fn trim(wire: Self::Wire, names: &mut Names) -> Option<Item<Self>>;
 }
 
+/// So many lists are kept whether they are used or not.
+const PRUNE_FROM: usize = 1024;
+
 /// What many objects have in common: namespaces, service accounts, nodes and their addresses, and lists of ports.
 #[derive(Default)]
 pub struct Names {
     texts: HashSet<Arc<str>>,
     addresses: HashSet<Arc<[IpAddr]>>,
     ports: HashSet<Arc<[u16]>>,
+    prune_ports_at: usize,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -174,6 +178,11 @@ impl Names {
     pub fn shared_ports(&mut self, ports: &[u16]) -> Arc<[u16]> {
         if let Some(known) = self.ports.get(ports) {
             return Arc::clone(known);
+        }
+        // Objects come and go, and each may bring a list that nobody had.
+        if self.ports.len() >= self.prune_ports_at {
+            self.ports.retain(|known| Arc::strong_count(known) > 1);
+            self.prune_ports_at = (2 * self.ports.len()).max(PRUNE_FROM);
         }
         let shared: Arc<[u16]> = ports.into();
         self.ports.insert(Arc::clone(&shared));

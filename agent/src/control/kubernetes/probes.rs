@@ -56,11 +56,14 @@ enum WirePortRef {
     Name(String),
 }
 
-/// The ports of all containers, sorted. Init containers count that go on beside the others.
+/// The most ports of one pod, so that none takes what the node's others need.
+const MOST: usize = 64;
+
+/// The ports of all containers, sorted; of more than are kept the lowest. Init containers count that go on beside the others.
 pub fn ports(containers: &[WireContainer], init: &[WireContainer], names: &mut Names) -> Arc<[u16]> {
     let sidecars = init.iter().filter(|container| container.restart_policy.as_deref() == Some("Always"));
     let all: BTreeSet<u16> = containers.iter().chain(sidecars).flat_map(WireContainer::probed).collect();
-    names.shared_ports(&all.into_iter().collect::<Vec<_>>())
+    names.shared_ports(&all.into_iter().take(MOST).collect::<Vec<_>>())
 }
 
 impl WireContainer {
