@@ -34,6 +34,7 @@ use crate::{
         probe,
     },
     state::State,
+    sys::vital::vital,
     tls::{config::WITHOUT_RECORDS, records::AES_GCM_BYTES},
     words::PumpKind,
 };
@@ -189,7 +190,7 @@ pub async fn run(dir: PathBuf, levels: Levels, wait: bool) -> Result<(), AppErro
         });
     }
     if let Some(kubelet) = kubelet {
-        tokio::spawn(kubelet.run());
+        tokio::spawn(vital(kubelet.run()));
     }
     servers.spawn({
         let (proxy, source) = (proxy.clone(), shown_source.clone());

@@ -41,20 +41,9 @@ macro_rules! read64 {
 
 /// Reads the pointer that a context structure holds in this field.
 macro_rules! read_pointer {
-    ($pointer:ident as $type:ty, $field:ident) => {{
-        let value: u64;
-        // SAFETY: as for `read!`.
-        unsafe {
-            core::arch::asm!(
-                "{value} = *(u64 *)({pointer} + {offset})",
-                value = out(reg) value,
-                pointer = in(reg) $pointer,
-                offset = const core::mem::offset_of!($type, $field),
-                options(nostack, readonly),
-            );
-        }
-        value as *mut aya_ebpf::bindings::bpf_sock
-    }};
+    ($pointer:ident as $type:ty, $field:ident) => {
+        crate::context::read64!($pointer as $type, $field) as *mut aya_ebpf::bindings::bpf_sock
+    };
 }
 
 /// Reads an IPv6 address out of a context structure.

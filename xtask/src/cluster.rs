@@ -253,16 +253,8 @@ fn met() -> Result<Cluster> {
 }
 
 fn spec_of(saved: &Saved) -> ClusterSpec {
-    ClusterSpec {
-        mode: saved.mode,
-        pods: saved.pods.clone(),
-        extra: Vec::new(),
-        direct: Some(direct()),
-        leaf_lifetime: None,
-        certificates: None,
-        program: Some(saved.program.clone()),
-        agents_are_pods: None,
-    }
+    let (pods, program) = (saved.pods.clone(), Some(saved.program.clone()));
+    ClusterSpec { pods, direct: Some(direct()), program, ..ClusterSpec::pairs(saved.mode) }
 }
 
 fn fresh(spec: &ClusterSpec) -> Result<Cluster> {

@@ -199,18 +199,19 @@ fn find(pods: &Path, place: Option<&Path>) -> Result<Found, KubeletFault> {
     }
     let root = root_of(pods).to_path_buf();
     let mut fault = None;
-    for place in WELL_KNOWN {
-        let place = root.join(place);
-        // A kubelet that has moved elsewhere may leave its unit's behind.
-        if !place.is_dir() || fs::read_to_string(place.join("cgroup.procs")).is_ok_and(|list| list.is_empty()) {
-            continue;
-        }
+    for place in usual(&root) {
         match open(&place, pods) {
             Ok(found) => return Ok(found),
             Err(error) => fault = fault.or(Some(error)),
         }
     }
     Err(fault.unwrap_or(KubeletFault::NotFound { root }))
+}
+
+/// The usual places that somebody is in: a kubelet that has moved elsewhere may leave its unit's cgroup behind.
+fn usual(root: &Path) -> impl Iterator<Item = PathBuf> {
+    let used = |place: &PathBuf| fs::read_to_string(place.join("cgroup.procs")).is_ok_and(|list| !list.is_empty());
+    WELL_KNOWN.map(|place| root.join(place)).into_iter().filter(used)
 }
 
 /// The highest directory above the pods' that is of cgroup2 still: where it is mounted.
@@ -262,6 +263,16 @@ mod tests {
         assert!(matches!(find(dir.path(), Some(&gone)), Err(KubeletFault::Unseen { .. })));
         let nowhere = find(dir.path(), None).map(|found| found.path).unwrap_err().to_string();
         assert!(nowhere.contains("system.slice/kubelet.service"), "{nowhere}");
+    }
+
+    #[test]
+    fn a_place_that_nobody_is_in_is_passed_over() {
+        let dir = tempfile::tempdir().unwrap();
+        for (place, processes) in [("system.slice/kubelet.service", ""), ("kubelet", "1\n")] {
+            fs::create_dir_all(dir.path().join(place)).unwrap();
+            fs::write(dir.path().join(place).join("cgroup.procs"), processes).unwrap();
+        }
+        assert_eq!(usual(dir.path()).collect::<Vec<_>>(), [dir.path().join("kubelet")]);
     }
 
     #[test]

@@ -168,3 +168,88 @@ impl Drop for ProbeCgroup {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Probes of a shell's, and the directory that their cgroups would be in.
+    fn probers(script: &'static str) -> (Arc<Probers>, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let start = move |_: &ProbeArgs| {
+            let mut command = Command::new("sh");
+            command.args(["-c", script]);
+            command
+        };
+        (Probers::new(dir.path().to_path_buf(), start), dir)
+    }
+
+    fn request() -> Request {
+        Request { netns: "/netns".into(), connect: ([192, 0, 2, 1], 80).into() }
+    }
+
+    fn left(dir: &tempfile::TempDir) -> usize {
+        fs::read_dir(dir.path()).unwrap().count()
+    }
+
+    const LIMIT: Duration = Duration::from_secs(20);
+
+    #[tokio::test]
+    async fn answers_are_told_whatever_else_is_written_and_nothing_is_left() {
+        for (script, expected) in [
+            ("while read -r line; do echo noise; echo 'probe: '; done", Ok(())),
+            ("while read -r line; do echo 'probe: refused'; done", Err("refused".to_owned())),
+        ] {
+            let (probers, dir) = probers(script);
+            let several = (0..20).map(|_| {
+                tokio::spawn({
+                    let probers = probers.clone();
+                    async move { probers.ask(request(), LIMIT).await }
+                })
+            });
+            for asked in several.collect::<Vec<_>>() {
+                assert_eq!(asked.await.unwrap().unwrap(), expected, "{script}");
+            }
+            assert_eq!((left(&dir), probers.idle().len()), (0, 0), "{script}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_probe_that_ends_or_hangs_is_an_error_and_is_not_asked_again() {
+        let (ends, dir) = probers("echo no such cgroup >&2; exit 1");
+        let said = ends.ask(request(), LIMIT).await.unwrap_err().to_string();
+        assert!(said.contains("no such cgroup"), "{said}");
+        assert_eq!(left(&dir), 0);
+        let (hangs, dir) = probers("exec sleep 1000");
+        let said = hangs.ask(request(), Duration::from_millis(50)).await.unwrap();
+        assert_eq!((said, left(&dir)), (Err("the probe did not end in time".to_owned()), 0));
+    }
+
+    #[tokio::test]
+    async fn whoever_asks_may_be_cut_off_and_nothing_is_left() {
+        let (probers, dir) = probers("exec sleep 1000");
+        let asking = tokio::spawn({
+            let probers = probers.clone();
+            async move { probers.ask(request(), Duration::from_millis(50)).await }
+        });
+        while left(&dir) == 0 {
+            tokio::task::yield_now().await;
+        }
+        asking.abort();
+        assert!(asking.await.unwrap_err().is_cancelled());
+        while left(&dir) != 0 || probers.turns.available_permits() != MOST {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    #[test]
+    fn what_a_killed_agent_has_left_is_removed_unless_it_is_in_use() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["marline-probe-1-0", "marline-probe-2-0/in-use", "pod-1"] {
+            fs::create_dir_all(dir.path().join(name)).unwrap();
+        }
+        sweep(dir.path());
+        assert!(!dir.path().join("marline-probe-1-0").exists());
+        assert!(dir.path().join("marline-probe-2-0").exists() && dir.path().join("pod-1").exists());
+    }
+}

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use marline_tests::{
-    cluster::{Cluster, ClusterSpec, Direct, Membership, Pod, PodSpec, Side, network::link_address},
+    cluster::{Cluster, ClusterSpec, Membership, Pod, PodSpec, Side, network::link_address},
     config::Mode,
     netns,
     process::{spawn, succeed},
@@ -39,16 +39,7 @@ pub struct World<'a> {
 
 /// Two nodes, an API server with the namespaces `foo` (in the mesh) and `legacy`, STRICT everywhere, the plugin installed. No agent runs.
 pub fn on_kubernetes(scenario: impl FnOnce(&mut World<'_>) -> Result<()>) -> Result<()> {
-    let spec = ClusterSpec {
-        mode: Mode::Strict,
-        pods: Vec::new(),
-        extra: Vec::new(),
-        direct: None::<Direct>,
-        leaf_lifetime: None,
-        certificates: None,
-        program: None,
-        agents_are_pods: None,
-    };
+    let spec = ClusterSpec { pods: Vec::new(), ..ClusterSpec::pairs(Mode::Strict) };
     on_network(&spec, |cluster| {
         let api = Api::start(cluster)?;
         api.apply(NAMESPACES, json!({"metadata": {"name": "foo", "labels": {"marline.io/mesh": "enabled"}}}));

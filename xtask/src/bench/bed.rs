@@ -136,16 +136,7 @@ impl Bed {
         let program = if mode.without_records() { &programs.without_records } else { &programs.agent }.clone();
         // As the harness has it, connects are held so long that a slow machine alone sends none the other way.
         let direct = mode.is_direct().then(Direct::default);
-        let spec = ClusterSpec {
-            mode: Mtls::Strict,
-            pods,
-            extra,
-            direct,
-            leaf_lifetime: None,
-            certificates: None,
-            program,
-            agents_are_pods: None,
-        };
+        let spec = ClusterSpec { pods, extra, direct, program, ..ClusterSpec::pairs(Mtls::Strict) };
         let mut cluster = Cluster::create(&spec)?;
         let (client, server) = (cluster.pod(CLIENT)?, cluster.pod(SERVER)?);
         let mut watch = BTreeMap::from([

@@ -31,17 +31,7 @@ const REST: Duration = Duration::from_secs(5);
 /// The pods, and no agent yet.
 pub(super) fn prepare(agent: &Path) -> Result<Cluster> {
     let pods = (0..PODS).map(|index| PodSpec::new(&format!("pod-{index}"), Side::A, Membership::Mesh)).collect();
-    let program = Some(agent.to_owned());
-    Cluster::create(&ClusterSpec {
-        mode: Mtls::Strict,
-        pods,
-        extra: Vec::new(),
-        direct: None,
-        leaf_lifetime: None,
-        certificates: None,
-        program,
-        agents_are_pods: None,
-    })
+    Cluster::create(&ClusterSpec { pods, program: Some(agent.to_owned()), ..ClusterSpec::pairs(Mtls::Strict) })
 }
 
 /// Starts their node's agent so many times.

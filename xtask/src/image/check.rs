@@ -179,7 +179,7 @@ fn crates_in(binary: &[u8]) -> BTreeSet<String> {
     found
 }
 
-/// In the image as the root, without a network, and with nothing of this machine in sight.
+/// In the image as the root, with no file and no process of this machine in sight.
 fn runs(root: &Path) -> Result<()> {
     for arguments in [
         &["--version"][..],

@@ -67,8 +67,9 @@ pub(super) fn text() -> Result<String> {
     gather(&root.join("Cargo.toml"), &root.join("Cargo.lock"), "marline", &mut components)?;
     let ebpf = root.join("ebpf");
     gather(&ebpf.join("Cargo.toml"), &ebpf.join("Cargo.lock"), "marline-ebpf", &mut components)?;
-    let version = components.remove(&("marline".to_owned(), env!("CARGO_PKG_VERSION").to_owned()));
-    let (name, version) = ("marline", version.map_or(env!("CARGO_PKG_VERSION"), |_| env!("CARGO_PKG_VERSION")));
+    // Which is what the parts are of, and none of them.
+    let (name, version) = ("marline", env!("CARGO_PKG_VERSION"));
+    components.remove(&(name.to_owned(), version.to_owned()));
     let glibc = Step::quiet("asking for the version of libc6-dev")
         .output(std::process::Command::new("dpkg-query").args(["-W", "-f", "${Version}", "libc6-dev"]))?;
     let mut list: Vec<Value> = components.into_values().collect();

@@ -188,6 +188,11 @@ impl Names {
         self.ports.insert(Arc::clone(&shared));
         shared
     }
+
+    #[cfg(test)]
+    pub fn port_lists(&self) -> usize {
+        self.ports.len()
+    }
 }
 
 impl Metadata {

@@ -141,6 +141,24 @@ mod tests {
     }
 
     #[test]
+    fn of_more_ports_than_one_pod_may_have_the_lowest_count() {
+        let containers: Vec<_> =
+            (1..=100).rev().map(|port| json!({"livenessProbe": {"tcpSocket": {"port": port}}})).collect();
+        assert_eq!(of(json!({"containers": containers})), (1..=64).collect::<Vec<u16>>());
+    }
+
+    #[test]
+    fn lists_of_pods_that_are_gone_are_forgotten_and_those_in_use_are_shared() {
+        let mut names = Names::default();
+        let kept = names.shared_ports(&[7]);
+        for port in 0..u16::MAX {
+            drop(names.shared_ports(&[port, port]));
+        }
+        assert!(names.port_lists() <= 2048, "{}", names.port_lists());
+        assert!(Arc::ptr_eq(&kept, &names.shared_ports(&[7])));
+    }
+
+    #[test]
     fn all_probes_and_hooks_of_all_containers_that_go_on_count_once() {
         let get = |port: Json| json!({"httpGet": {"port": port}});
         let spec = json!({
