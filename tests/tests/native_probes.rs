@@ -71,6 +71,22 @@ fn web(pod: &Pod, port: u16) -> Result<Process> {
     pod.serve(&format!("web-{port}"), pod.command("/usr/bin/python3").args(bind).current_dir(&pod.directory), port)
 }
 
+/// A server whose client has to wait for the end to know that it has all, and so never ends a connection first.
+const ENDS_FIRST: &str = "
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'there')
+http.server.ThreadingHTTPServer(('', int(sys.argv[1])), Handler).serve_forever()
+";
+
+fn ends_first(pod: &Pod, port: u16) -> Result<Process> {
+    let mut command = pod.command("/usr/bin/python3");
+    pod.serve(&format!("web-{port}"), command.args(["-c", ENDS_FIRST, &port.to_string()]), port)
+}
+
 /// What curl makes of it: nothing, or its words.
 fn get(from: &Place, to: SocketAddr, more: &[&str]) -> Result<Result<(), String>> {
     let mut curl = from.command("curl");
@@ -186,7 +202,7 @@ fn a_port_of_the_kubelets_is_nobody_elses_when_it_is_done_and_what_is_declared_n
         tell_agent(world, Side::B, &kubelet)?;
         world.cluster.start_agents()?;
         let server = start(world, "server", Side::B)?;
-        let _web = web(&server, HTTP)?;
+        let _web = ends_first(&server, HTTP)?;
         let _echo = server.serve("echo", server.command(TALKER).args(["echo", &ECHO.to_string()]), ECHO)?;
         let (http, echo) = (server.socket(Family::V4, HTTP), server.socket(Family::V4, ECHO));
         let node = world.cluster.node(Side::B);
