@@ -45,10 +45,10 @@ fn main() {
     let once = |trust: Arc<Trust>| runtime.block_on(shake(&ends, trust));
     told("handshake, chains verified before", median(|| once(known.clone())));
     told("handshake, chains never seen before", median(|| once(trust())));
-    for (what, kind) in [("full", HandshakeKind::Full), ("resumed, with tickets for the next", HandshakeKind::Resumed)]
+    for (what, kind) in [("full", HandshakeKind::Full), ("resumed", HandshakeKind::Resumed)]
     {
         let mut once = buffered(&ends, known.clone(), kind);
-        told(&format!("not an agent's: by rustls's connections, {what}"), median(&mut once));
+        told(&format!("  rustls's own connections, {what} (agents have none)"), median(&mut once));
     }
     for group in &provider().kx_groups {
         told(&format!("  key exchange {:?}, both sides", group.name()), median(|| exchange(*group)));
