@@ -45,10 +45,9 @@ fn main() {
     let once = |trust: Arc<Trust>| runtime.block_on(shake(&ends, trust));
     told("handshake, chains verified before", median(|| once(known.clone())));
     told("handshake, chains never seen before", median(|| once(trust())));
-    for (what, kind) in [("full", HandshakeKind::Full), ("resumed", HandshakeKind::Resumed)]
-    {
+    for (what, kind) in [("full", HandshakeKind::Full), ("resumed (agents do not)", HandshakeKind::Resumed)] {
         let mut once = buffered(&ends, known.clone(), kind);
-        told(&format!("  rustls's own connections, {what} (agents have none)"), median(&mut once));
+        told(&format!("  rustls's own connections, {what}"), median(&mut once));
     }
     for group in &provider().kx_groups {
         told(&format!("  key exchange {:?}, both sides", group.name()), median(|| exchange(*group)));
