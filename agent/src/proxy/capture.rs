@@ -4,6 +4,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsFd,
     time::Duration,
 };
 
@@ -37,16 +38,17 @@ pub struct Listeners {
 
 impl Listeners {
     /// IPv6 is left out where the pod has none (`net.ipv6.conf.*.disable_ipv6`); connects of that family are then refused.
-    pub fn open(netns: &Netns) -> io::Result<Self> {
+    /// What is accepted is guarded: see `guard`.
+    pub fn open(netns: &Netns, idle: Duration) -> io::Result<Self> {
         let sockets = netns.run(|| {
-            let v4 = || listener(Ipv4Addr::LOCALHOST.into());
-            let v6 = || match listener(Ipv6Addr::LOCALHOST.into()) {
+            let v4 = || listener(Ipv4Addr::LOCALHOST.into(), idle);
+            let v6 = || match listener(Ipv6Addr::LOCALHOST.into(), idle) {
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT)) => {
                     Ok(None)
                 }
                 other => other.map(Some),
             };
-            let mapped = || listener(Ipv4Addr::LOCALHOST.to_ipv6_mapped().into()).ok();
+            let mapped = || listener(Ipv4Addr::LOCALHOST.to_ipv6_mapped().into(), idle).ok();
             Ok::<_, io::Error>((v4()?, v6()?, v4()?, mapped(), v6()?))
         })??;
         let (outbound4, outbound6, inbound4, inbound4_mapped, inbound6) = sockets;
@@ -60,7 +62,6 @@ impl Listeners {
     }
 
     pub fn for_capture<'a>(&'a self, netns: &'a Netns, addresses: &'a [IpAddr]) -> io::Result<PodListeners<'a>> {
-        use std::os::fd::AsFd;
         Ok(PodListeners {
             netns,
             outbound4: Some(self.outbound4.local_addr()?.port()),
@@ -98,9 +99,9 @@ pub fn bound_leg(netns: &Netns, address: SocketAddr) -> io::Result<(TcpSocket, S
 
 /// Until `settle`, every way in which a leg is closed, also by the kernel after the agent's death, is a reset: an application
 /// must not take a cut stream for a whole one.
-pub fn guard(leg: &TcpStream, idle: Duration) -> io::Result<()> {
-    socket::abort_on_close(leg)?;
-    socket::tune(leg, idle)
+pub fn guard(leg: impl AsFd, idle: Duration) -> io::Result<()> {
+    socket::abort_on_close(&leg)?;
+    socket::tune(&leg, idle)
 }
 
 /// Keepalive as a DestinationRule wants it; what it leaves out stays as `guard` has it.
@@ -179,15 +180,16 @@ fn leg(netns: &Netns, destination: SocketAddr) -> io::Result<TcpSocket> {
     netns.run(|| if destination.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() })?
 }
 
-fn listener(address: IpAddr) -> io::Result<Socket> {
+fn listener(address: IpAddr, idle: Duration) -> io::Result<Socket> {
     let socket =
         Socket::new(Domain::for_address((address, 0).into()), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     if let IpAddr::V6(v6) = address {
         socket.set_only_v6(v6.to_ipv4_mapped().is_none())?;
     }
-    // Accepted connections inherit it. They hold the application's port, and a server that restarts must be able to bind it
-    // while some of them linger.
+    // Accepted connections inherit all of it (net/core/sock.c, sk_clone; six system calls less for each), and no accepted one is
+    // ever unguarded. They hold the application's port, and a server that restarts must be able to bind it while some of them linger.
     socket.set_reuse_address(true)?;
+    guard(&socket, idle)?;
     socket.bind(&SocketAddr::new(address, 0).into())?;
     socket.listen(BACKLOG)?;
     Ok(socket)
@@ -200,8 +202,27 @@ fn into_tokio(socket: Socket) -> io::Result<TcpListener> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use tokio::io::AsyncReadExt;
 
     use super::*;
+
+    #[tokio::test]
+    async fn what_is_accepted_is_guarded_from_its_first_moment() {
+        for address in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv4Addr::LOCALHOST.to_ipv6_mapped().into()] {
+            let listener = into_tokio(listener(address, Duration::from_secs(60)).unwrap()).unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.unwrap();
+            let (accepted, _) = listener.accept().await.unwrap();
+            let socket = SockRef::from(&accepted);
+            assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+            assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(60));
+            assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(20));
+            assert_eq!(socket.tcp_keepalive_retries().unwrap(), 3);
+            drop(accepted);
+            let closed = client.read(&mut [0]).await.unwrap_err();
+            assert_eq!(closed.kind(), io::ErrorKind::ConnectionReset, "a close is a reset");
+        }
+    }
 
     #[test]
     fn plaintext_and_foreign_tls_are_not_the_mesh() {

@@ -139,7 +139,6 @@ async fn secure(
     local: SocketAddr,
     account: &Account,
 ) -> Result<Arrived, Refusal> {
-    capture::guard(&wire, ctx.settings.dead_peer).map_err(Refusal::Client)?;
     // Only a program in the pod that connects to the agent's listener by itself comes to loopback.
     if local.ip().is_loopback() {
         return Err(Refusal::NotCaptured);

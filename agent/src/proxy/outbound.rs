@@ -78,11 +78,10 @@ async fn open(
     origin: Result<OrigDst, Refusal>,
     account: &mut Account,
 ) -> Result<(Arc<TcpStream>, Records, Permit, OrigDst, Target), Refusal> {
-    capture::guard(app, ctx.settings.dead_peer).map_err(Refusal::Client)?;
     let destination = origin?;
     let snapshot = ctx.state.load();
     let targets = ctx.loads.targets(&snapshot, pod, destination.0)?;
-    let (target, leg) = match reach(ctx, pod, &snapshot, chosen(client), targets, account).await {
+    let (target, leg) = match reach(ctx, pod, &snapshot, (app, chosen(client)), targets, account).await {
         Err(refusal @ Refusal::Refused(_)) => {
             remember_refused(ctx, pod, destination);
             return Err(refusal);
@@ -122,7 +121,7 @@ async fn reach(
     ctx: &Context,
     pod: &Pod,
     snapshot: &Snapshot,
-    from: Option<IpAddr>,
+    (app, from): (&TcpStream, Option<IpAddr>),
     targets: Vec<Target>,
     account: &mut Account,
 ) -> Result<(Target, Leg), Refusal> {
@@ -139,7 +138,7 @@ async fn reach(
         };
         // What had bound an address connects from there.
         let spare = match &aim {
-            Some(aim) if from.is_none() => pool::claim(ctx, pod, aim)?,
+            Some(aim) if from.is_none() => pool::claim(ctx, pod, aim, app)?,
             _ => None,
         };
         let permit = way.permit();

@@ -241,7 +241,7 @@ async fn serve(
     let (serving, served) = watch::channel(());
     let pod = Arc::new(Pod::new(local.workload.clone(), netns, served));
     let _spares = SparesOf(&pod, serving);
-    let listeners = Listeners::open(&pod.netns).map_err(EnrolError::Listen)?;
+    let listeners = Listeners::open(&pod.netns, ctx.settings.dead_peer).map_err(EnrolError::Listen)?;
     let captured = listeners.for_capture(&pod.netns, addresses).map_err(EnrolError::Listen)?;
     let enrolment = ctx.capture.enrol(&captured)?;
 

@@ -91,14 +91,12 @@ impl Line {
     }
 
     /// Takes out those whose peer has ended them, which holds none for us then: it is restarted, or has no room for more.
-    fn drop_dead(&mut self, now: Instant) -> usize {
+    fn drop_dead(&mut self, now: Instant) {
         let before = self.ready.len();
         self.ready.retain(|spare| spare::lives(&spare.wire));
-        let dead = before - self.ready.len();
-        if dead > 0 {
+        if self.ready.len() < before {
             self.rests_until = Some(now + REST);
         }
-        dead
     }
 
     fn ask(&mut self, now: Instant) {
@@ -138,9 +136,10 @@ impl Pool {
         let now = Instant::now();
         let mut lines = lock(&self.0);
         let line = lines.places.get_mut(aim)?;
-        line.drop_dead(now);
         while let Some(spare) = line.ready.pop() {
-            if spare.is_fit(svid, trust, now) {
+            if !spare::lives(&spare.wire) {
+                line.rests_until = Some(now + REST);
+            } else if spare.is_fit(svid, trust, now) {
                 return Some(spare);
             }
         }
@@ -202,10 +201,10 @@ impl Pool {
 }
 
 /// One that was made before the pod's connection, and is that connection's from now on.
-pub(super) fn claim(ctx: &Context, pod: &Pod, aim: &Aim) -> Result<Option<Spare>, Refusal> {
+pub(super) fn claim(ctx: &Context, pod: &Pod, aim: &Aim, app: &TcpStream) -> Result<Option<Spare>, Refusal> {
     let svid = ctx.svid(&pod.workload.id)?;
     while let Some(mut spare) = pod.pool.take(aim, &svid, &ctx.identities.trust()) {
-        match spare::claim(&spare.wire, &mut spare.records) {
+        match spare::claim(&spare.wire, &mut spare.records, app) {
             Ok(()) => {
                 ctx.metrics.spare("used", 1);
                 return Ok(Some(spare));

@@ -42,15 +42,17 @@ pub(super) enum SpareError {
     Plain,
 }
 
-/// The client's word: an application has come.
-pub(super) fn claim(wire: &TcpStream, records: &mut Records) -> Result<(), SpareError> {
+/// The client's word: an application has come. If that has written already, its first bytes leave together with it, and the server's
+/// agent is woken once for both.
+pub(super) fn claim(wire: &TcpStream, records: &mut Records, app: impl AsFd) -> Result<(), SpareError> {
+    let send = if socket::unread(app)? > 0 { socket::send_more } else { socket::send };
     let record = match records {
         Records::Plain(_) => return Err(SpareError::Plain),
         Records::Kernel { .. } => vec![CLAIM],
         Records::Userspace { sealer, .. } => sealer.seal(APPLICATION_DATA, &[CLAIM])?,
     };
     // Nothing was sent on it yet: a socket without room for this is broken.
-    match wire.try_io(Interest::WRITABLE, || socket::send(wire, &record))? {
+    match wire.try_io(Interest::WRITABLE, || send(wire, &record))? {
         sent if sent == record.len() => Ok(()),
         _ => Err(io::Error::from(io::ErrorKind::WriteZero).into()),
     }
@@ -124,7 +126,7 @@ mod tests {
     use std::sync::Arc;
 
     use rustls::RootCertStore;
-    use tokio::net::TcpListener;
+    use tokio::{io::AsyncWriteExt, net::TcpListener};
 
     use super::*;
     use crate::{
@@ -169,10 +171,22 @@ mod tests {
         [(near, of_near), (far, of_far)]
     }
 
+    /// An application's end and the agent's, to which it has written so many bytes.
+    async fn application(written: usize) -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut app = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        app.write_all(&vec![7; written]).await.unwrap();
+        let (leg, _) = listener.accept().await.unwrap();
+        (app, leg)
+    }
+
     #[tokio::test]
     async fn what_is_behind_the_claim_is_left_to_the_application() {
         let [(near, mut of_near), (mut far, mut of_far)] = ends().await;
-        claim(&near, &mut of_near).unwrap();
+        let (_app, leg) = application(0).await;
+        claim(&near, &mut of_near, &leg).unwrap();
+        // Loopback delivers before the call returns: it has left alone.
+        assert_eq!(socket::unread(&far).unwrap(), CLAIM_RECORD);
         let Records::Userspace { sealer, .. } = &mut of_near else { panic!("records are here") };
         let behind = sealer.seal(APPLICATION_DATA, b"hello").unwrap();
         assert_eq!(socket::send(&near, &behind).unwrap(), behind.len());
@@ -181,6 +195,19 @@ mod tests {
         far.read_exact(&mut record).await.unwrap();
         let Records::Userspace { opener, .. } = &mut of_far else { panic!("records are here") };
         assert_eq!(opener.open(&mut record[HEADER..]).unwrap(), (APPLICATION_DATA, &b"hello"[..]));
+    }
+
+    #[tokio::test]
+    async fn the_claim_leaves_with_what_the_application_has_written_already() {
+        let [(near, mut of_near), (mut far, mut of_far)] = ends().await;
+        let (_app, leg) = application(5).await;
+        claim(&near, &mut of_near, &leg).unwrap();
+        assert_eq!(socket::unread(&far).unwrap(), 0, "the server's agent would be woken twice");
+        let Records::Userspace { sealer, .. } = &mut of_near else { panic!("records are here") };
+        let behind = sealer.seal(APPLICATION_DATA, b"hello").unwrap();
+        assert_eq!(socket::send(&near, &behind).unwrap(), behind.len());
+        assert_eq!(socket::unread(&far).unwrap(), CLAIM_RECORD + behind.len());
+        assert!(claimed(&mut far, &mut of_far).await.unwrap());
     }
 
     #[tokio::test]

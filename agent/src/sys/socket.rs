@@ -36,16 +36,13 @@ pub fn peek(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
 
 /// Writes without waiting.
 pub fn send(socket: impl AsFd, data: &[u8]) -> io::Result<usize> {
-    // SAFETY: the pointer and the length are those of `data`, which outlives the call.
-    let n = unsafe {
-        libc::send(
-            socket.as_fd().as_raw_fd(),
-            data.as_ptr().cast(),
-            data.len(),
-            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
-        )
-    };
-    count(n)
+    send_flags(socket, data, 0)
+}
+
+/// Writes without waiting what is to leave together with what is written next: nobody may count on its leaving without that
+/// (TCP lets it go after a while, kernel TLS keeps its record open).
+pub fn send_more(socket: impl AsFd, data: &[u8]) -> io::Result<usize> {
+    send_flags(socket, data, libc::MSG_MORE)
 }
 
 /// Reads from a kernel TLS socket without waiting, with the content type of what was read. The kernel never mixes types in
@@ -173,6 +170,12 @@ pub fn take_error(socket: impl AsFd) -> io::Result<Option<io::Error>> {
 fn recv_flags(socket: impl AsFd, buffer: &mut [u8], flags: libc::c_int) -> io::Result<usize> {
     // SAFETY: the pointer and the length are those of `buffer`, which is borrowed for the call.
     count(unsafe { libc::recv(socket.as_fd().as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), flags) })
+}
+
+fn send_flags(socket: impl AsFd, data: &[u8], flags: libc::c_int) -> io::Result<usize> {
+    let flags = flags | libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: the pointer and the length are those of `data`, which outlives the call.
+    count(unsafe { libc::send(socket.as_fd().as_raw_fd(), data.as_ptr().cast(), data.len(), flags) })
 }
 
 fn count(result: isize) -> io::Result<usize> {
