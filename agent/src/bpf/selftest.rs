@@ -3,7 +3,7 @@
 //! Outbound, a process in the pods' cgroup and the pod's namespace connects to a documentation address and must arrive at the
 //! agent's outbound listener with that destination. Inbound, the agent connects to the pod's own address, at a port nobody
 //! uses, and must meet itself at its inbound listener. The listeners belong to the proxy, whose accept loops show every
-//! connection to [`SelfTest::claim_outbound`] or [`SelfTest::claim_inbound`] first and drop the ones that are claimed.
+//! connection to [`SelfTest::claim_outbound`] or [`SelfTest::claim_inbound`] first and end in order those that are claimed.
 use std::{
     collections::HashMap,
     fmt, io,

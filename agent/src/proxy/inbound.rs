@@ -41,7 +41,7 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
     // IPv4 clients of an application that listens for IPv6 come v4-mapped.
     let client = ClientAddr(canonical(client.0));
     let local = match wire.local_addr().map(canonical) {
-        Ok(local) if ctx.selftest.claim_inbound(pod.netns.cookie(), client.0, local) => return,
+        Ok(local) if ctx.selftest.claim_inbound(pod.netns.cookie(), client.0, local) => return capture::pass(&wire),
         Ok(local) => local,
         Err(error) => return tracing::debug!(%error, "an accepted connection was gone at once"),
     };

@@ -32,7 +32,7 @@ use crate::{
 
 pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, app: TcpStream, client: ClientAddr, turn: Turn) {
     let origin = match origin(&ctx, &pod, client) {
-        Ok((origin, _)) if ctx.selftest.claim_outbound(pod.netns.cookie(), origin.0) => return,
+        Ok((origin, _)) if ctx.selftest.claim_outbound(pod.netns.cookie(), origin.0) => return capture::pass(&app),
         origin => origin,
     };
     let mut account = Account::open(&ctx, Direction::Outbound);
