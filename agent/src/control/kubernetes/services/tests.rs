@@ -222,6 +222,7 @@ fn what_rules_say_of_a_port_counts_at_the_nodes_port_and_at_a_headless_endpoints
     for to in ["10.96.0.1:80", "192.0.2.2:30080"] {
         assert_eq!(limit(to), Some(("web", 80, Some(7))), "{to}");
     }
+    // With the service's port as at Istio's sidecars, which listen so for each endpoint, whatever the pod itself has at that port.
     for to in ["10.0.0.3:5432", "10.0.0.4:5433", "10.0.0.3:80"] {
         assert_eq!(limit(to), Some(("db", 80, Some(7))), "{to}");
     }
