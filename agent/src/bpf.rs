@@ -37,7 +37,7 @@ pub use direct::Gate;
 use entries::{absent_is_fine, addresses_of, close_all, forget_address, forget_listeners, forget_mapped};
 pub use error::BpfError;
 pub use facts::{Hook, PodNetns};
-pub use kubelet::{EndedProbe, KubeletFault};
+pub use kubelet::{EndedProbe, EndedProbes, KubeletFault};
 use load::Maps;
 use pins::{Pins, inbound_link};
 

@@ -24,7 +24,7 @@ pub use destination::{ClientTls, DestinationRule, DestinationRules, Keepalive, S
 pub use evaluate::{Authorization, Denial, Verdict};
 pub use model::{Labels, MtlsMode, Workload};
 pub use select::{Header, PolicyName, ROOT_NAMESPACE};
-pub use service::{NodePort, Service, ServiceEndpoint};
+pub use service::{Service, ServiceEndpoint};
 
 /// All policies of the mesh, compiled.
 #[derive(PartialEq, Default, Debug)]

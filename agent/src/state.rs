@@ -73,6 +73,8 @@ pub struct Snapshot {
     /// Services without virtual addresses and their ports, by where their endpoints are called.
     headless: HashMap<SocketAddr, Vec<(Arc<Service>, u16)>>,
     by_node_port: HashMap<u16, Arc<Service>>,
+    /// By their addresses for clients outside, of which several may share one.
+    by_outside: HashMap<SocketAddr, Arc<Service>>,
     /// At which the node ports are, of all nodes.
     nodes: HashSet<IpAddr>,
     /// Endpoints of services which DestinationRules ask plaintext for, and the services' ports.
@@ -98,7 +100,7 @@ impl Snapshot {
             }
         }
         let (services, by_virtual_address, headless, disabled, by_host, behind) = Default::default();
-        let (sources, warnings, by_node_port, nodes) = Default::default();
+        let (sources, warnings, by_node_port, by_outside, nodes) = Default::default();
         Self {
             sources,
             warnings,
@@ -115,6 +117,7 @@ impl Snapshot {
             by_virtual_address,
             headless,
             by_node_port,
+            by_outside,
             nodes,
             disabled,
             by_host,
@@ -138,6 +141,12 @@ impl Snapshot {
             }
             for node_port in service.node_ports.keys() {
                 self.by_node_port.entry(*node_port).or_insert_with(|| Arc::clone(service));
+            }
+            for outside in &service.outside {
+                for port in service.ports.keys() {
+                    let at = SocketAddr::new(outside.to_canonical(), *port);
+                    self.by_outside.entry(at).or_insert_with(|| Arc::clone(service));
+                }
             }
             let disabled = disabling.iter().any(|rule| rule.is_for(&service.host));
             for (port, endpoint) in service.all_endpoints().filter(|_| disabled || service.is_headless()) {
@@ -169,14 +178,13 @@ impl Snapshot {
         self.by_virtual_address.get(&address.to_canonical())
     }
 
-    /// The service with this virtual address, or with this port on the node at this address.
+    /// The service with this virtual address, or with this port at an address for clients outside or at a node's. No service takes the address of
+    /// a workload.
     pub fn service_at(&self, to: SocketAddr) -> Option<&Arc<Service>> {
-        let of_node = || {
-            let ip = to.ip().to_canonical();
-            let is_node = self.nodes.contains(&ip) && !self.by_address.contains_key(&ip);
-            self.by_node_port.get(&to.port()).filter(|_| is_node)
-        };
-        self.service(to.ip()).or_else(of_node)
+        let ip = to.ip().to_canonical();
+        let of_node = || self.by_node_port.get(&to.port()).filter(|_| self.nodes.contains(&ip));
+        let exposed = || self.by_outside.get(&SocketAddr::new(ip, to.port())).or_else(of_node);
+        self.service(ip).or_else(|| exposed().filter(|_| !self.by_address.contains_key(&ip)))
     }
 
     /// The service of this host.

@@ -22,6 +22,8 @@ mod kubernetes;
 mod ledger;
 #[path = "ca_service/lives.rs"]
 mod lives;
+#[path = "ca_service/replicas.rs"]
+mod replicas;
 #[path = "ca_service/revocation.rs"]
 mod revocation;
 #[path = "support/rights.rs"]

@@ -64,6 +64,8 @@ counters! {
     KubeletAdmitted = "kubelet_admitted",
     /// The kubelet connects to such a port and cannot be followed: it is refused as anybody's plaintext would be.
     KubeletLost = "kubelet_lost",
+    /// A connection of the kubelet's came to a pod from another port than it left with: the node's NAT. It is refused likewise.
+    KubeletTranslated = "kubelet_translated",
 }
 
 const _: () = assert!(Counter::ALL.len() <= crate::MAX_COUNTERS as usize);

@@ -23,7 +23,7 @@ pub struct KubeletEntry {
     pub closed: u64,
     /// Whether its SYN was let through to the pod.
     pub admitted: u32,
-    /// TCP's state before the end.
+    /// TCP's state: 0 until the connection stands, `TCP_ESTABLISHED` from then on, at the end the state before it.
     pub state: u32,
     pub bytes_acked: u64,
     pub bytes_received: u64,
@@ -37,11 +37,18 @@ impl Flow {
 }
 
 impl KubeletEntry {
-    /// Whether a SYN of now is the kubelet's: its socket lives, as far as is known, and may still be sending SYNs. Should its end be missed, as when
-    /// another program takes away the hook's flag, the entry proves nothing soon.
+    /// Whether a SYN of now is the kubelet's: its socket lives, as far as is known, and may still be sending SYNs. One that stands sends none any
+    /// more: had the node's NAT given it another port, somebody else could come from this one. Should its end be missed, as when another
+    /// program takes away the hook's flag, the entry proves nothing soon.
     #[inline(always)]
     pub const fn proves_syn(&self, now: u64) -> bool {
-        self.is_open() && now.wrapping_sub(self.opened) < KUBELET_SYN_NANOS
+        self.is_open() && self.state == 0 && now.wrapping_sub(self.opened) < KUBELET_SYN_NANOS
+    }
+
+    /// It came to stand, and its SYN never came by: the pod saw it from another port, where it is nobody's that is known.
+    #[inline(always)]
+    pub const fn was_translated(&self) -> bool {
+        self.admitted == 0 && self.state != 0 && self.state != TCP_SYN_SENT
     }
 
     #[inline(always)]
@@ -60,6 +67,9 @@ impl KubeletEntry {
         self.is_open() || now.wrapping_sub(self.closed) < KUBELET_LINGERS_NANOS
     }
 }
+
+pub const TCP_ESTABLISHED: u32 = 1;
+const TCP_SYN_SENT: u32 = 2;
 
 /// Linux sends SYNs for 127 s at most by default (tcp_syn_retries).
 pub const KUBELET_SYN_NANOS: u64 = 130_000_000_000;
@@ -81,11 +91,22 @@ mod tests {
         assert!(open.proves_syn(5) && open.proves_syn(4 + KUBELET_SYN_NANOS) && !open.is_lost(5 + KUBELET_LOST_NANOS));
         assert!(!open.proves_syn(5 + KUBELET_SYN_NANOS), "its end may have been missed");
         assert!(!open.proves_syn(4), "a clock that goes backwards proves nothing");
+        let stands = KubeletEntry { state: TCP_ESTABLISHED, ..open };
+        assert!(!stands.proves_syn(5), "it sends no SYN any more");
+        assert!(stands.is_open() && stands.may_be_answered(u64::MAX));
         assert!(open.is_lost(6 + KUBELET_LOST_NANOS));
         let closed = KubeletEntry { closed: 10, ..open };
         assert!(!closed.is_open() && !closed.proves_syn(11) && !closed.is_lost(u64::MAX));
         assert!(closed.may_be_answered(10) && closed.may_be_answered(9 + KUBELET_LINGERS_NANOS));
         assert!(!closed.may_be_answered(10 + KUBELET_LINGERS_NANOS));
         assert!(!closed.may_be_answered(9), "a clock that goes backwards lets nothing through");
+    }
+
+    #[test]
+    fn what_stands_and_was_never_seen_has_come_from_another_port() {
+        let entry = |admitted, state| KubeletEntry { admitted, state, ..KubeletEntry::default() };
+        assert!(entry(0, TCP_ESTABLISHED).was_translated() && entry(0, 4).was_translated());
+        assert!(!entry(1, TCP_ESTABLISHED).was_translated(), "it was let through");
+        assert!(!entry(0, 0).was_translated() && !entry(0, TCP_SYN_SENT).was_translated(), "nobody has answered it");
     }
 }

@@ -11,7 +11,7 @@ use aya_ebpf::{
     macros::sock_ops,
     programs::{SkBuffContext, SockOpsContext},
 };
-use marline_common::{Address, Counter, Endpoint, Flow, KubeletEntry, NetnsCookie, PodPort};
+use marline_common::{Address, Counter, Endpoint, Flow, KubeletEntry, NetnsCookie, PodPort, TCP_ESTABLISHED};
 
 use crate::{
     account::{ETH_P_IP, count},
@@ -32,7 +32,11 @@ pub fn kubelet(ctx: SockOpsContext) -> u32 {
     let ops = ctx.ops;
     match read!(ops as bpf_sock_ops, op) {
         TCP_CONNECT_CB => began(&ctx),
-        STATE_CB if read!(ops as bpf_sock_ops, __bindgen_anon_1[1]) == TCP_CLOSE => ended(&ctx),
+        STATE_CB => match read!(ops as bpf_sock_ops, __bindgen_anon_1[1]) {
+            TCP_ESTABLISHED => stands(&ctx),
+            TCP_CLOSE => ended(&ctx),
+            _ => {}
+        },
         _ => {}
     }
     1
@@ -131,6 +135,21 @@ fn began(ctx: &SockOpsContext) {
     }
 }
 
+/// From here on no SYN is this connection's.
+#[inline(always)]
+fn stands(ctx: &SockOpsContext) {
+    let Some(entry) = KUBELET.get_ptr_mut(flow(ctx)) else {
+        return;
+    };
+    let own = cookie(ctx);
+    // SAFETY: the map frees no entry before the program is done, and each word is written alone.
+    unsafe {
+        if (*entry).socket_cookie == own {
+            (*entry).state = TCP_ESTABLISHED;
+        }
+    }
+}
+
 /// Called before the socket lets go of its ends.
 #[inline(always)]
 fn ended(ctx: &SockOpsContext) {
@@ -149,6 +168,9 @@ fn ended(ctx: &SockOpsContext) {
         (*entry).state = state;
         (*entry).bytes_acked = acked;
         (*entry).bytes_received = received;
+        if (*entry).was_translated() {
+            count(Counter::KubeletTranslated);
+        }
     }
 }
 

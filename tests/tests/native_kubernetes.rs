@@ -5,6 +5,8 @@
 mod api;
 #[path = "kubernetes/kubelet.rs"]
 mod kubelet;
+#[path = "kubernetes/labels.rs"]
+mod labels;
 #[path = "kubernetes/services.rs"]
 mod services;
 #[path = "native_commands/typed.rs"]

@@ -14,10 +14,10 @@ use anyhow::{Context, Result, ensure};
 use api::{AUTHORIZATIONS, PODS};
 use kubelet::{World, on_kubernetes};
 use marline_tests::{
-    access_log::Entry,
+    access_log::{Entry, Verdict},
     cgroup,
     cluster::{Family, Pod, Side},
-    process::{Place, Process, output},
+    process::{Place, Process, output, succeed},
     wait::{Look, seconds, wait_for},
 };
 use serde_json::{Value, json};
@@ -298,5 +298,81 @@ fn without_the_kubelets_cgroup_its_probes_are_refused_and_the_agent_says_so() ->
             Ok(if now.body.contains("has cgroups below it") { Ok(()) } else { Err(now.body) })
         })?;
         refused("from a cgroup that others may be in", get(&none, http, &[])?)
+    })
+}
+
+/// Holds a connection from a port of its own to a server that is waited for, and says nothing.
+const HOLDS: &str = "
+import socket, sys, time
+held = socket.socket()
+held.bind(('', int(sys.argv[1])))
+held.connect((sys.argv[2], int(sys.argv[3])))
+print('it stands', flush=True)
+time.sleep(1000)
+";
+
+/// From what the node itself sends to its pods NAT takes the ports, as masquerading with random ports does; one of them it gives to another.
+const TRANSLATES: &str = "table ip nat {
+    chain post {
+        type nat hook postrouting priority srcnat
+        ip saddr 10.77.2.1 oifname \"pod*\" tcp sport 34567 snat to 10.77.2.1:44567
+        ip saddr 10.77.2.1 oifname \"pod*\" tcp sport 34568 snat to 10.77.2.1:34567
+        ip saddr 10.77.2.1 oifname \"pod*\" meta l4proto tcp masquerade fully-random
+    }
+}
+";
+
+#[test]
+fn a_probe_whose_port_the_nodes_nat_changes_is_refused_and_nobody_comes_in_by_the_port_that_it_left_with() -> Result<()>
+{
+    on_kubernetes(|world| {
+        let kubelet = kubelet_of(world, Side::B)?;
+        tell_agent(world, Side::B, &kubelet)?;
+        world.cluster.start_agents()?;
+        let server = start(world, "server", Side::B)?;
+        let _web = web(&server, HTTP)?;
+        let _echo = server.serve("echo", server.command(TALKER).args(["echo", &ECHO.to_string()]), ECHO)?;
+        let node = world.cluster.node(Side::B);
+        let http = server.socket(Family::V4, HTTP);
+        through("a probe before there is NAT", get(&kubelet, http, &[])?)?;
+        let rules = world.cluster.directory().join("translates.nft");
+        fs::write(&rules, TRANSLATES)?;
+        succeed(node.command("nft").arg("-f").arg(&rules), seconds(10))?;
+
+        refused("an HTTP probe from another port", get(&kubelet, http, &[])?)?;
+        refused("a TCP probe from another port", talks(&kubelet, server.socket(Family::V4, ECHO))?)?;
+        let agent = world.cluster.agent(Side::B)?;
+        agent.wait_entries("what was refused", 0, 2, |entry| {
+            let from = entry.source.address.is_some_and(|from| from.ip().to_string() == "10.77.2.1");
+            from && entry.verdict == Verdict::Refused && entry.reason.as_deref() == Some("plaintext_under_strict")
+        })?;
+        let counted = |reason: &str| {
+            Ok::<_, anyhow::Error>(agent.exposition()?.sum("marline_capture_refusals_total", &[("reason", reason)]))
+        };
+        until("the translated to be counted", || {
+            let now = counted("kubelet_translated")?;
+            Ok(if now >= 2.0 { Ok(()) } else { Err(format!("{now} are counted")) })
+        })?;
+        agent.wait_log("a warning", 0, |log| {
+            log.contains("the node's NAT gives the kubelet's probes another source port")
+        })?;
+
+        // The kubelet's socket has this port while another comes to the pod from it.
+        let ends = [http.ip().to_string(), http.port().to_string()];
+        let mut python = kubelet.command("/usr/bin/python3");
+        let log = world.cluster.directory().join("holds.log");
+        let mut holds = Process::start("a held probe", python.args(["-c", HOLDS, "34567"]).args(&ends), &log)?;
+        wait_for("it to stand", seconds(20), || {
+            ensure!(holds.ended()?.is_none(), "{}", holds.log());
+            Ok(if holds.log().contains("it stands") { Look::Done(()) } else { Look::NotYet(holds.log()) })
+        })?;
+        refused("another from the port that it left with", get(&node, http, &["--local-port", "34568"])?)?;
+        ensure!(holds.ended()?.is_none(), "it was over too soon: {}", holds.log());
+        let text = fs::read_to_string(server.directory.join(format!("web-{HTTP}.log")))?;
+        ensure!(text.lines().filter(|line| line.contains("GET /")).count() == 1, "{text}");
+        holds.kill()?;
+
+        succeed(node.command("nft").args(["flush", "ruleset"]), seconds(10))?;
+        through("a probe when NAT is gone", get(&kubelet, http, &[])?)
     })
 }

@@ -1,43 +1,39 @@
 //! Where the pods of this node run, and whether they are captured: what the CNI plugin tells, what a predecessor has written down, and what the cgroups
 //! show of pods that nobody has told of. Who a pod is and whether it is in the mesh, the API server alone says.
 //!
-//! A place is kept until its namespace is gone, also after DEL: until then processes may live in there, and they stay captured.
+//! What the plugin hears, `answers` says. A place is kept until its namespace is gone, also after DEL: until then processes may live in there, and they stay captured.
+
+mod answers;
 
 use std::{
     collections::{HashMap, HashSet},
     fs::File,
     io,
-    net::IpAddr,
     os::fd::AsRawFd as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use tokio::{
-    sync::watch,
-    task::spawn_blocking,
-    time::{Instant, sleep, timeout_at},
-};
+use tokio::{sync::watch, task::spawn_blocking, time::sleep};
 
 use crate::{
     cni::{
         CniError, cgroups, install,
         records::{Record, Records, is_uid},
-        server::Enroller,
-        wire::{Answer, Attachment, Gone, PodRef, Request, Valid},
+        wire::{Gone, Valid},
     },
     config::AgentConfig,
-    control::kubernetes::{Listed, Member, Places, PodPlace, Roster, Source},
-    proxy::{PodState, Proxy},
+    control::kubernetes::{Listed, Places, PodPlace, Roster, Source},
+    proxy::Proxy,
     sys::netns::{Netns, leads_nowhere},
     words::with_causes,
 };
 
+use answers::Answers;
+
 /// How often namespaces are looked at, and pods that nobody has told of are looked for.
 const LOOK: Duration = Duration::from_secs(2);
-/// The plugin shall hear an answer, and not end before it.
-const MARGIN: Duration = Duration::from_millis(500);
 
 /// All that is known of places. A clone is another handle on the same.
 #[derive(Clone)]
@@ -51,6 +47,9 @@ struct Shared {
     cgroup: PathBuf,
     configurations: Option<PathBuf>,
     known: Mutex<HashMap<String, Known>>,
+    /// Whoever changes what is known has it, from before it is on the disk until it is in `known`: that one is held for moments only, or all
+    /// questions would wait for a disk that is slow.
+    turn: Mutex<()>,
     fault: Mutex<Option<String>>,
 }
 
@@ -73,6 +72,7 @@ impl Enrolment {
             cgroup: agent.capture.cgroup.clone(),
             configurations: cni.configurations,
             known: Mutex::default(),
+            turn: Mutex::default(),
             fault: Mutex::default(),
         };
         let this = Self(Arc::new(shared));
@@ -93,7 +93,7 @@ impl Enrolment {
 
     /// For the plugin's questions.
     pub(super) fn enroller(&self, proxy: Proxy) -> Arc<Answers> {
-        Arc::new(Answers { shared: self.0.clone(), proxy })
+        Arc::new(Answers::new(self.0.clone(), proxy))
     }
 
     /// Finds the pods that belong into the mesh and that nobody has told of, and waits until the state knows what is known here: a
@@ -181,6 +181,7 @@ impl Shared {
 
     /// A pod that nobody has told of: from before the plugin, or from a time without it.
     fn found(&self, uid: &str, file: File, cookie: u64) {
+        let turn = lock(&self.turn);
         // The plugin may have told of it meanwhile.
         if lock(&self.known).contains_key(uid) {
             return;
@@ -190,7 +191,7 @@ impl Shared {
         tracing::warn!(pod = uid, "a pod has started uncaptured and is captured from now on; what it had open is cut");
         let (network, container, addresses) = Default::default();
         let record = Record { uid: uid.to_owned(), network, container, netns, cookie, addresses, late: true };
-        if let Err(error) = self.tell(Known { record, held: Some(file) }) {
+        if let Err(error) = self.put(&turn, Known { record, held: Some(file) }) {
             tracing::error!("a pod's place cannot be noted: {}", with_causes(&error));
         }
     }
@@ -208,41 +209,67 @@ impl Shared {
     }
 
     fn mark_late(&self, record: &Record) {
-        let mut known = lock(&self.known);
-        let Some(entry) = known.get_mut(&record.uid).filter(|entry| entry.record.cookie == record.cookie) else {
-            return;
-        };
-        if entry.record.late {
-            return;
-        }
-        entry.record.late = true;
-        if let Err(error) = self.write(entry) {
+        let _turn = lock(&self.turn);
+        let of = |known: &Known| known.record.cookie == record.cookie && !known.record.late;
+        let found = lock(&self.known).get(&record.uid).filter(|known| of(known)).map(|known| {
+            let record = Record { late: true, ..known.record.clone() };
+            (record, known.held.is_some())
+        });
+        let Some((record, held)) = found else { return };
+        if let Err(error) = self.write(&record, held) {
             tracing::error!("that a pod is late cannot be written down: {}", with_causes(&error));
         }
-        self.places.tell(&entry.record.uid, place(&entry.record));
+        if let Some(known) = lock(&self.known).get_mut(&record.uid) {
+            self.places.tell(&record.uid, place(&record));
+            known.record = record;
+        }
     }
 
     fn tell(&self, entry: Known) -> Result<(), CniError> {
+        self.put(&lock(&self.turn), entry)
+    }
+
+    fn put(&self, _turn: &MutexGuard<'_, ()>, entry: Known) -> Result<(), CniError> {
+        self.write(&entry.record, entry.held.is_some())?;
         let mut known = lock(&self.known);
-        self.write(&entry)?;
         self.places.tell(&entry.record.uid, place(&entry.record));
         known.insert(entry.record.uid.clone(), entry);
         Ok(())
     }
 
-    /// On the disk before anybody acts on it. One that is found by its processes is found so again.
-    fn write(&self, entry: &Known) -> Result<(), CniError> {
-        if entry.held.is_none() { self.records.write(&entry.record) } else { Ok(()) }
+    /// On the disk before anybody acts on it. One that is found by its processes, and held, is found so again.
+    fn write(&self, record: &Record, held: bool) -> Result<(), CniError> {
+        if held { Ok(()) } else { self.records.write(record) }
     }
 
     fn forget(&self, uid: &str, cookie: u64) {
+        let _turn = lock(&self.turn);
         let mut known = lock(&self.known);
-        if known.get(uid).is_some_and(|known| known.record.cookie == cookie) {
-            known.remove(uid);
-            self.places.forget(uid);
-            self.drop_record(uid);
-            tracing::debug!(pod = uid, "the pod's namespace is gone");
+        if known.get(uid).is_none_or(|known| known.record.cookie != cookie) {
+            return;
         }
+        known.remove(uid);
+        self.places.forget(uid);
+        drop(known);
+        self.drop_record(uid);
+        tracing::debug!(pod = uid, "the pod's namespace is gone");
+    }
+
+    /// The runtime removes the namespace next; `look` finds it gone. Until then the pod stays as it is.
+    fn del(&self, gone: &Gone) {
+        let known = lock(&self.known);
+        if let Some(known) = known.values().find(|known| known.record.container == gone.container) {
+            tracing::debug!(pod = known.record.uid, "DEL: until its namespace is gone it stays captured");
+        }
+    }
+
+    /// Whatever of a network is not valid any more has no namespace any more, or will have none: `look` finds out.
+    fn gc(&self, network: &str, valid: &[Valid]) {
+        let valid: HashSet<&str> = valid.iter().map(|valid| valid.container.as_str()).collect();
+        let known = lock(&self.known);
+        let of = known.values().filter(|known| known.record.network == network && known.held.is_none());
+        let stale = of.filter(|known| !valid.contains(known.record.container.as_str())).count();
+        tracing::debug!(network, stale, "GC: what has gone is let go with its namespace");
     }
 
     fn drop_record(&self, uid: &str) {
@@ -270,190 +297,6 @@ struct Suspect {
     held: bool,
 }
 
-/// The plugin's questions, answered.
-pub(super) struct Answers {
-    shared: Arc<Shared>,
-    proxy: Proxy,
-}
-
-impl Enroller for Answers {
-    async fn answer(&self, request: Request) -> Answer {
-        match request {
-            Request::Add(attachment) => self.add(attachment).await,
-            Request::Check(attachment) => self.check(&attachment),
-            Request::Del(gone) => self.del(&gone),
-            Request::Gc { network, valid } => self.gc(&network, &valid),
-            Request::Status => self.status(),
-        }
-    }
-}
-
-impl Answers {
-    async fn add(&self, attachment: Attachment) -> Answer {
-        let began = Instant::now();
-        if attachment.pod.uid.is_none() {
-            // Of two pods of one name, one after the other, the name does not tell which.
-            let why = "the container runtime does not tell the pod's UID (K8S_POD_UID)".into();
-            return Answer::Refused { why };
-        }
-        let patience = Duration::from_millis(attachment.wait_ms);
-        let end = began + patience.saturating_sub(MARGIN.min(patience / 4));
-        let path = attachment.netns.clone();
-        let cookie = match spawn_blocking(move || own_netns(&path)).await {
-            Ok(Ok(cookie)) => cookie,
-            Ok(Err(why)) => return Answer::Refused { why },
-            Err(error) => return Answer::Later { why: error.to_string() },
-        };
-        let (mut listed, mut changes) = (self.shared.roster.subscribe(), self.proxy.changes());
-        let mut told = false;
-        loop {
-            let now = listed.borrow_and_update().clone();
-            changes.borrow_and_update();
-            let why = match member(&now, &attachment.pod) {
-                Found::Not(why) => why,
-                Found::Pod(_, member) if member.host_network => return Answer::Outside,
-                Found::Pod(uid, member) => {
-                    if !told {
-                        let record = record(&attachment, uid, cookie, !member.in_mesh);
-                        let shared = self.shared.clone();
-                        match spawn_blocking(move || shared.tell(Known { record, held: None })).await {
-                            Ok(Ok(())) => told = true,
-                            Ok(Err(error)) => return Answer::Later { why: with_causes(&error) },
-                            Err(error) => return Answer::Later { why: error.to_string() },
-                        }
-                    }
-                    if !member.in_mesh {
-                        let record = record(&attachment, uid, cookie, true);
-                        let shared = self.shared.clone();
-                        return match spawn_blocking(move || shared.mark_late(&record)).await {
-                            Ok(()) => Answer::Outside,
-                            Err(error) => Answer::Later { why: error.to_string() },
-                        };
-                    }
-                    if attachment.addresses.is_empty() {
-                        let why = "the plugins before marline-cni have given the pod no address".into();
-                        return Answer::Refused { why };
-                    }
-                    match self.captured(&attachment.netns, cookie, &attachment.pod, &attachment.addresses) {
-                        Ok(()) => {
-                            tracing::info!(pod = %named(&attachment.pod), took = ?began.elapsed(), "ADD: captured");
-                            return Answer::Captured;
-                        }
-                        Err(why) => why,
-                    }
-                }
-            };
-            let news = async {
-                tokio::select! { _ = listed.changed() => {} _ = changes.changed() => {} }
-            };
-            if timeout_at(end, news).await.is_err() {
-                let why = format!("pod {} is not captured, and does not start: {why}", named(&attachment.pod));
-                tracing::warn!("ADD: {why}");
-                return Answer::Later { why };
-            }
-        }
-    }
-
-    fn check(&self, attachment: &Attachment) -> Answer {
-        let listed = self.shared.roster.now();
-        let (uid, member) = match member(&listed, &attachment.pod) {
-            Found::Not(why) => return Answer::Later { why },
-            Found::Pod(uid, member) => (uid, member),
-        };
-        if member.host_network || !member.in_mesh {
-            return Answer::Outside;
-        }
-        let known = lock(&self.shared.known).get(uid).map(|known| known.record.clone());
-        let why = match known {
-            None => "the agent was not told where it runs".to_owned(),
-            Some(record) if record.container != attachment.container && !record.container.is_empty() => {
-                format!("the agent knows it as the container {}", record.container)
-            }
-            Some(record) => match self.captured(&record.netns, record.cookie, &attachment.pod, &attachment.addresses) {
-                Ok(()) => return Answer::Captured,
-                Err(why) => why,
-            },
-        };
-        Answer::Refused { why: format!("pod {} is not captured: {why}", named(&attachment.pod)) }
-    }
-
-    /// The runtime removes the namespace next; `look` finds it gone. Until then the pod stays as it is.
-    fn del(&self, gone: &Gone) -> Answer {
-        let known = lock(&self.shared.known);
-        let of = known.values().find(|known| known.record.container == gone.container);
-        if let Some(known) = of {
-            tracing::debug!(pod = known.record.uid, "DEL: until its namespace is gone it stays captured");
-        }
-        Answer::Done
-    }
-
-    /// Whatever of a network is not valid any more has no namespace any more, or will have none: `look` finds out.
-    fn gc(&self, network: &str, valid: &[Valid]) -> Answer {
-        let valid: HashSet<&str> = valid.iter().map(|valid| valid.container.as_str()).collect();
-        let known = lock(&self.shared.known);
-        let of = known.values().filter(|known| known.record.network == network && known.held.is_none());
-        let stale = of.filter(|known| !valid.contains(known.record.container.as_str())).count();
-        tracing::debug!(network, stale, "GC: what has gone is let go with its namespace");
-        Answer::Done
-    }
-
-    fn status(&self) -> Answer {
-        match self.shared.roster.now().known {
-            true => Answer::Done,
-            false => {
-                Answer::Later { why: "nothing is known of the cluster yet: the API server has not answered".into() }
-            }
-        }
-    }
-
-    /// Whether the namespace is served for this pod, at these addresses, and has passed its test.
-    fn captured(&self, netns: &Path, cookie: u64, pod: &PodRef, addresses: &[IpAddr]) -> Result<(), String> {
-        let Some((local, status)) = self.proxy.pod_at(netns) else {
-            return Err("it is not enrolled yet".into());
-        };
-        let workload = &local.workload;
-        if (workload.namespace.as_str(), workload.name.as_str()) != (pod.namespace.as_str(), pod.name.as_str()) {
-            return Err(format!("its namespace is still that of {workload}"));
-        }
-        if let Some(address) = addresses.iter().find(|address| !workload.addresses.contains(address)) {
-            return Err(format!("it is not known by its address {address} yet"));
-        }
-        match status.state {
-            // Paths come again, and what is served there may be what was there before.
-            PodState::Ready if status.served.is_none_or(|served| served.0 != cookie) => {
-                Err("another namespace was at its path and is served still".into())
-            }
-            PodState::Ready => Ok(()),
-            PodState::Refused => Err(status.reason.unwrap_or_else(|| "it is refused".into())),
-        }
-    }
-}
-
-enum Found<'a> {
-    Pod(&'a str, &'a Member),
-    Not(String),
-}
-
-/// Looks a pod up that the kubelet has named. One of the same name and another UID is another pod.
-fn member<'a>(listed: &'a Listed, pod: &PodRef) -> Found<'a> {
-    if !listed.known {
-        return Found::Not("nothing is known of the cluster yet: the API server has not answered".into());
-    }
-    let is_named = |member: &Member| *member.namespace == *pod.namespace && *member.name == *pod.name;
-    let found = match &pod.uid {
-        Some(uid) => listed.members.get_key_value(uid.as_str()),
-        None => listed.members.iter().find(|(_, member)| is_named(member) && !member.ended),
-    };
-    match found {
-        Some((uid, member)) if is_named(member) => Found::Pod(uid, member),
-        Some((uid, member)) => {
-            let (namespace, name) = (&member.namespace, &member.name);
-            Found::Not(format!("the API server knows the UID {uid} as {namespace}/{name}"))
-        }
-        None => Found::Not("the API server has not told of this pod on this node yet".into()),
-    }
-}
-
 /// In the mesh by the API server's word, and with a namespace of their own.
 fn wanted(listed: &Listed) -> impl Iterator<Item = &str> {
     let wanted = listed
@@ -461,18 +304,6 @@ fn wanted(listed: &Listed) -> impl Iterator<Item = &str> {
         .iter()
         .filter(|(uid, member)| member.in_mesh && !member.host_network && !member.ended && is_uid(uid));
     wanted.map(|(uid, _)| &**uid)
-}
-
-fn record(attachment: &Attachment, uid: &str, cookie: u64, late: bool) -> Record {
-    Record {
-        uid: uid.to_owned(),
-        network: attachment.network.clone(),
-        container: attachment.container.clone(),
-        netns: attachment.netns.clone(),
-        cookie,
-        addresses: attachment.addresses.clone(),
-        late,
-    }
 }
 
 fn place(record: &Record) -> PodPlace {
@@ -490,22 +321,6 @@ fn find(pod: &Path) -> io::Result<Option<(File, u64)>> {
     look().inspect_err(|error| {
         tracing::warn!(pod = %pod.display(), %error, "a pod's network namespace cannot be found");
     })
-}
-
-/// A namespace that is no pod's would put the node itself under a pod's name.
-fn own_netns(path: &Path) -> Result<u64, String> {
-    let open = |path: &Path| {
-        Netns::open(path).map(|netns| netns.cookie()).map_err(|error| {
-            let hint = "the agent must see the node's /run/netns and its processes (hostPID)";
-            format!("the network namespace {} cannot be opened: {error}; {hint}", path.display())
-        })
-    };
-    let found = open(path)?;
-    let nodes = ["/proc/self/ns/net", "/proc/1/ns/net"];
-    if nodes.iter().any(|node| Netns::open(*node).is_ok_and(|netns| netns.cookie() == found)) {
-        return Err(format!("{} is the node's own network namespace", path.display()));
-    }
-    Ok(found.0)
 }
 
 /// Where a path leads that led to a namespace.
@@ -535,10 +350,81 @@ fn leads(path: &Path) -> Leads {
     }
 }
 
-fn named(pod: &PodRef) -> String {
-    format!("{}/{}", pod.namespace, pod.name)
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, thread};
+
+    use nix::{sys::stat::Mode, unistd::mkfifo};
+
+    use super::*;
+
+    fn shared(records: &Path) -> Shared {
+        Shared {
+            places: Places::default(),
+            roster: Roster::default(),
+            records: Records::open(records).unwrap(),
+            cgroup: PathBuf::new(),
+            configurations: None,
+            known: Mutex::default(),
+            turn: Mutex::default(),
+            fault: Mutex::default(),
+        }
+    }
+
+    fn known(uid: &str) -> Known {
+        let (network, container, netns) = ("pods".into(), format!("c-{uid}"), "/run/netns/x".into());
+        let record =
+            Record { uid: uid.into(), network, container, netns, cookie: 7, addresses: Vec::new(), late: false };
+        Known { record, held: None }
+    }
+
+    #[test]
+    fn questions_are_answered_while_a_disk_takes_its_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = Arc::new(shared(dir.path()));
+        shared.tell(known("here")).unwrap();
+        // What is written there waits until somebody reads.
+        let slow = dir.path().join("slow.new");
+        mkfifo(&slow, Mode::S_IRWXU).unwrap();
+        let writer = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || shared.tell(known("slow"))
+        });
+        while shared.turn.try_lock().is_ok() {
+            thread::yield_now();
+        }
+        let (answered, answers) = mpsc::channel();
+        thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || {
+                shared.del(&Gone { container: "c-here".into(), uid: None });
+                shared.gc("pods", &[]);
+                let there = lock(&shared.known).contains_key("here");
+                answered.send((there, shared.places.of("slow").is_some())).unwrap();
+            }
+        });
+        let (there, early) = answers.recv_timeout(Duration::from_secs(20)).expect("questions wait for the disk");
+        assert!(there && !early, "what is not on the disk counts for nothing yet");
+        assert!(!writer.is_finished());
+        std::fs::read(&slow).unwrap();
+        writer.join().unwrap().unwrap();
+        assert!(shared.places.of("slow").is_some() && lock(&shared.known).contains_key("slow"));
+    }
+
+    #[test]
+    fn what_is_late_is_written_down_and_what_is_forgotten_leaves_no_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(dir.path());
+        shared.tell(known("a")).unwrap();
+        shared.mark_late(&known("a").record);
+        assert!(shared.places.of("a").unwrap().late && shared.records.all().unwrap()[0].late);
+        shared.forget("a", 8);
+        assert!(shared.places.of("a").is_some(), "another namespace's end is not its own");
+        shared.forget("a", 7);
+        assert!(shared.places.of("a").is_none() && shared.records.all().unwrap().is_empty());
+    }
 }

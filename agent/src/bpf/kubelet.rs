@@ -69,6 +69,15 @@ pub struct EndedProbe {
     pub received: u64,
 }
 
+/// What has become of the kubelet's connections since it was asked.
+#[derive(Default)]
+pub struct EndedProbes {
+    /// Those that were let in.
+    pub admitted: Vec<EndedProbe>,
+    /// Those that were not, because pods have seen them from another port than they left with.
+    pub translated: Vec<EndedProbe>,
+}
+
 impl Capture {
     /// Sees to it that the hook is on the kubelet's cgroup as it is now: at `place`, or where it usually is. Otherwise there is no hook, and
     /// none of its connections is let in.
@@ -123,9 +132,9 @@ impl Capture {
         forget_probed(&mut self.maps(), |key| !wanted(key.netns))
     }
 
-    /// The kubelet's connections that were let in and have ended, each told once, when nothing of it is let out any more.
-    pub fn ended_probes(&self) -> Result<Vec<EndedProbe>, BpfError> {
-        let (now, mut ended) = (clock::monotonic_nanos(), Vec::new());
+    /// The kubelet's connections that have ended, each told once, when nothing of it is let out any more.
+    pub fn ended_probes(&self) -> Result<EndedProbes, BpfError> {
+        let (now, mut ended) = (clock::monotonic_nanos(), EndedProbes::default());
         let mut maps = self.maps();
         let lost = |entry: &KubeletEntry| entry.is_lost(now);
         let over = |entry: &KubeletEntry| !entry.may_be_answered(now) || lost(entry);
@@ -141,7 +150,11 @@ impl Capture {
                     );
                     continue;
                 }
-                ended.extend((entry.admitted != 0).then(|| told(flow, &entry, now)));
+                if entry.admitted != 0 {
+                    ended.admitted.push(told(flow, &entry, now));
+                } else if entry.was_translated() {
+                    ended.translated.push(told(flow, &entry, now));
+                }
             }
         }
         Ok(ended)

@@ -21,21 +21,16 @@ pub struct Service {
     pub ports: BTreeMap<u16, Vec<ServiceEndpoint>>,
     /// Who may answer, beside being the endpoint's own workload; nobody is named where that is enough.
     pub identities: Vec<SpiffeId>,
-    /// By the port of every node that leads to it, too.
-    pub node_ports: BTreeMap<u16, NodePort>,
+    /// The service's port by that of every node which leads to it, too.
+    pub node_ports: BTreeMap<u16, u16>,
+    /// Addresses for clients outside, at which its ports are, too: others may have other ports there.
+    pub outside: Vec<IpAddr>,
+    /// Where its ports lead at those and at the nodes', if not as in `ports`.
+    pub exposed: Option<BTreeMap<u16, Vec<ServiceEndpoint>>>,
     /// A client's connections to one port go to one endpoint for as long as it is there, unless none was made for so long.
     pub affinity: Option<Duration>,
     /// An IPv4 address leads to IPv4 endpoints alone, and an IPv6 one to IPv6 endpoints.
     pub families_apart: bool,
-}
-
-/// What a port of the nodes stands for.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct NodePort {
-    /// The service's own port.
-    pub port: u16,
-    /// Where it leads, if not to the same endpoints as the service's port.
-    pub endpoints: Option<Vec<ServiceEndpoint>>,
 }
 
 /// Where a connection to a service can go.
@@ -52,25 +47,26 @@ impl Service {
         self.addresses.is_empty()
     }
 
-    /// Which of the service's ports a connection is for, and where it can go. An address that is not the service's is a node's. `None` if there
-    /// is no such port.
+    /// Which of the service's ports a connection is for, and where it can go. An address that is not the service's, nor one for outside, is a
+    /// node's; one for outside may be a node's, too. `None` if there is no such port.
     pub fn leads(&self, to: SocketAddr) -> Option<(u16, &[ServiceEndpoint])> {
-        if self.is_headless() || self.addresses.iter().any(|own| own.to_canonical() == to.ip().to_canonical()) {
+        let is_of = |addresses: &[IpAddr]| addresses.iter().any(|it| it.to_canonical() == to.ip().to_canonical());
+        if self.is_headless() || is_of(&self.addresses) {
             return self.ports.get(&to.port()).map(|all| (to.port(), all.as_slice()));
         }
-        let node_port = self.node_ports.get(&to.port())?;
-        let all = node_port.endpoints.as_ref().or_else(|| self.ports.get(&node_port.port))?;
-        Some((node_port.port, all))
+        let exposed = self.exposed.as_ref().unwrap_or(&self.ports);
+        let at_outside = exposed.get_key_value(&to.port()).filter(|_| is_of(&self.outside));
+        let found = at_outside.or_else(|| exposed.get_key_value(self.node_ports.get(&to.port())?));
+        found.map(|(port, all)| (*port, all.as_slice()))
     }
 
     /// All endpoints, each with the service's port.
     pub fn all_endpoints(&self) -> impl Iterator<Item = (u16, &ServiceEndpoint)> {
-        let ports = self.ports.iter().map(|(port, all)| (*port, all));
-        let node_ports = self.node_ports.values().filter_map(|node| Some((node.port, node.endpoints.as_ref()?)));
-        ports.chain(node_ports).flat_map(|(port, all)| all.iter().map(move |endpoint| (port, endpoint)))
+        let all = self.ports.iter().chain(self.exposed.iter().flatten());
+        all.flat_map(|(port, all)| all.iter().map(move |endpoint| (*port, endpoint)))
     }
 
-    /// The endpoints for a connection to one of the service's addresses or node ports, the best first: those of the client's zone, then those
+    /// The endpoints for a connection to one of the addresses that lead to the service, or to a node port, the best first: those of the client's zone, then those
     /// with the fewest connections; `turn` shares out what is equal. Addresses of the other family are a resort, unless the service keeps the
     /// families apart, and the last are endpoints without a count of connections: those that have refused lately. `None` if the service has
     /// no such port.
@@ -163,9 +159,9 @@ mod tests {
     }
 
     #[test]
-    fn a_nodes_port_leads_to_the_endpoints_of_its_own_or_to_those_of_the_services_port() {
+    fn nodes_ports_and_addresses_for_outside_lead_to_endpoints_of_their_own_or_to_those_of_the_services_port() {
         let mut service = service(&[("10.0.0.1:8080", None)]);
-        service.node_ports.insert(30080, NodePort { port: 80, endpoints: None });
+        service.node_ports.insert(30080, 80);
         let led = |service: &Service, to: &str| {
             let (port, all) = service.leads(to.parse().unwrap())?;
             Some((port, all.iter().map(|endpoint| endpoint.address.to_string()).collect::<Vec<_>>()))
@@ -180,8 +176,13 @@ mod tests {
             workload: None,
             zone: None,
         });
-        service.node_ports.insert(30080, NodePort { port: 80, endpoints: Some(wider.to_vec()) });
-        assert_eq!(led(&service, "192.0.2.1:30080").unwrap().1.len(), 2);
+        service.exposed = Some(BTreeMap::from([(80, wider.to_vec())]));
+        service.outside = vec!["203.0.113.5".parse().unwrap()];
+        for exposed in ["192.0.2.1:30080", "203.0.113.5:80", "203.0.113.5:30080", "[::ffff:203.0.113.5]:80"] {
+            let (port, all) = led(&service, exposed).unwrap();
+            assert_eq!((port, all.len()), (80, 2), "{exposed}");
+        }
+        assert_eq!(led(&service, "203.0.113.5:81"), None);
         assert_eq!(led(&service, "10.96.0.10:80").unwrap().1.len(), 1);
         assert_eq!(service.all_endpoints().map(|(port, _)| port).collect::<Vec<_>>(), [80, 80, 80]);
     }

@@ -5,7 +5,7 @@ use std::{
     collections::HashMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, atomic::Ordering},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::time::MissedTickBehavior;
@@ -19,6 +19,8 @@ use crate::{
 };
 
 const LOOK: Duration = Duration::from_secs(1);
+/// Each probe that comes from another port would be a line, every few seconds for each pod.
+const SAID_FOR: Duration = Duration::from_mins(10);
 
 /// What was declared, and for which pod, by its path. It stays while the pod is wanted, also when it is not served for a while.
 pub(super) type Declared = Mutex<HashMap<NetnsCookie, (PathBuf, Arc<[u16]>)>>;
@@ -54,13 +56,32 @@ pub(super) fn follow(ctx: &Context) {
 pub(super) async fn run(ctx: Arc<Context>) {
     let mut tick = tokio::time::interval(LOOK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut said: Option<Instant> = None;
     loop {
         tick.tick().await;
         match ctx.capture.ended_probes() {
-            Ok(ended) => ended.iter().for_each(|probe| record(&ctx, probe)),
+            Ok(ended) => {
+                ended.admitted.iter().for_each(|probe| record(&ctx, probe));
+                let due = said.is_none_or(|said| said.elapsed() > SAID_FOR);
+                if let Some(probe) = ended.translated.first().filter(|_| due) {
+                    said = Some(Instant::now());
+                    warn(probe);
+                }
+            }
             Err(error) => tracing::error!("the kubelet's connections cannot be read: {}", with_causes(&error)),
         }
     }
+}
+
+/// The agent's record of it is that of any plaintext: who it was is known only on this side of the translation.
+fn warn(probe: &EndedProbe) {
+    tracing::warn!(
+        from = %probe.client,
+        to = %probe.server,
+        "the node's NAT gives the kubelet's probes another source port, by which they are not known: where plaintext is refused, they are. Exempt what the \
+         node itself sends to its pods from masquerading (kube-proxy: masqueradeAll: false); marline_capture_refusals_total, \
+         reason kubelet_translated, counts them"
+    );
 }
 
 /// Nothing for what is no local pod any more.

@@ -15,14 +15,14 @@ use tonic::Code;
 
 use crate::{bed::*, fake_cluster::FakeCluster};
 
-const AGENT_A: &str = "pod:marline-system/marline-agent/agent-a";
+pub const AGENT_A: &str = "pod:marline-system/marline-agent/agent-a";
 const AGENT_B: &str = "pod:marline-system/marline-agent/agent-b";
 const MAPS: &str = "/api/v1/namespaces/marline-system/configmaps";
 const SECRETS: &str = "/api/v1/namespaces/marline-system/secrets";
 const SECRET: &str = "/api/v1/namespaces/marline-system/secrets/marline-ca";
 
 /// Two nodes with an agent each; shop/web and shop/db run on node-a, shop/api on node-b.
-async fn cluster() -> Arc<FakeCluster> {
+pub async fn cluster() -> Arc<FakeCluster> {
     let cluster = FakeCluster::start().await;
     cluster.pod("marline-system", "agent-a", "marline-agent", "node-a");
     cluster.pod("marline-system", "agent-b", "marline-agent", "node-b");
@@ -37,14 +37,14 @@ fn take_root(cluster: &FakeCluster, bed: &Bed) {
     bed.write("ca/root-cert.pem", &cluster.root());
 }
 
-async fn running(cluster: &FakeCluster) -> Bed {
+pub async fn running(cluster: &FakeCluster) -> Bed {
     let mut bed = cluster.service();
     bed.run().await;
     take_root(cluster, &bed);
     bed
 }
 
-fn trust(cluster: &FakeCluster) -> Trust {
+pub fn trust(cluster: &FakeCluster) -> Trust {
     let mut roots = RootCertStore::empty();
     for root in der(&cluster.root()) {
         roots.add(root).unwrap();
@@ -58,7 +58,7 @@ fn ledger(cluster: &FakeCluster, node: &str) -> Value {
 }
 
 /// `IDENTITY SERIAL` of all that the ledger has.
-fn listed(cluster: &FakeCluster, node: &str) -> Vec<String> {
+pub fn listed(cluster: &FakeCluster, node: &str) -> Vec<String> {
     let book = ledger(cluster, node);
     let of = |(id, all): (&String, &Value)| -> Vec<String> {
         all.as_array().unwrap().iter().map(|one| format!("{id} {}", one[0].as_str().unwrap())).collect()

@@ -158,17 +158,36 @@ pub struct Caller {
 
 impl Caller {
     pub fn call(&self, command: &str, namespace: &str, pod: &Pod) -> Result<Output> {
-        let chain = self.directory.join(pod.side.letter()).join("net.d/10-pods.conflist");
+        let (program, mut ours) = self.installed(pod.side)?;
+        ours["prevResult"] = result(pod);
+        ask(&mut plugin(&program, command, namespace, pod), &ours)
+    }
+
+    /// A call that is of the network and of no pod, in a version of CNI: with what such a call has beside the configuration.
+    pub fn network(&self, side: Side, command: &str, version: &str, more: &Value) -> Result<Output> {
+        let (program, mut ours) = self.installed(side)?;
+        ours["cniVersion"] = json!(version);
+        ours.as_object_mut().context("a plugin")?.extend(more.as_object().context("more")?.clone());
+        let mut call = Command::new(&program);
+        call.env("CNI_COMMAND", command).env("CNI_PATH", &self.plugins);
+        ask(&mut call, &ours)
+    }
+
+    /// The plugin at the end of the chain, and its configuration.
+    fn installed(&self, side: Side) -> Result<(PathBuf, Value)> {
+        let chain = self.directory.join(side.letter()).join("net.d/10-pods.conflist");
         let list: Value = serde_json::from_str(&fs::read_to_string(chain)?)?;
         let mut ours = list["plugins"].as_array().and_then(|all| all.last()).context("plugins")?.clone();
         let program = self.plugins.join(ours["type"].as_str().context("type")?);
         (ours["name"], ours["cniVersion"]) = (list["name"].clone(), list["cniVersion"].clone());
-        ours["prevResult"] = result(pod);
-        let mut call = plugin(&program, command, namespace, pod);
-        let mut child = spawn(call.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()))?;
-        child.stdin.take().context("standard input")?.write_all(ours.to_string().as_bytes())?;
-        Ok(child.wait_with_output()?)
+        Ok((program, ours))
     }
+}
+
+fn ask(call: &mut Command, configuration: &Value) -> Result<Output> {
+    let mut child = spawn(call.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()))?;
+    child.stdin.take().context("standard input")?.write_all(configuration.to_string().as_bytes())?;
+    Ok(child.wait_with_output()?)
 }
 
 /// What the plugin before ours would print.

@@ -19,6 +19,8 @@ use super::{
 };
 
 const NODE_PORT: u16 = 30_080;
+/// Of a service, for clients that are not in the cluster. Nobody there has it.
+const OUTSIDE: &str = "203.0.113.7";
 
 fn service(world: &World<'_>, name: &str, spec: Value) {
     world.api.apply(SERVICES, json!({"metadata": {"name": name, "namespace": "foo"}, "spec": spec}));
@@ -108,7 +110,7 @@ fn services_lead_where_kube_proxy_would_send_the_same_connection_and_by_mtls() -
 
         // One endpoint for one client, until it is not ready any more; the other then keeps the session.
         let affinity = json!({"clusterIP": "10.96.1.2", "ports": [{"port": 80, "protocol": "TCP", "nodePort": NODE_PORT}],
-                              "type": "NodePort", "sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 600}}});
+                              "type": "NodePort", "externalIPs": [OUTSIDE], "sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 600}}});
         service(world, "sticky", affinity);
         slice(world, "sticky", &[(&far, true, None)]);
         leads_to(&client, "10.96.1.2:80", &["far"])?;
@@ -137,12 +139,13 @@ fn services_lead_where_kube_proxy_would_send_the_same_connection_and_by_mtls() -
         fresh(2)?;
         only("near", "10.96.1.2:80")?;
 
-        // Every node's port is the service's: the same session, the same identity, and mTLS.
-        for side in Side::BOTH {
+        // Every node's port is the service's, and so is its address for outside: the same session, the same identity, and mTLS.
+        let [a, b] = Side::BOTH.map(|side| format!("{}:{NODE_PORT}", link_address(side)));
+        for to in [a, b, format!("{OUTSIDE}:80")] {
             let before = world.cluster.agent(Side::A)?.entries()?.len();
-            only("near", &format!("{}:{NODE_PORT}", link_address(side)))?;
+            only("near", &to)?;
             let of_service = |entry: &Entry| entry.service.as_deref() == Some("sticky.foo.svc.cluster.local");
-            let entries = world.cluster.agent(Side::A)?.wait_entries("the node's port", before, 6, of_service)?;
+            let entries = world.cluster.agent(Side::A)?.wait_entries(&to, before, 6, of_service)?;
             let identity = |entry: &Entry| entry.destination.identity.clone().unwrap_or_default();
             let right = |entry: &Entry| entry.tls.is_some() && identity(entry).ends_with("/ns/foo/sa/near");
             ensure!(entries.iter().all(right), "{entries:#?}");

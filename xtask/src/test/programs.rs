@@ -41,7 +41,7 @@ const SUITES: &[(&str, &[Need])] = &[
     ("mesh_counters", &[PYTHON]),
     ("mesh_spares", &[PYTHON]),
     ("native_monitoring", &[PYTHON, need("prometheus", "prometheus"), need("promtool", "prometheus")]),
-    ("native_probes", &[PYTHON]),
+    ("native_probes", &[PYTHON, need("nft", "nftables")]),
     ("native_reloads", &[PYTHON]),
     ("native_visibility", &[PYTHON]),
     ("native_bench_proxies", &[need("nft", "nftables"), need("haproxy", "haproxy")]),

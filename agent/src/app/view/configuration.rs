@@ -37,9 +37,10 @@ pub(super) fn services(snapshot: &Snapshot) -> Value {
             });
             json!({"port": port, "endpoints": endpoints.collect::<Vec<_>>()})
         });
-        let node_ports = service.node_ports.iter().map(|(at, it)| json!({"node_port": at, "port": it.port}));
+        let node_ports = service.node_ports.iter().map(|(at, it)| json!({"node_port": at, "port": it}));
         json!({
             "host": service.host, "namespace": service.namespace, "addresses": service.addresses,
+            "outside": service.outside,
             "ports": ports.collect::<Vec<_>>(), "node_ports": node_ports.collect::<Vec<_>>(),
             "session_affinity_seconds": service.affinity.map(|life| life.as_secs()),
             "subject_alt_names": service.identities.iter().map(ToString::to_string).collect::<Vec<_>>(),

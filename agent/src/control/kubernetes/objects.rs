@@ -99,6 +99,8 @@ pub struct Pod {
 pub struct Service {
     /// Of a headless one there are none.
     pub addresses: Vec<IpAddr>,
+    /// For clients outside, and led inside to where the others lead: external IPs, and those of load balancers that leave them as they are.
+    pub outside: Vec<IpAddr>,
     pub ports: Vec<ServicePort>,
     /// Only endpoints on the client's own node count.
     pub local_only: bool,
@@ -306,6 +308,27 @@ pub struct WireService {
     metadata: Metadata,
     #[serde(default)]
     spec: ServiceSpec,
+    #[serde(default)]
+    status: ServiceStatus,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct ServiceStatus {
+    load_balancer: Option<LoadBalancer>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct LoadBalancer {
+    ingress: Option<Vec<Ingress>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Ingress {
+    ip: Option<String>,
+    ip_mode: Option<String>,
 }
 
 #[derive(Default, Deserialize)]
@@ -316,6 +339,9 @@ struct ServiceSpec {
     cluster_ip: Option<String>,
     #[serde(rename = "clusterIPs")]
     cluster_ips: Option<Vec<String>>,
+    #[serde(rename = "externalIPs")]
+    external_ips: Option<Vec<String>>,
+    load_balancer_source_ranges: Option<Vec<String>>,
     ports: Option<Vec<WirePort>>,
     internal_traffic_policy: Option<String>,
     session_affinity: Option<String>,
@@ -367,6 +393,7 @@ impl Trimmed for Service {
         addresses.dedup();
         let service = Self {
             addresses,
+            outside: outside(spec, &wire.status),
             ports: spec.ports.iter().flatten().filter_map(WirePort::of_service).collect(),
             local_only: spec.internal_traffic_policy.as_deref() == Some("Local"),
             external: spec.r#type.as_deref() == Some("ExternalName"),
@@ -456,6 +483,20 @@ pub fn istio(kind: ObjectKind, raw: Raw, names: &mut Names) -> Option<Item<Objec
     let metadata = raw.0.get("metadata").and_then(|json| Metadata::deserialize(json).ok())?;
     let object = Object::read(kind, &metadata.namespace, &metadata.name, &raw.0);
     metadata.item(names, object)
+}
+
+/// As kube-proxy takes them. A load balancer that is a proxy wants to be gone through; and where it says who may come, kube-proxy's own rules
+/// have to be met.
+fn outside(spec: &ServiceSpec, status: &ServiceStatus) -> Vec<IpAddr> {
+    let anybody = spec.load_balancer_source_ranges.as_ref().is_none_or(Vec::is_empty);
+    let is_virtual = |ingress: &&Ingress| anybody && ingress.ip_mode.as_deref().is_none_or(|mode| mode == "VIP");
+    let balancer = status.load_balancer.as_ref().and_then(|balancer| balancer.ingress.as_ref()).into_iter().flatten();
+    let balancers = balancer.filter(is_virtual).filter_map(|ingress| ingress.ip.as_ref());
+    let all = spec.external_ips.iter().flatten().chain(balancers);
+    let mut all: Vec<IpAddr> = all.filter_map(|text| address(text)).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
 }
 
 /// Kubernetes' own default, where the API server has not written it.

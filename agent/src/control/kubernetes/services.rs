@@ -15,7 +15,7 @@ use super::{
     model::Model,
     objects::{Condition, Endpoint, Hints, Key, Service, ServicePort, Slice},
 };
-use crate::policy::{self, NodePort, ServiceEndpoint, Workload};
+use crate::policy::{self, ServiceEndpoint, Workload};
 
 /// From where it is looked at.
 #[derive(Clone, Copy, Debug)]
@@ -72,18 +72,23 @@ pub(super) fn services(
             (false, true) => Reach::Node,
             (false, false) => Reach::Cluster,
         };
-        let node_port = |port: &ServicePort| {
-            // As kube-proxy does for the cluster's own pods, whatever is said of traffic from outside.
-            let endpoints = (own != Reach::Cluster).then(|| led(port, Reach::Cluster));
-            Some((port.node_port?, NodePort { port: port.number, endpoints }))
-        };
+        let ports = |reach| service.ports.iter().map(|port| (port.number, led(port, reach))).collect();
+        let node_ports: BTreeMap<u16, u16> =
+            service.ports.iter().filter_map(|port| Some((port.node_port?, port.number))).collect();
+        // Of a family that the service has no address of, kube-proxy has no such rules.
+        let has_family = |of: &IpAddr| service.addresses.iter().any(|own| own.is_ipv4() == of.is_ipv4());
+        let outside: Vec<IpAddr> = service.outside.iter().copied().filter(has_family).collect();
+        // As kube-proxy does for the cluster's own pods, whatever is said of traffic from outside.
+        let exposed = own != Reach::Cluster && !(node_ports.is_empty() && outside.is_empty());
         Arc::new(policy::Service {
             host: Workload::host_of(&key.name, &key.namespace),
             namespace: key.namespace.to_string(),
             addresses: service.addresses.clone(),
-            ports: service.ports.iter().map(|port| (port.number, led(port, own))).collect(),
+            ports: ports(own),
             identities: Vec::new(),
-            node_ports: service.ports.iter().filter_map(node_port).collect(),
+            node_ports,
+            outside,
+            exposed: exposed.then(|| ports(Reach::Cluster)),
             affinity: service.affinity.map(|seconds| Duration::from_secs(seconds.into())),
             families_apart: true,
         })

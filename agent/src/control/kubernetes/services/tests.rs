@@ -113,8 +113,72 @@ fn a_nodes_port_is_the_services_at_every_node_and_nothing_else_there_is() {
     }
     assert_eq!(led(&snapshot, "10.96.0.1:80"), Some((80, vec![])), "no endpoint is on this node");
     let service = snapshot.service_at("192.0.2.2:30080".parse().unwrap()).unwrap();
-    let endpoint = &service.node_ports[&30080].endpoints.as_ref().unwrap()[0];
+    let endpoint = &service.exposed.as_ref().unwrap()[&80][0];
     assert_eq!(endpoint.workload.as_ref().unwrap().to_string(), "foo/web", "whose identity is asked for");
+}
+
+fn exposed(name: &str, cluster_ip: &str, number: u16, external: &[&str], status: Json) -> Json {
+    let port = json!({"name": "http", "port": number});
+    let spec =
+        json!({"clusterIP": cluster_ip, "externalIPs": external, "externalTrafficPolicy": "Local", "ports": [port]});
+    named(name, json!({"spec": spec, "status": status}))
+}
+
+#[test]
+fn addresses_for_outside_lead_to_the_service_and_a_load_balancer_that_is_a_proxy_is_gone_through() {
+    let ingress = json!({"loadBalancer": {"ingress": [
+        {"ip": "203.0.113.10"}, {"ip": "203.0.113.11", "ipMode": "VIP"}, {"ip": "203.0.113.12", "ipMode": "Proxy"},
+        {"hostname": "lb.example"}, {"ip": "2001:db8::1"}, {"ip": "no address"},
+    ]}});
+    let mut narrow = exposed(
+        "narrow",
+        "10.96.0.2",
+        80,
+        &["203.0.113.20"],
+        json!({"loadBalancer": {"ingress": [{"ip": "203.0.113.21"}]}}),
+    );
+    narrow["spec"]["loadBalancerSourceRanges"] = json!(["198.51.100.0/24"]);
+    let services = vec![
+        exposed("web", "10.96.0.1", 80, &["203.0.113.1", "192.0.2.1"], ingress),
+        narrow,
+        // Two with one address, at ports of their own.
+        exposed("other", "10.96.0.3", 443, &["203.0.113.1"], json!({"loadBalancer": {}})),
+        exposed("headless", "None", 80, &["203.0.113.30"], json!({})),
+    ];
+    let to = |service: &str, number| {
+        slice(service, service, http(number), json!([{"addresses": ["10.0.0.2"], "nodeName": "node-b"}]))
+    };
+    let slices = vec![to("web", 8080), to("narrow", 8081), to("other", 8443), to("headless", 8082)];
+    let snapshot = seen(services, slices, vec![client()], Vec::new());
+    for (at, port, endpoint) in [
+        ("203.0.113.1:80", 80, "10.0.0.2:8080"),
+        ("[::ffff:203.0.113.1]:80", 80, "10.0.0.2:8080"),
+        ("203.0.113.10:80", 80, "10.0.0.2:8080"),
+        ("203.0.113.11:80", 80, "10.0.0.2:8080"),
+        ("192.0.2.1:80", 80, "10.0.0.2:8080"),
+        ("203.0.113.20:80", 80, "10.0.0.2:8081"),
+        ("203.0.113.1:443", 443, "10.0.0.2:8443"),
+    ] {
+        assert_eq!(led(&snapshot, at), Some((port, vec![endpoint.to_owned()])), "{at}");
+    }
+    // As it would go without a mesh: by kube-proxy's own rules, or out of the cluster.
+    for at in ["203.0.113.12:80", "203.0.113.21:80", "203.0.113.1:8080", "203.0.113.30:80", "[2001:db8::1]:80"] {
+        assert_eq!(led(&snapshot, at), None, "{at}");
+    }
+}
+
+#[test]
+fn a_services_address_for_outside_is_never_a_pods_nor_another_services_own() {
+    let thief = exposed("a-thief", "10.96.0.9", 80, &["10.0.0.2", "10.96.0.1"], json!({}));
+    let web = named("web", json!({"spec": {"clusterIP": "10.96.0.1", "ports": [{"name": "http", "port": 80}]}}));
+    let slices = vec![
+        slice("a", "a-thief", http(666), json!([ready("10.0.0.6")])),
+        slice("b", "web", http(8080), json!([ready("10.0.0.2")])),
+    ];
+    let snapshot =
+        seen(vec![thief, web], slices, vec![client(), pod("web", "node-b", "10.0.0.2", "192.0.2.2")], Vec::new());
+    assert_eq!(led(&snapshot, "10.0.0.2:80"), None, "the pod itself");
+    assert_eq!(led(&snapshot, "10.96.0.1:80"), Some((80, vec!["10.0.0.2:8080".into()])));
 }
 
 #[test]
@@ -158,6 +222,7 @@ fn what_rules_say_of_a_port_counts_at_the_nodes_port_and_at_a_headless_endpoints
     for to in ["10.96.0.1:80", "192.0.2.2:30080"] {
         assert_eq!(limit(to), Some(("web", 80, Some(7))), "{to}");
     }
+    // With the service's port as at Istio's sidecars, which listen so for each endpoint, whatever the pod itself has at that port.
     for to in ["10.0.0.3:5432", "10.0.0.4:5433", "10.0.0.3:80"] {
         assert_eq!(limit(to), Some(("db", 80, Some(7))), "{to}");
     }
@@ -320,7 +385,9 @@ proptest! {
     fn connections_go_where_kube_proxy_would_send_them(all in prop::collection::vec(said(), 0..8), local: bool, split in 0_usize..8, turn: usize) {
         let policy = if local { "Local" } else { "Cluster" };
         let service = named("web", json!({"spec": {"clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1", "fd96::1"],
-            "internalTrafficPolicy": policy, "ports": [{"name": "http", "port": 80, "nodePort": 30080}]}}));
+            "internalTrafficPolicy": policy, "externalTrafficPolicy": "Local", "externalIPs": ["203.0.113.1", "2001:db8::1"],
+            "ports": [{"name": "http", "port": 80, "nodePort": 30080}]},
+            "status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.2", "ipMode": "VIP"}]}}}));
         let endpoint = |(number, it): (usize, &Said)| {
             let named = |all: &[&str]| all.iter().map(|name| json!({"name": name})).collect::<Vec<_>>();
             json!({"addresses": [address_of(number, it)], "nodeName": it.node, "hints": {"forZones": named(&it.zones), "forNodes": named(&it.nodes)},
@@ -331,7 +398,8 @@ proptest! {
         let slices = vec![slice("a", "web", http(8080), json!(endpoints)), slice("b", "web", http(8080), json!(rest))];
         let pods = vec![client(), pod("v6", "node-b", "10.0.0.2", "fd02::2")];
         let snapshot = seen(vec![service], slices, pods, Vec::new());
-        for (to, v4, local) in [("10.96.0.1:80", true, local), ("[fd96::1]:80", false, local), ("192.0.2.1:30080", true, false), ("[fd02::2]:30080", false, false)] {
+        for (to, v4, local) in [("10.96.0.1:80", true, local), ("[fd96::1]:80", false, local), ("192.0.2.1:30080", true, false), ("[fd02::2]:30080", false, false),
+            ("203.0.113.1:80", true, false), ("203.0.113.2:80", true, false), ("[2001:db8::1]:80", false, false)] {
             let to: SocketAddr = to.parse().unwrap();
             let called = snapshot.called(&snapshot.local[0].workload, to).unwrap();
             let order = called.service.endpoints(to, snapshot.local[0].zone.as_deref(), |_| Some(0), turn).unwrap();

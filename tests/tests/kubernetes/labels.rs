@@ -1,0 +1,67 @@
+//! Namespaces that come into the mesh and leave it while their pods run.
+
+use anyhow::{Result, ensure};
+use marline_tests::{
+    cluster::{Family, Side},
+    wait::{Look, seconds, wait_for},
+};
+use serde_json::json;
+
+use super::{
+    PORT,
+    api::NAMESPACES,
+    captured,
+    kubelet::{World, on_kubernetes},
+    serves, talks,
+    typed::on,
+};
+
+fn label(world: &World<'_>, value: Option<&str>) {
+    let labels = value.map(|value| json!({"marline.io/mesh": value}));
+    world.api.apply(NAMESPACES, json!({"metadata": {"name": "legacy", "labels": labels}}));
+}
+
+#[test]
+fn pods_of_a_namespace_that_gets_the_label_are_captured_at_once_and_flagged_for_they_started_without() -> Result<()> {
+    on_kubernetes(|world| {
+        world.cluster.start_agents()?;
+        let (server, early) = (world.start("foo", "server", Side::B)?, world.start("legacy", "early", Side::A)?);
+        let _serving = serves(&server)?;
+        world.schedule("legacy", "leaves", Side::A, json!({"marline.io/mesh": "disabled"}));
+        let leaves = world.sandbox("leaves", Side::A)?;
+        ensure!(world.call("ADD", "legacy", &leaves)?.status.success(), "ADD of one that opts out");
+        world.report("legacy", &leaves)?;
+        let to = server.socket(Family::V4, PORT);
+        ensure!(talks(&early.place, to)?.is_err(), "STRICT, and its namespace is not in the mesh");
+
+        // As when pod and label are made together, and the pod is heard of first: its ADD has been answered.
+        label(world, Some("enabled"));
+        captured(world, Side::A, "early", true)?;
+        wait_for("the other node to hear of it", seconds(20), || {
+            Ok(match talks(&early.place, to)? {
+                Ok(()) => Look::Done(()),
+                Err(why) => Look::NotYet(why),
+            })
+        })?;
+        let entries = world.cluster.agent(Side::A)?.wait_entries("mTLS", 0, 1, |entry| entry.connects(&early, to))?;
+        ensure!(entries.iter().all(|entry| entry.tls.is_some()), "{entries:?}");
+        // Whose ADD comes after the label has not run without.
+        let _after = world.start("legacy", "after", Side::A)?;
+        captured(world, Side::A, "after", true)?;
+        wait_for("the flag", seconds(20), || {
+            let (_, _, text) = on(world.cluster, Side::A)?.part("kubernetes", &[])?;
+            let told = text.contains("captured late") && text.contains("legacy/early");
+            ensure!(!text.contains("legacy/after") && !text.contains("legacy/leaves"), "{text}");
+            Ok(if told { Look::Done(()) } else { Look::NotYet(text) })
+        })?;
+        ensure!(world.cluster.agent(Side::A)?.metric("marline_kubernetes_pods_captured_late")? == 1.0);
+        let pods = world.cluster.agent(Side::A)?.pods()?;
+        ensure!(!pods.iter().any(|pod| pod.name == "leaves"), "one that opts out is captured: {pods:?}");
+
+        label(world, None);
+        captured(world, Side::A, "early", false)?;
+        captured(world, Side::A, "after", false)?;
+        ensure!(talks(&early.place, to)?.is_err(), "let go, it speaks plaintext, which STRICT refuses");
+        Ok(())
+    })
+}
