@@ -98,7 +98,8 @@ impl Capture {
 
     /// Whether the inbound hook of this agent is in force in a namespace.
     pub(super) fn has_inbound(&self, netns: &Netns) -> bool {
-        self.fault(INBOUND, &inbound_link(netns.cookie()), Some((netns.path(), &netns.inode()))).is_none()
+        self.program_id(INBOUND).is_some()
+            && self.fault(INBOUND, &inbound_link(netns.cookie()), Some((netns.path(), &netns.inode()))).is_none()
     }
 
     /// The number that the kernel has given to the program that this agent loaded.
