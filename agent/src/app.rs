@@ -16,7 +16,7 @@ use tokio::{
 use crate::{
     access_log::AccessLog,
     admin,
-    bpf::{BpfError, Capture, CaptureSettings},
+    bpf::{BpfError, Capture, CaptureSettings, Loader},
     cni::{self, CniError},
     config::{self, AgentConfig, ConfigErrors, DirectConfig, DirectMode, PumpMode, RecordsMode, SpareMode},
     control::{
@@ -35,7 +35,10 @@ use crate::{
     },
     state::State,
     sys::vital::vital,
-    tls::{config::WITHOUT_RECORDS, records::AES_GCM_BYTES},
+    tls::{
+        config::{self as tls_config, WITHOUT_RECORDS},
+        records::AES_GCM_BYTES,
+    },
     words::PumpKind,
 };
 use view::status::{About, Reloads};
@@ -91,6 +94,9 @@ pub fn kernel_alone() -> Result<Capabilities, AppError> {
 /// Runs the agent until SIGTERM or SIGINT. With `wait` it first waits until the agent that has the pins, if one has, is gone.
 pub async fn run(dir: PathBuf, levels: Levels, wait: bool) -> Result<(), AppError> {
     let started = std::time::SystemTime::now();
+    // Beside the configuration, of which neither depends.
+    tls_config::gather_entropy();
+    let begun = Loader::begin();
     let mut terminate = signal(SignalKind::terminate()).map_err(AppError::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(AppError::Signal)?;
     let loaded = config::load(&dir)?;
@@ -116,7 +122,7 @@ pub async fn run(dir: PathBuf, levels: Levels, wait: bool) -> Result<(), AppErro
     let identities = certificates.manager.clone();
     let place = CaptureSettings { cgroup: agent.capture.cgroup.clone(), pin_path: agent.capture.pin_path.clone() };
     let capture = tokio::select! {
-        capture = captured(&place, wait) => capture?,
+        capture = captured(&place, begun, wait) => capture?,
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     };
@@ -223,9 +229,9 @@ pub async fn run(dir: PathBuf, levels: Levels, wait: bool) -> Result<(), AppErro
 
 /// Takes the pins. There is one file system for them and one lock, so a successor can be there, with its image and its configuration, before
 /// its predecessor has gone.
-async fn captured(settings: &CaptureSettings, wait: bool) -> Result<Capture, AppError> {
+async fn captured(settings: &CaptureSettings, mut begun: Option<Loader>, wait: bool) -> Result<Capture, AppError> {
     loop {
-        match Capture::load(settings) {
+        match Capture::load_with(settings, &mut begun) {
             Err(BpfError::PinsInUse { path }) if wait => {
                 tracing::info!(pins = %path.display(), "waiting for the agent that has this node to end");
                 while Capture::in_use(&path)? {

@@ -4,6 +4,7 @@
 //! serving connections is left to `proxy`, which pods there are to `state`. Links and maps are pinned: whatever becomes of
 //! the agent, an enrolled pod stays closed until an agent serves it or withdraws it.
 use std::{
+    collections::HashMap,
     fmt,
     net::{IpAddr, SocketAddr},
     os::fd::{AsRawFd, BorrowedFd},
@@ -34,10 +35,11 @@ pub mod prober;
 pub mod selftest;
 
 pub use direct::Gate;
-use entries::{absent_is_fine, addresses_of, close_all, forget_address, forget_listeners, forget_mapped};
+use entries::{absent_is_fine, close_all, forget_address, forget_listeners, forget_mapped};
 pub use error::BpfError;
 pub use facts::{Hook, PodNetns};
 pub use kubelet::{EndedProbe, EndedProbes, KubeletFault};
+pub use load::Loader;
 use load::Maps;
 use pins::{Pins, inbound_link};
 
@@ -61,6 +63,8 @@ pub struct Capture(Arc<Inner>);
 struct Inner {
     cgroup: PathBuf,
     ebpf: Mutex<Ebpf>,
+    /// The numbers that the kernel has given to the programs.
+    programs: HashMap<String, u32>,
     maps: Mutex<Maps>,
     pins: Pins,
     /// Connections at an outbound listener that had no entry: not redirected, or their entry had to make room.
@@ -113,16 +117,23 @@ impl Capture {
     /// Loads and attaches the kernel programs. Pods that a predecessor enrolled are closed until they are enrolled again;
     /// [`Capture::pods`] lists them. A thread of its own reads the programs' log.
     pub fn load(settings: &CaptureSettings) -> Result<Self, BpfError> {
+        Self::load_with(settings, &mut None)
+    }
+
+    /// The same by what was begun before, which stays where it is if it is not used.
+    pub fn load_with(settings: &CaptureSettings, begun: &mut Option<Loader>) -> Result<Self, BpfError> {
         let (cgroup, own) = pins::open_cgroup(&settings.cgroup)?;
         let pins = Pins::open(&settings.pin_path)?;
-        let mut ebpf = load::load(&pins, own)?;
+        let mut ebpf = load::load(&pins, own, begun.take())?;
         let mut maps = load::maps(&mut ebpf)?;
         close_all(&mut maps)?;
         load::attach_cgroup(&mut ebpf, &pins, &cgroup, &settings.cgroup)?;
         let log = log::LogReader::start(&mut ebpf)?;
         let cgroup = settings.cgroup.clone();
+        let programs = load::numbers(&ebpf);
         Ok(Self(Arc::new(Inner {
             cgroup,
+            programs,
             ebpf: Mutex::new(ebpf),
             maps: Mutex::new(maps),
             pins,
@@ -173,23 +184,19 @@ impl Capture {
 
         let mut maps = self.maps();
         for address in pod.addresses {
-            match maps.addresses.get(&(*address).into(), 0) {
-                Ok(owner) if owner != netns => {
-                    let (address, netns) = (*address, pod.netns.path().to_path_buf());
-                    return Err(BpfError::AddressTaken { address, netns, owner: owner.0 });
-                }
-                Ok(_) | Err(MapError::KeyNotFound) => {}
-                Err(source) => return Err(BpfError::Map { name: "ADDRESSES", source }),
+            if let Some(owner) = maps.addresses.owner(&(*address).into()).filter(|owner| *owner != netns) {
+                let (address, netns) = (*address, pod.netns.path().to_path_buf());
+                return Err(BpfError::AddressTaken { address, netns, owner: owner.0 });
             }
         }
-        for old in addresses_of(&maps, netns)? {
+        for old in maps.addresses.of(netns) {
             if !pod.addresses.contains(&old.into()) {
                 forget_address(&mut maps, &old)?;
             }
         }
         for address in pod.addresses {
             let key = Address::from(*address);
-            maps.addresses.insert(key, netns, 0).map_err(BpfError::map("ADDRESSES"))?;
+            maps.addresses.insert(key, netns)?;
             match if address.is_ipv4() { pod.inbound4 } else { pod.inbound6 } {
                 Some(listener) => maps.listeners.insert(key, listener.as_raw_fd(), 0),
                 None => absent_is_fine(maps.listeners.remove(&key)),
@@ -222,17 +229,19 @@ impl Capture {
         let mut maps = self.maps();
         for address in addresses {
             let key = Address::from(*address);
-            match maps.addresses.get(&key, 0) {
-                Ok(owner) if owner == netns.cookie() => continue,
-                Ok(owner) if served(owner) => {
+            match maps.addresses.owner(&key) {
+                Some(owner) if owner == netns.cookie() => {
+                    maps.addresses.insert(key, owner)?;
+                    continue;
+                }
+                Some(owner) if served(owner) => {
                     let (address, netns) = (*address, netns.path().to_path_buf());
                     return Err(BpfError::AddressTaken { address, netns, owner: owner.0 });
                 }
-                Ok(_) | Err(MapError::KeyNotFound) => {}
-                Err(source) => return Err(BpfError::Map { name: "ADDRESSES", source }),
+                Some(_) | None => {}
             }
             forget_listeners(&mut maps, &key)?;
-            maps.addresses.insert(key, netns.cookie(), 0).map_err(BpfError::map("ADDRESSES"))?;
+            maps.addresses.insert(key, netns.cookie())?;
         }
         Ok(())
     }
@@ -241,7 +250,7 @@ impl Capture {
     pub fn withdraw(&self, netns: NetnsCookie) -> Result<(), BpfError> {
         self.0.pins.remove_link(&inbound_link(netns))?;
         let mut maps = self.maps();
-        for address in addresses_of(&maps, netns)? {
+        for address in maps.addresses.of(netns) {
             forget_address(&mut maps, &address)?;
         }
         forget_mapped(&mut maps, Some(netns))?;
@@ -307,7 +316,7 @@ impl Capture {
         let maps = self.maps();
         [
             ("pods", count(maps.pods.keys()), MAX_PODS.into()),
-            ("addresses", count(maps.addresses.keys()), MAX_ADDRESSES.into()),
+            ("addresses", maps.addresses.count(), MAX_ADDRESSES.into()),
             ("origins", count(maps.origins.keys()), MAX_ORIGINS.into()),
             ("clients", count(maps.clients.keys()), MAX_CLIENTS.into()),
             ("refused", count(maps.refused.keys()), MAX_REFUSED.into()),
@@ -326,6 +335,10 @@ impl Capture {
 
     fn close(&self, netns: &Netns, entry: PodEntry) -> Result<(), BpfError> {
         self.maps().pods.insert(netns.cookie(), entry, 0).map_err(BpfError::map("PODS"))?;
+        // A pod is refused first and enrolled then.
+        if self.has_inbound(netns) {
+            return Ok(());
+        }
         let mut ebpf = self.0.ebpf.lock().unwrap_or_else(PoisonError::into_inner);
         load::attach_netns(&mut ebpf, &self.0.pins, &inbound_link(netns.cookie()), netns)
     }

@@ -30,6 +30,7 @@ use crate::{
     },
     config,
     logging::{self, Levels},
+    sys::memory,
     words::{PumpKind, with_causes},
 };
 
@@ -143,8 +144,11 @@ pub fn run() -> ExitCode {
     }
     let cli = Cli::parse();
     // Before there is a log with its thread.
-    if let Command::Run(args) = &cli.command {
-        return run::run(args);
+    match &cli.command {
+        Command::Run(args) => return run::run(args),
+        // Several are started with each agent, and what they have to say is told in their answers.
+        Command::InternalProbe(args) => return probe_main(args),
+        _ => {}
     }
     if let Command::Cni(args) = &cli.command
         && cni::is_plugin(args)
@@ -186,6 +190,7 @@ pub fn run() -> ExitCode {
 }
 
 fn agent(dir: PathBuf, levels: Levels, wait: bool) -> ExitCode {
+    memory::share_heaps();
     match app::runtime().and_then(|runtime| runtime.block_on(app::run(dir, levels, wait))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(app::AppError::Config(errors)) => {

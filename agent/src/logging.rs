@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use tracing_appender::non_blocking::WorkerGuard;
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     EnvFilter, Registry, filter::FilterFn, fmt, layer::SubscriberExt, reload, util::SubscriberInitExt,
 };
@@ -34,13 +34,16 @@ struct Inner {
     changing: Mutex<()>,
 }
 
+/// Lines that wait to be written at most. The room for them is there from the start, 32 bytes for each.
+const BACKLOG: usize = 1 << 13;
+
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 
 /// Written by a thread of its own, for as long as the guard lives: whoever does not read the log stops nothing.
 pub fn init(directives: &str, json: bool) -> Result<(Levels, WorkerGuard), LoggingError> {
     let (filter, levels) = filter(directives)?;
     let registry = tracing_subscriber::registry().with(filter).with(without_answers());
-    let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
+    let (writer, guard) = NonBlockingBuilder::default().buffered_lines_limit(BACKLOG).finish(std::io::stderr());
     if json {
         registry.with(fmt::layer().json().with_writer(writer)).try_init()?;
     } else {

@@ -446,26 +446,36 @@ struct Ended {
     _app: TcpStream,
 }
 
-/// The last stages, which both ways share: pump, then account.
-async fn carry(
-    ctx: &Context,
+/// A connection that is let through, with all that it takes. In a box: each future that it passed through by value would have room for it.
+struct Carried {
     account: Account,
     app: TcpStream,
     wire: Arc<TcpStream>,
-    records: Records,
     permit: Permit,
-) -> Ended {
-    let mode = permit.mode();
+}
+
+/// The last stages, which both ways share: pump, then account.
+async fn carry(ctx: &Context, mut carried: Box<Carried>, records: Records) -> Ended {
+    begin(ctx, &carried, &records);
+    let Carried { account, app, wire, permit } = &mut *carried;
+    let result = pump::run(app, wire, records, &account.live.moved, &mut permit.revoked).await;
+    finish(*carried, result)
+}
+
+fn begin(ctx: &Context, carried: &Carried, records: &Records) {
+    let Carried { account, wire, permit, .. } = carried;
     let without = config::WITHOUT_RECORDS && matches!(records, Records::Plain(_));
-    if (mode == Mode::Plaintext) != matches!(records, Records::Plain(_)) && !without {
+    if (permit.mode() == Mode::Plaintext) != matches!(records, Records::Plain(_)) && !without {
         account.live.revoke("its records are not what its permit says");
     }
-    account.offloaded(mode, &records);
-    account.live.watch_wire(&wire);
+    account.offloaded(permit.mode(), records);
+    account.live.watch_wire(wire);
     // Between the decision and here the rules may have changed.
     ctx.judge_now(&account.live);
-    let Permit { mut revoked, .. } = permit;
-    let result = pump::run(&app, &wire, records, &account.live.moved, &mut revoked).await;
+}
+
+fn finish(carried: Carried, result: Result<(), PumpError>) -> Ended {
+    let Carried { account, app, wire, .. } = carried;
     if result.is_ok() {
         for leg in [&app, &*wire] {
             if let Err(error) = capture::settle(leg) {

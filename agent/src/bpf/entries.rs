@@ -1,7 +1,7 @@
 //! Entries of the maps, many at once: what a predecessor left, what belongs to one pod, what is removed with it.
-use std::io;
+use std::{collections::HashMap, io};
 
-use aya::maps::MapError;
+use aya::maps::{self, MapData, MapError};
 use marline_common::{Address, POD_REFUSED, PodEntry};
 
 use super::{error::BpfError, load::Maps};
@@ -25,20 +25,47 @@ pub(super) fn close_all(maps: &mut Maps) -> Result<(), BpfError> {
     forget_mapped(maps, None)
 }
 
-pub(super) fn addresses_of(maps: &Maps, netns: NetnsCookie) -> Result<Vec<Address>, BpfError> {
-    let mut found = Vec::new();
-    for entry in maps.addresses.iter() {
-        let (address, owner) = entry.map_err(BpfError::map("ADDRESSES"))?;
-        if owner == netns {
-            found.push(address);
-        }
+/// Whose an address is. All of it is known here as well, for one who looks for a pod's addresses in the kernel goes through those of all pods.
+pub(super) struct Addresses {
+    map: maps::HashMap<MapData, Address, NetnsCookie>,
+    known: HashMap<Address, NetnsCookie>,
+}
+
+impl Addresses {
+    /// With what a predecessor left. Nobody but the agent that has the pins changes it from there on.
+    pub(super) fn new(map: maps::HashMap<MapData, Address, NetnsCookie>) -> Result<Self, BpfError> {
+        let known = map.iter().collect::<Result<_, _>>().map_err(BpfError::map("ADDRESSES"))?;
+        Ok(Self { map, known })
     }
-    Ok(found)
+
+    pub(super) fn owner(&self, address: &Address) -> Option<NetnsCookie> {
+        self.known.get(address).copied()
+    }
+
+    pub(super) fn of(&self, netns: NetnsCookie) -> Vec<Address> {
+        self.known.iter().filter(|(_, owner)| **owner == netns).map(|(address, _)| *address).collect()
+    }
+
+    pub(super) fn count(&self) -> u64 {
+        self.known.len() as u64
+    }
+
+    pub(super) fn insert(&mut self, address: Address, netns: NetnsCookie) -> Result<(), BpfError> {
+        self.map.insert(address, netns, 0).map_err(BpfError::map("ADDRESSES"))?;
+        self.known.insert(address, netns);
+        Ok(())
+    }
+
+    fn remove(&mut self, address: &Address) -> Result<(), BpfError> {
+        absent_is_fine(self.map.remove(address)).map_err(BpfError::map("ADDRESSES"))?;
+        self.known.remove(address);
+        Ok(())
+    }
 }
 
 pub(super) fn forget_address(maps: &mut Maps, address: &Address) -> Result<(), BpfError> {
     forget_listeners(maps, address)?;
-    absent_is_fine(maps.addresses.remove(address)).map_err(BpfError::map("ADDRESSES"))
+    maps.addresses.remove(address)
 }
 
 pub(super) fn forget_listeners(maps: &mut Maps, address: &Address) -> Result<(), BpfError> {

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     sys::{
         links::{self, LinkFacts},
-        netns::NetnsCookie,
+        netns::{Netns, NetnsCookie},
     },
     words::with_causes,
 };
@@ -96,10 +96,15 @@ impl Capture {
         fault(&links::pinned(&pin), self.program_id(program), wanted, &pin)
     }
 
+    /// Whether the inbound hook of this agent is in force in a namespace.
+    pub(super) fn has_inbound(&self, netns: &Netns) -> bool {
+        self.program_id(INBOUND).is_some()
+            && self.fault(INBOUND, &inbound_link(netns.cookie()), Some((netns.path(), &netns.inode()))).is_none()
+    }
+
     /// The number that the kernel has given to the program that this agent loaded.
     pub(super) fn program_id(&self, name: &str) -> Option<u32> {
-        let ebpf = self.0.ebpf.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        ebpf.program(name)?.info().ok().map(|info| info.id())
+        self.0.programs.get(name).copied()
     }
 }
 

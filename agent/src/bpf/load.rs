@@ -1,12 +1,18 @@
 //! The embedded kernel programs: loading them onto the pinned maps, and attaching them in a predecessor's place.
-use std::{fs::File, os::fd::AsFd, path::Path};
+use std::{
+    collections,
+    fs::File,
+    os::fd::AsFd,
+    path::Path,
+    thread::{self, JoinHandle},
+};
 
 use aya::{
     Ebpf, EbpfLoader, Pod, include_bytes_aligned,
     maps::{HashMap, Map, MapData, MapType, PerCpuArray, SkStorage, SockHash},
     programs::{
-        CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSock, CgroupSockAddr, ProgramError, SkLookup, SockOps,
-        links::FdLink,
+        CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSock, CgroupSockAddr, Program, ProgramError, SkLookup,
+        SockOps, links::FdLink,
     },
 };
 use marline_common::{
@@ -15,7 +21,7 @@ use marline_common::{
     MAX_REFUSED, Origin, PodEndpoint, PodEntry, PodPort, SocketEntry, Transcript,
 };
 
-use super::{error::BpfError, log, pins::Pins};
+use super::{entries::Addresses, error::BpfError, log, pins::Pins};
 use crate::sys::netns::{Netns, NetnsCookie};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/marline-ebpf.o"));
@@ -24,6 +30,9 @@ pub(super) const ADDRESS_HOOKS: [&str; 6] =
     ["connect4", "connect6", "getpeername4", "getpeername6", "getsockname4", "getsockname6"];
 pub(super) const INBOUND: &str = "inbound";
 pub(super) const KUBELET: &str = "kubelet";
+const EGRESS: &str = "egress";
+/// All but those of [`ADDRESS_HOOKS`].
+const OTHERS: [&str; 5] = ["connecting", KUBELET, "create", EGRESS, INBOUND];
 
 /// The shape of a map that outlives its agent: name, type, size of key and value, capacity.
 type Layout = (&'static str, MapType, usize, usize, u32);
@@ -51,7 +60,7 @@ const PINNED: [Layout; 17] = [
 /// The maps that the agent reads and writes.
 pub(super) struct Maps {
     pub(super) pods: HashMap<MapData, NetnsCookie, PodEntry>,
-    pub(super) addresses: HashMap<MapData, Address, NetnsCookie>,
+    pub(super) addresses: Addresses,
     pub(super) listeners: SockHash<MapData, Address>,
     pub(super) listeners_mapped: SockHash<MapData, Address>,
     pub(super) mapped_ports: HashMap<MapData, PodPort, u32>,
@@ -68,9 +77,29 @@ pub(super) struct Maps {
     pub(super) counters: PerCpuArray<MapData, u64>,
 }
 
+/// What reads the object. To make it takes a moment, in which it reads the kernel's own types, wanted or not: it can be begun before
+/// anything is known.
+pub struct Loader(JoinHandle<EbpfLoader<'static>>);
+
+impl Loader {
+    /// Nothing where no thread can be had.
+    pub fn begin() -> Option<Self> {
+        thread::Builder::new().name("bpf-loader".to_owned()).spawn(loader).ok().map(Self)
+    }
+}
+
+fn loader() -> EbpfLoader<'static> {
+    // Remembered by the library: what this kernel can do.
+    let _ = aya::features();
+    let mut loader = EbpfLoader::new();
+    // Nothing is relocated against the kernel's own types.
+    loader.btf(None);
+    loader
+}
+
 /// Loads every program. Maps that a predecessor pinned are taken over with what is in them.
 /// `own` is the agent's cgroup, if it is below that of the pods.
-pub(super) fn load(pins: &Pins, own: Option<u64>) -> Result<Ebpf, BpfError> {
+pub(super) fn load(pins: &Pins, own: Option<u64>, begun: Option<Loader>) -> Result<Ebpf, BpfError> {
     if OBJECT.is_empty() {
         return Err(BpfError::NoObject);
     }
@@ -80,31 +109,55 @@ pub(super) fn load(pins: &Pins, own: Option<u64>) -> Result<Ebpf, BpfError> {
     // No cgroup has the id 0.
     let (level, own) = (log::level(), own.unwrap_or_default());
     let node = Netns::current().map_err(BpfError::Socket)?.cookie().0;
-    let mut loader = EbpfLoader::new();
-    // Nothing is relocated against the kernel's own types.
-    loader.btf(None).override_global("AYA_LOG_LEVEL", &level, true).override_global("AGENT_CGROUP", &own, true);
+    let mut loader: EbpfLoader<'_> = begun.and_then(|begun| begun.0.join().ok()).unwrap_or_else(loader);
+    loader.override_global("AYA_LOG_LEVEL", &level, true).override_global("AGENT_CGROUP", &own, true);
     loader.override_global("NODE_NETNS", &node, true);
     for (name, ..) in PINNED {
         loader.map_pin_path(name, pins.map(name));
     }
     let mut ebpf = loader.load(OBJECT).map_err(BpfError::Object)?;
-    for name in ADDRESS_HOOKS {
-        program::<CgroupSockAddr>(&mut ebpf, name)?.load().map_err(failed(name))?;
-    }
-    for name in ["connecting", KUBELET] {
-        program::<SockOps>(&mut ebpf, name)?.load().map_err(failed(name))?;
-    }
-    program::<CgroupSock>(&mut ebpf, "create")?.load().map_err(failed("create"))?;
-    program::<CgroupSkb>(&mut ebpf, "egress")?.load().map_err(failed("egress"))?;
-    program::<SkLookup>(&mut ebpf, INBOUND)?.load().map_err(failed(INBOUND))?;
+    load_programs(&mut ebpf)?;
     Ok(ebpf)
+}
+
+/// What takes the kernel as long as all others together, to verify it, is loaded beside them.
+fn load_programs(ebpf: &mut Ebpf) -> Result<(), BpfError> {
+    let known = |found: &str| ADDRESS_HOOKS.into_iter().chain(OTHERS).find(|name| *name == found);
+    let programs = ebpf.programs_mut().filter_map(|(name, program)| Some((known(name)?, program)));
+    let (slow, others): (Vec<_>, Vec<_>) = programs.partition(|(name, _)| *name == EGRESS);
+    let load = |programs: Vec<(&'static str, &mut Program)>| {
+        programs.into_iter().try_for_each(|(name, program)| load_program(program).map_err(failed(name)))
+    };
+    thread::scope(|scope| {
+        let slow = thread::Builder::new().spawn_scoped(scope, || load(slow));
+        let slow = slow.map_err(|source| BpfError::File { action: "no thread for", path: EGRESS.into(), source })?;
+        load(others)?;
+        slow.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn load_program(program: &mut Program) -> Result<(), ProgramError> {
+    match program {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::SockOps(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
+        Program::CgroupSkb(program) => program.load(),
+        Program::SkLookup(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+/// What the kernel calls the programs that were loaded.
+pub(super) fn numbers(ebpf: &Ebpf) -> collections::HashMap<String, u32> {
+    let number = |(name, program): (&str, &Program)| Some((name.to_owned(), program.info().ok()?.id()));
+    ebpf.programs().filter_map(number).collect()
 }
 
 /// Takes the maps out of the loaded object.
 pub(super) fn maps(ebpf: &mut Ebpf) -> Result<Maps, BpfError> {
     Ok(Maps {
         pods: hash(ebpf, "PODS")?,
-        addresses: hash(ebpf, "ADDRESSES")?,
+        addresses: Addresses::new(hash(ebpf, "ADDRESSES")?)?,
         listeners: take(ebpf, "LISTENERS")?.try_into().map_err(BpfError::map("LISTENERS"))?,
         listeners_mapped: take(ebpf, "LISTENERS_MAPPED")?.try_into().map_err(BpfError::map("LISTENERS_MAPPED"))?,
         mapped_ports: hash(ebpf, "MAPPED_PORTS")?,
@@ -138,10 +191,10 @@ pub(super) fn attach_cgroup(ebpf: &mut Ebpf, pins: &Pins, cgroup: &File, path: &
     let link = hook.take_link(id).map_err(attached("create"))?;
     pins.replace_link("create", fd_link("create", path, link.try_into())?)?;
 
-    let hook = program::<CgroupSkb>(ebpf, "egress")?;
-    let id = hook.attach(cgroup, CgroupSkbAttachType::Egress, MODE).map_err(attached("egress"))?;
-    let link = hook.take_link(id).map_err(attached("egress"))?;
-    pins.replace_link("egress", fd_link("egress", path, link.try_into())?)?;
+    let hook = program::<CgroupSkb>(ebpf, EGRESS)?;
+    let id = hook.attach(cgroup, CgroupSkbAttachType::Egress, MODE).map_err(attached(EGRESS))?;
+    let link = hook.take_link(id).map_err(attached(EGRESS))?;
+    pins.replace_link(EGRESS, fd_link(EGRESS, path, link.try_into())?)?;
 
     for name in ADDRESS_HOOKS {
         let hook = program::<CgroupSockAddr>(ebpf, name)?;

@@ -317,8 +317,9 @@ async fn take(ctx: &Arc<Context>, link: &Link) -> Result<(), KeeperError> {
 /// Whether every local pod is served. One that cannot be does not keep the others' calls waiting: the keeper's patience ends.
 fn served(ctx: &Context) -> bool {
     let Some(direct) = &ctx.direct else { return false };
-    let enrolled: Vec<_> = lock(&direct.pods).values().map(|pod| pod.netns.path().to_path_buf()).collect();
-    ctx.state.load().local.iter().all(|local| enrolled.contains(&local.netns))
+    let (snapshot, pods) = (ctx.state.load(), lock(&direct.pods));
+    let enrolled: HashSet<_> = pods.values().map(|pod| pod.netns.path()).collect();
+    snapshot.local.iter().all(|local| enrolled.contains(local.netns.as_path()))
 }
 
 /// What a predecessor has kept of pods that are not of the mesh any more is forgotten, once it is known which are.

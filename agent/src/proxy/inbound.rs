@@ -6,7 +6,7 @@ use std::{net::SocketAddr, sync::Arc, time::Instant};
 use tokio::net::TcpStream;
 
 use super::{
-    Context,
+    Carried, Context,
     account::Account,
     authorize::{self, Arrival, Permit},
     capture, carry,
@@ -38,34 +38,59 @@ const UNAVAILABLE: u8 = 80;
 const ACCESS_DENIED: u8 = 49;
 
 pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, client: ClientAddr, turn: Turn) {
+    // In a box, which goes with the handshake: the task would have room for it as long as the connection lives.
+    let Some((carried, records, entry, local)) = Box::pin(opened(&ctx, &pod, wire, client, turn)).await else { return };
+    let ended = carry(&ctx, carried, records).await;
+    ctx.learn_from(&ended.result, Direction::Inbound, local);
+    drop(entry);
+}
+
+/// The connection, the entry that tells the application who its client is, and where it came to. Nothing if it was refused, or is not the
+/// agent's to carry.
+async fn opened(
+    ctx: &Arc<Context>,
+    pod: &Arc<Pod>,
+    wire: TcpStream,
+    client: ClientAddr,
+    turn: Turn,
+) -> Option<(Box<Carried>, Records, ClientEntry, SocketAddr)> {
     // IPv4 clients of an application that listens for IPv6 come v4-mapped.
     let client = ClientAddr(canonical(client.0));
     let local = match wire.local_addr().map(canonical) {
-        Ok(local) if ctx.selftest.claim_inbound(pod.netns.cookie(), client.0, local) => return capture::pass(&wire),
+        Ok(local) if ctx.selftest.claim_inbound(pod.netns.cookie(), client.0, local) => {
+            capture::pass(&wire);
+            return None;
+        }
         Ok(local) => local,
-        Err(error) => return tracing::debug!(%error, "an accepted connection was gone at once"),
+        Err(error) => {
+            tracing::debug!(%error, "an accepted connection was gone at once");
+            return None;
+        }
     };
-    let account = Account::open(&ctx, Direction::Inbound);
+    let account = Account::open(ctx, Direction::Inbound);
     account.live.learn(|facts| {
         facts.destination = identify::of(Some(&pod.workload), local);
         facts.served = Some(pod.workload.clone());
     });
-    // In a box, which goes with the handshake: the task would have room for it as long as the connection lives.
-    let arrived = match Box::pin(secure(&ctx, &pod, wire, client, local, &account)).await {
-        Err(refusal) => return account.refused(refusal.reason(), &refusal),
+    // Each in a box of its own: a spare connection may wait for long, and needs no room for the others.
+    let arrived = match Box::pin(secure(ctx, pod, wire, client, local, &account)).await {
+        Err(refusal) => {
+            account.refused(refusal.reason(), &refusal);
+            return None;
+        }
         Ok(arrived) => arrived,
     };
     let (account, arrived, turn) = if arrived.spare {
         drop(turn);
-        match Box::pin(wait(&ctx, &pod, arrived, account.set_aside())).await {
-            None => return,
-            Some(claimed) => claimed,
-        }
+        Box::pin(wait(ctx, pod, arrived, account.set_aside())).await?
     } else {
         (account, arrived, turn)
     };
-    match Box::pin(admit(&ctx, &pod, arrived, client, local, &account)).await {
-        Err(refusal) => account.refused(refusal.reason(), &refusal),
+    match Box::pin(admit(ctx, pod, arrived, client, local, &account)).await {
+        Err(refusal) => {
+            account.refused(refusal.reason(), &refusal);
+            None
+        }
         Ok(opened) => {
             let Opened { app, wire, records, mut permit, entry, offered } = opened;
             let why = match offered {
@@ -75,7 +100,7 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
                         offered.give(handover, Ready { wire, records, account, permit });
                         // The leg has done its work, and its end in the application's queue was taken out.
                         drop((app, entry, turn));
-                        return;
+                        return None;
                     }
                     Err(why) => Some(why),
                 },
@@ -83,9 +108,7 @@ pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, wire: TcpStream, cli
             };
             drop(turn);
             account.live.learn(|facts| facts.path_reason = why.map(Why::label));
-            let ended = carry(&ctx, account, app, Arc::new(wire), records, permit).await;
-            ctx.learn_from(&ended.result, Direction::Inbound, local);
-            drop(entry);
+            Some((Box::new(Carried { account, app, wire: Arc::new(wire), permit }), records, entry, local))
         }
     }
 }

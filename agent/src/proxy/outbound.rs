@@ -9,7 +9,7 @@ use std::{
 use tokio::net::TcpStream;
 
 use super::{
-    Context,
+    Carried, Context,
     account::Account,
     authorize::{self, Permit, Way},
     capture, carry, handshake,
@@ -31,33 +31,50 @@ use crate::{
 };
 
 pub(super) async fn serve(ctx: Arc<Context>, pod: Arc<Pod>, app: TcpStream, client: ClientAddr, turn: Turn) {
-    let origin = match origin(&ctx, &pod, client) {
-        Ok((origin, _)) if ctx.selftest.claim_outbound(pod.netns.cookie(), origin.0) => return capture::pass(&app),
+    // In a box, which goes with the handshake: the task would have room for it as long as the connection lives.
+    let Some((carried, records, aimed)) = Box::pin(opened(&ctx, &pod, app, client, turn)).await else { return };
+    let ended = carry(&ctx, carried, records).await;
+    let (destination, target) = *aimed;
+    ctx.learn_from(&ended.result, Direction::Outbound, target.address);
+    if let Err(PumpError::Record(RecordError::Alert(_))) = ended.result
+        && ended.received == 0
+    {
+        // Of a service's endpoints another may take the next one.
+        match &target.service {
+            Some(_) => ctx.loads.refused(&target),
+            None => remember_refused(&ctx, &pod, destination),
+        }
+    }
+}
+
+/// The connection, what it was to, and what that became. Nothing if it was refused, or is none.
+async fn opened(
+    ctx: &Arc<Context>,
+    pod: &Arc<Pod>,
+    app: TcpStream,
+    client: ClientAddr,
+    _turn: Turn,
+) -> Option<(Box<Carried>, Records, Box<(OrigDst, Target)>)> {
+    let origin = match origin(ctx, pod, client) {
+        Ok((origin, _)) if ctx.selftest.claim_outbound(pod.netns.cookie(), origin.0) => {
+            capture::pass(&app);
+            return None;
+        }
         origin => origin,
     };
-    let mut account = Account::open(&ctx, Direction::Outbound);
-    account.live.learn(|facts| facts.source = identify::of(Some(&pod.workload), seen_by_app(&pod, client)));
+    let mut account = Account::open(ctx, Direction::Outbound);
+    account.live.learn(|facts| facts.source = identify::of(Some(&pod.workload), seen_by_app(pod, client)));
     if let (Some(direct), Ok((_, socket))) = (&ctx.direct, &origin) {
         let why = direct.why(pod.netns.cookie(), *socket);
         account.live.learn(|facts| facts.path_reason = Some(why.label()));
     }
-    // In a box, which goes with the handshake: the task would have room for it as long as the connection lives.
-    let opened = Box::pin(open(&ctx, &pod, &app, client, origin.map(|(origin, _)| origin), &mut account)).await;
-    match opened {
-        Err(refusal) => account.refused(refusal.reason(), &refusal),
+    match open(ctx, pod, &app, client, origin.map(|(origin, _)| origin), &mut account).await {
+        Err(refusal) => {
+            account.refused(refusal.reason(), &refusal);
+            None
+        }
         Ok((wire, records, permit, destination, target)) => {
-            drop(turn);
-            let ended = carry(&ctx, account, app, wire, records, permit).await;
-            ctx.learn_from(&ended.result, Direction::Outbound, target.address);
-            if let Err(PumpError::Record(RecordError::Alert(_))) = ended.result
-                && ended.received == 0
-            {
-                // Of a service's endpoints another may take the next one.
-                match &target.service {
-                    Some(_) => ctx.loads.refused(&target),
-                    None => remember_refused(&ctx, &pod, destination),
-                }
-            }
+            Some((Box::new(Carried { account, app, wire, permit }), records, Box::new((destination, target))))
         }
     }
 }

@@ -291,7 +291,9 @@ async fn serve(
             // An accept loop never ends; if one panicked the pod is served anew.
             _ = loops.join_next() => break Left::Replaced,
             () = tokio::time::sleep(LOOK) => {
-                if open(local).is_ok_and(|now| now.cookie() != pod.netns.cookie()) {
+                let elsewhere = !pod.netns.is_at(&local.netns).unwrap_or(false);
+                // An empty file, or none, is what a namespace that has lost its name leaves.
+                if elsewhere && open(local).is_ok_and(|now| now.cookie() != pod.netns.cookie()) {
                     tracing::info!(pod = %local.netns.display(), "the pod's namespace was replaced");
                     break Left::Replaced;
                 }

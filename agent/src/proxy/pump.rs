@@ -328,3 +328,18 @@ fn shut(leg: &TcpStream) -> io::Result<()> {
 fn add(counter: &AtomicU64, bytes: usize) {
     counter.fetch_add(bytes as u64, Ordering::Relaxed);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_waits_for_bytes_has_no_room_for_what_moves_them() {
+        let listener = tokio::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (_revoke, mut revoked) = watch::channel(None);
+        let moved = Moved::default();
+        let waiting = run(&socket, &socket, Records::Plain(PumpKind::Copy), &moved, &mut revoked);
+        assert!(size_of_val(&waiting) <= 1300, "{} bytes for each connection", size_of_val(&waiting));
+    }
+}

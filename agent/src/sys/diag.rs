@@ -107,7 +107,6 @@ pub enum Event {
 #[derive(Debug)]
 pub struct Destruction {
     socket: AsyncFd<OwnedFd>,
-    buffer: Box<[u8]>,
     waiting: VecDeque<Event>,
     lost: bool,
 }
@@ -124,7 +123,7 @@ impl Destruction {
         let _ = setsockopt(&socket, sockopt::RcvBufForce, &QUEUE);
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, DESTROYED_V4 | DESTROYED_V6))?;
         let socket = watched(socket, Interest::READABLE)?;
-        Ok(Self { socket, buffer: vec![0; BUFFER].into(), waiting: VecDeque::new(), lost: false })
+        Ok(Self { socket, waiting: VecDeque::new(), lost: false })
     }
 
     /// Waits for the next one. Nothing is lost if the future is dropped.
@@ -134,21 +133,29 @@ impl Destruction {
                 return Ok(event);
             }
             let mut ready = self.socket.readable().await?;
-            match ready.try_io(|socket| receive(socket.get_ref(), &mut self.buffer)) {
+            // Each pod has one of these, and most have nothing to tell: the buffer is the thread's.
+            let waiting = &mut self.waiting;
+            match ready.try_io(|socket| take(socket.get_ref(), waiting)) {
                 // Once its queue has run over the kernel drops everything until it is empty (af_netlink.c, netlink_rcv_wake): told before
                 // then, the loss would not be over.
                 Err(_would_block) if mem::take(&mut self.lost) => return Ok(Event::Lost),
                 Err(_would_block) => {}
-                Ok(Ok(datagram)) => self.waiting.extend(answers(datagram).filter_map(|(_, answer)| match answer {
-                    Answer::Socket(socket) => Some(Event::Destroyed(socket)),
-                    _ => None,
-                })),
+                Ok(Ok(())) => {}
                 Ok(Err(error)) if error.raw_os_error() == Some(libc::ENOBUFS) => self.lost = true,
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(Err(error)) => return Err(error),
             }
         }
     }
+}
+
+fn take(socket: &OwnedFd, waiting: &mut VecDeque<Event>) -> io::Result<()> {
+    let mut buffer = [0; BUFFER];
+    waiting.extend(answers(receive(socket, &mut buffer)?).filter_map(|(_, answer)| match answer {
+        Answer::Socket(socket) => Some(Event::Destroyed(socket)),
+        _ => None,
+    }));
+    Ok(())
 }
 
 const ANY_STATE: u32 = u32::MAX;

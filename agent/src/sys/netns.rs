@@ -4,16 +4,21 @@
 #![allow(unsafe_code)]
 use std::{
     cell::Cell,
-    fs::File,
+    fs::{self, File},
     io,
-    net::UdpSocket,
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::{Path, PathBuf},
     process,
 };
 
 pub use marline_common::NetnsCookie;
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::socket::{AddressFamily, SockFlag, SockType, socket},
+};
 
 /// An open network namespace. It lives on as long as this does, also when its last process and its name are gone.
 #[derive(Debug)]
@@ -43,6 +48,17 @@ impl Netns {
 
     pub fn cookie(&self) -> NetnsCookie {
         self.cookie
+    }
+
+    /// By which it is told from all others that there are at the same time, and those that are open.
+    pub fn inode(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.ino())
+    }
+
+    /// Whether a path leads here. It costs less than to open what is there.
+    pub fn is_at(&self, path: &Path) -> io::Result<bool> {
+        let (there, here) = (fs::metadata(path)?, self.file.metadata()?);
+        Ok((there.dev(), there.ino()) == (here.dev(), here.ino()))
     }
 
     /// Runs `f` with the calling thread inside the namespace and brings the thread back. `f` must not await.
@@ -93,8 +109,9 @@ pub fn socket_netns(socket: BorrowedFd<'_>) -> io::Result<NetnsCookie> {
 }
 
 fn own_cookie() -> io::Result<NetnsCookie> {
-    // Any socket will do. The namespace's loopback device may be down, which binding to the wildcard address survives.
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    // Any socket will do.
+    let (family, kind) = (AddressFamily::Unix, SockType::Datagram);
+    let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
     socket_netns(socket.as_fd())
 }
 
@@ -139,12 +156,16 @@ mod tests {
         let by_process = Netns::open("/proc/self/ns/net").unwrap();
         assert_eq!(by_thread.cookie(), by_process.cookie());
         assert_eq!(by_thread.run(own_cookie).unwrap().unwrap(), by_thread.cookie());
+        assert!(by_thread.is_at(Path::new("/proc/self/ns/net")).unwrap());
+        assert_eq!(by_thread.inode().unwrap(), by_process.inode().unwrap());
     }
 
     #[test]
     fn what_is_no_namespace_is_an_error_and_the_thread_stays() {
         let before = Netns::current().unwrap().cookie();
         assert!(Netns::open("/dev/null").is_err());
+        assert!(!Netns::current().unwrap().is_at(Path::new("/dev/null")).unwrap());
+        assert!(Netns::current().unwrap().is_at(Path::new("/nowhere/at/all")).is_err());
         assert_eq!(Netns::current().unwrap().cookie(), before);
     }
 }

@@ -147,6 +147,14 @@ pub fn provider() -> Arc<CryptoProvider> {
     Arc::clone(&PROVIDER)
 }
 
+/// Gathers what the library's random numbers are seeded with, on a thread of its own: whoever first wants a key would wait for it. It is
+/// measured from the processor's jitter, which takes some 30 ms, once in a process.
+pub fn gather_entropy() {
+    let gather = || drop(aws_lc_rs::default_provider().secure_random.fill(&mut [0]));
+    // Without a thread it is gathered when it is wanted.
+    let _ = std::thread::Builder::new().name("entropy".to_owned()).spawn(gather);
+}
+
 fn provider_with(parameters: Parameters) -> Arc<CryptoProvider> {
     /// Both choices, by `ciphers` and then by `pqc_only`.
     static PROVIDERS: LazyLock<[[Arc<CryptoProvider>; 2]; 2]> = LazyLock::new(|| {

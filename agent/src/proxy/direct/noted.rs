@@ -128,11 +128,18 @@ pub(super) fn forget(ctx: &Context, cookie: u64) {
 /// What a predecessor has kept of this pod: connections that live go on under this agent's eyes, the others are accounted.
 pub(super) async fn adopt(ctx: &Arc<Context>, pod: &Arc<Pod>) -> io::Result<()> {
     let Some(direct) = &ctx.direct else { return Ok(()) };
+    let mut all = kept(ctx)?;
+    // What cannot be read may be anybody's.
+    all.retain(|(_, kept)| kept.as_ref().is_none_or(|kept| kept.netns == pod.netns.cookie().0));
+    if all.is_empty() {
+        // The kernel goes through the sockets of all namespaces to tell those of one.
+        return Ok(());
+    }
     let there = ask::ask(pod, Diag::all).await?;
-    for (cookie, kept) in kept(ctx)? {
+    for (cookie, kept) in all {
         let socket = there.iter().find(|socket| socket.id.cookie == cookie);
         let kept = match (kept, socket) {
-            (Some(kept), _) if kept.netns == pod.netns.cookie().0 => kept,
+            (Some(kept), _) => kept,
             // Nobody could say whether it is still allowed.
             (None, Some(socket)) => {
                 tracing::error!(cookie, "what is known of a direct connection cannot be read: it is ended");
@@ -140,7 +147,7 @@ pub(super) async fn adopt(ctx: &Arc<Context>, pod: &Arc<Pod>) -> io::Result<()> 
                 ask::end(pod, socket.id).await;
                 continue;
             }
-            _ => continue,
+            (None, None) => continue,
         };
         let opening = if kept.direction == Direction::Outbound { Opening::Active } else { Opening::Passive };
         let ends =

@@ -26,16 +26,20 @@ use crate::{
 pub(super) async fn run(wire: &TcpStream, app: &TcpStream, mut into: In, moved: &Moved) -> Result<(), PumpError> {
     loop {
         wire.ready(READ).await.map_err(wire_lost)?;
-        let burst = match &mut into {
-            In::Plain(PumpKind::Copy) => plain(wire, app, moved).await?,
-            In::Plain(PumpKind::Splice) => splice(wire, app, None, moved).await?,
-            In::Kernel { pump: PumpKind::Splice, session } => splice(wire, app, Some(session), moved).await?,
-            In::Kernel { pump: PumpKind::Copy, session } => kernel(wire, app, session, moved).await?,
-            In::Userspace { opener, session } => userspace(wire, app, opener, session, moved).await?,
-        };
-        if let Burst::Ended = burst {
+        // In a box, so that an idle connection has no room for what moves bytes.
+        if let Burst::Ended = Box::pin(burst(wire, app, &mut into, moved)).await? {
             return shut(app).map_err(PumpError::Application);
         }
+    }
+}
+
+async fn burst(wire: &TcpStream, app: &TcpStream, into: &mut In, moved: &Moved) -> Result<Burst, PumpError> {
+    match into {
+        In::Plain(PumpKind::Copy) => plain(wire, app, moved).await,
+        In::Plain(PumpKind::Splice) => splice(wire, app, None, moved).await,
+        In::Kernel { pump: PumpKind::Splice, session } => splice(wire, app, Some(session), moved).await,
+        In::Kernel { pump: PumpKind::Copy, session } => kernel(wire, app, session, moved).await,
+        In::Userspace { opener, session } => userspace(wire, app, opener, session, moved).await,
     }
 }
 

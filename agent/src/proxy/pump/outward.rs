@@ -20,15 +20,19 @@ use crate::{
 pub(super) async fn run(app: &TcpStream, wire: &TcpStream, mut out: Out, moved: &Moved) -> Result<(), PumpError> {
     loop {
         app.ready(READ).await.map_err(PumpError::Application)?;
-        let burst = match &out {
-            Out::Plain(PumpKind::Splice) | Out::Kernel { pump: PumpKind::Splice, .. } => {
-                splice(app, wire, &mut out, moved).await?
-            }
-            _ => copy(app, wire, &mut out, moved).await?,
-        };
-        if let Burst::Ended = burst {
-            return closing::close(wire, out).await;
+        // In a box, so that an idle connection has no room for what moves bytes.
+        if let Burst::Ended = Box::pin(burst(app, wire, &mut out, moved)).await? {
+            return Box::pin(closing::close(wire, out)).await;
         }
+    }
+}
+
+async fn burst(app: &TcpStream, wire: &TcpStream, out: &mut Out, moved: &Moved) -> Result<Burst, PumpError> {
+    match out {
+        Out::Plain(PumpKind::Splice) | Out::Kernel { pump: PumpKind::Splice, .. } => {
+            splice(app, wire, out, moved).await
+        }
+        _ => copy(app, wire, out, moved).await,
     }
 }
 
