@@ -66,10 +66,10 @@ impl Service {
         all.flat_map(|(port, all)| all.iter().map(move |endpoint| (*port, endpoint)))
     }
 
-    /// The endpoints for a connection to one of the addresses that lead to the service, or to a node port, the best first: those of the client's zone, then those
-    /// with the fewest connections; `turn` shares out what is equal. Addresses of the other family are a resort, unless the service keeps the
-    /// families apart, and the last are endpoints without a count of connections: those that have refused lately. `None` if the service has
-    /// no such port.
+    /// The endpoints for a connection to one of the addresses that lead to the service, or to a node port, the best first: those of the client's
+    /// zone, then those with the fewest connections; `turn` shares out what is equal. Addresses of the other family are a resort, unless the
+    /// service keeps the families apart, and the last are endpoints without a count of connections: those that have refused lately. `None`
+    /// if the service has no such port.
     pub fn endpoints(
         &self,
         to: SocketAddr,
