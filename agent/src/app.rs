@@ -210,7 +210,7 @@ pub async fn run(dir: PathBuf, levels: Levels, wait: bool) -> Result<(), AppErro
             Ok(())
         }
     });
-    let announced = tokio::spawn(announce(proxy, shown_source));
+    let announced = tokio::spawn(announce(proxy.clone(), shown_source));
 
     tokio::select! {
         _ = terminate.recv() => {}
@@ -222,6 +222,7 @@ pub async fn run(dir: PathBuf, levels: Levels, wait: bool) -> Result<(), AppErro
         }),
     }
     tracing::info!("stopping; enrolled pods stay closed until an agent runs again");
+    proxy.rest().await;
     stop.send_replace(true);
     announced.abort();
     Ok(())

@@ -223,6 +223,13 @@ impl Proxy {
         Ok(())
     }
 
+    /// This agent ends: it takes no more held calls, and brings those that it has to their end.
+    pub async fn rest(&self) {
+        if let Some(direct) = &self.ctx.direct {
+            direct.rest().await;
+        }
+    }
+
     /// Tells whenever a pod's state has changed.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.ctx.pods_changed.subscribe()

@@ -19,7 +19,9 @@ use marline_tests::{
 };
 
 const PYTHON: &str = "/usr/bin/python3";
+const TALKER: &str = env!("CARGO_BIN_EXE_talker");
 const PORT: u16 = 7100;
+const ECHO: u16 = 7101;
 const MARKER: &str = "marker-of-a-writer-that-does-not-wait";
 
 fn program() -> PathBuf {
@@ -174,6 +176,32 @@ fn calls_wait_while_there_is_no_agent_and_go_on_when_one_is_back() -> Result<()>
             Ok(if log.contains("echoes 3") { Look::Done(()) } else { Look::NotYet(log) })
         })?;
         called.kill()
+    })
+}
+
+#[test]
+fn while_a_waiting_agent_follows_its_predecessor_no_call_of_a_client_fails() -> Result<()> {
+    on_direct_mesh(|cluster, client, server| {
+        let talk = Talk::start(&client, &server)?;
+        let mut command = server.command(TALKER);
+        let _echo = server.serve("echo", command.args(["echo", &ECHO.to_string()]), ECHO)?;
+        let skip = cluster.agent(Side::A)?.log().len();
+        let mut successor = cluster.launch_successor(Side::A)?;
+        successor.wait_log("that it waits", skip, |log| log.contains("waiting for the agent"))?;
+        let address = server.socket(Family::V4, ECHO).to_string();
+        let mut command = client.command(TALKER);
+        command.args(["many", &address, &amount(2000, 60).to_string(), "2"]);
+        let mut calls = Process::start("calls", &mut command, &client.directory.join("calls.log"))?;
+        // Some are over before, and most come after.
+        let entries = cluster.agent(Side::A)?.entries()?.len();
+        cluster.agent(Side::A)?.wait_entries("calls", entries, 1, |entry| entry.direction == Direction::Outbound)?;
+        ensure!(cluster.agent_mut(Side::A)?.stop()?.success(), "the predecessor");
+        ensure!(calls.ended()?.is_none(), "all calls were over before: {}", calls.log());
+        successor.wait_ready()?;
+        cluster.follow(successor);
+        let status = calls.wait(seconds(60))?;
+        ensure!(status.success() && calls.log().contains("echoes"), "{status}: {}", calls.log());
+        talk.goes_on()
     })
 }
 

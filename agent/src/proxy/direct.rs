@@ -137,6 +137,8 @@ pub struct Direct {
     kept: AtomicBool,
     /// The filters whose calls are received.
     served: Mutex<Vec<Weak<filter::Filter>>>,
+    /// Whether this agent ends, and receives no more.
+    ending: tokio::sync::watch::Sender<bool>,
     /// Destinations that are not worth another try yet.
     avoided: Mutex<HashMap<SocketAddr, (Instant, Why)>>,
     /// Where connections go on for long, by the far end of those from the pods and the near end of those to them.
@@ -167,6 +169,7 @@ impl Direct {
             settled: AtomicBool::new(false),
             kept: AtomicBool::new(false),
             served: Mutex::default(),
+            ending: tokio::sync::watch::Sender::new(false),
             avoided: Mutex::default(),
             lasting: Mutex::default(),
             lasting_possible: kernel.suites.contains(&CipherSuite::TLS13_CHACHA20_POLY1305_SHA256),

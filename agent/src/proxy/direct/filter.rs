@@ -9,7 +9,10 @@ use std::{
     io,
     os::fd::AsFd,
     path::Path,
-    sync::{Arc, Mutex, Weak},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -33,6 +36,8 @@ use crate::{
 
 /// How often to see whether calls in hand have ended.
 const LOOK: Duration = Duration::from_millis(50);
+/// How long an agent that ends waits for them.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 pub(in crate::proxy::direct) struct Filter {
     pub ctx: Arc<Context>,
@@ -43,6 +48,8 @@ pub(in crate::proxy::direct) struct Filter {
     seen: Mutex<HashSet<NetnsCookie>>,
     /// Told when there is a new keeper, which does not know of it.
     moved: Notify,
+    /// Nothing is received any more, and nothing in hand.
+    rests: AtomicBool,
 }
 
 impl Filter {
@@ -53,6 +60,7 @@ impl Filter {
             home: Handle::current(),
             seen: Mutex::default(),
             moved: Notify::new(),
+            rests: AtomicBool::new(false),
         })
     }
 
@@ -127,8 +135,10 @@ async fn serve(ctx: Arc<Context>, held: Arc<Held>) {
         served.push(Arc::downgrade(&filter));
     }
     tracing::info!(container = %container.id, pid = container.pid, "a filter's calls are served");
+    let mut ending = direct.ending.subscribe();
     loop {
         tokio::select! {
+            () = async { let _ = ending.wait_for(|ending| *ending).await; } => return rest(&filter, &held).await,
             () = receive(&filter, &calls, &container.id) => break,
             () = waiting::run(&filter) => break,
             () = filter.moved.notified() => {
@@ -156,10 +166,22 @@ async fn give(filter: &Filter, held: &Held, keeper: &Path) -> bool {
         tracing::error!(container = %held.container.id, "a new keeper has not got a filter: {}", with_causes(&error));
         return false;
     }
+    answered(held).await;
+    true
+}
+
+/// Receives nothing more: calls that come from now on wait in the kernel for the next agent. Those in hand are brought to their end while pods
+/// are served still; what waits for a connection is given back.
+async fn rest(filter: &Filter, held: &Held) {
+    filter.waiting.give_back();
+    answered(held).await;
+    filter.rests.store(true, Ordering::Release);
+}
+
+async fn answered(held: &Held) {
     while held.in_hand() {
         tokio::time::sleep(LOOK).await;
     }
-    true
 }
 
 impl Direct {
@@ -167,6 +189,23 @@ impl Direct {
     pub(super) fn moved(&self) {
         for filter in lock(&self.served).iter().filter_map(Weak::upgrade) {
             filter.moved.notify_one();
+        }
+    }
+
+    /// Before pods are closed, or the calls in hand would be cut off, or let on to what is closed.
+    pub(in crate::proxy) async fn rest(&self) {
+        self.ending.send_replace(true);
+        let all_rest = || {
+            let served = lock(&self.served);
+            served.iter().filter_map(Weak::upgrade).all(|filter| filter.rests.load(Ordering::Acquire))
+        };
+        let rested = async {
+            while !all_rest() {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        if tokio::time::timeout(PATIENCE, rested).await.is_err() {
+            tracing::warn!("calls that last are left to the keeper: a connect among them is refused");
         }
     }
 }
