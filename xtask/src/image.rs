@@ -90,9 +90,13 @@ fn static_binary(target: &Path) -> Result<PathBuf> {
     build::ebpf()?;
     deps::ensure("link statically", &[need("cc", "gcc"), need("/usr/lib/x86_64-linux-gnu/libc.a", "libc6-dev")])?;
     let step = Step::begin("building the agent as a static binary (release; some minutes the first time)");
-    // Without the library's weak symbols random numbers would come from /dev: the system call is always there.
-    let mut rust =
-        vec!["-Ctarget-feature=+crt-static".to_owned(), "--cfg=getrandom_backend=\"linux_getrandom\"".to_owned()];
+    // Without the library's weak symbols random numbers would come from /dev: the system call is always there. Symbols are left out because the
+    // names that thin LTO gives to some (`….llvm.HASH`) hang on where the binary is built; the code does not.
+    let mut rust = vec![
+        "-Ctarget-feature=+crt-static".to_owned(),
+        "--cfg=getrandom_backend=\"linux_getrandom\"".to_owned(),
+        "-Cstrip=symbols".to_owned(),
+    ];
     let mut c = Vec::new();
     let own = [(target.display().to_string(), "/build")];
     // The last that fits counts: the target directory is below the checkout.
