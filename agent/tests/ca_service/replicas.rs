@@ -25,6 +25,7 @@ use tokio::{
 use crate::{
     bed::*,
     cluster::{AGENT_A, cluster, listed, running, trust},
+    fake_cluster::FakeCluster,
 };
 
 const LIFE: Duration = Duration::from_secs(3_600);
@@ -147,6 +148,35 @@ impl Drop for Agent {
     }
 }
 
+/// Two services, and an agent that has got its first certificate from one of them.
+struct Scene {
+    cluster: Arc<FakeCluster>,
+    one: Bed,
+    two: Bed,
+    address: Address,
+    agent: Agent,
+    first: String,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        let cluster = cluster().await;
+        let (one, two) = (running(&cluster).await, running(&cluster).await);
+        let address = Address::new(one.address()).await;
+        let agent = Agent::new(&one, &address, trust(&cluster));
+        agent.wants(&[WEB]);
+        let first = agent.another(WEB, None).await;
+        assert_eq!(agent.manager.counters().failures, 0);
+        Self { cluster, one, two, address, agent, first }
+    }
+
+    /// The first service dies.
+    async fn dies(&mut self, end: Now) {
+        self.address.follow(self.two.address(), end).await;
+        drop(self.one.running.take());
+    }
+}
+
 fn parsed(id: &str) -> SpiffeId {
     id.parse().unwrap()
 }
@@ -154,27 +184,20 @@ fn parsed(id: &str) -> SpiffeId {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn when_a_service_dies_the_next_certificate_is_the_others_and_none_is_lost() {
     for end in [Now::Closed, Now::Silent] {
-        let cluster = cluster().await;
-        let (mut one, two) = (running(&cluster).await, running(&cluster).await);
-        let address = Address::new(one.address()).await;
-        let agent = Agent::new(&one, &address, trust(&cluster));
-        agent.wants(&[WEB]);
-        let first = agent.another(WEB, None).await;
-        assert_eq!(agent.manager.counters().failures, 0);
-
-        address.follow(two.address(), end).await;
-        drop(one.running.take());
+        let mut scene = Scene::new().await;
+        scene.dies(end).await;
+        let Scene { cluster, address, agent, first, .. } = &scene;
         // One that is new, and the renewal of one that is there.
         agent.wants(&[WEB, DB]);
         let other = agent.another(DB, None).await;
         agent.manager.supplied();
-        let second = agent.another(WEB, Some(&first)).await;
+        let second = agent.another(WEB, Some(first)).await;
         assert_eq!(address.made.load(Ordering::SeqCst), 2, "{end:?}: a connection for each service");
         // Without a word a request waits in vain, once; with one it may have gone before the word came.
         let failures = agent.manager.counters().failures;
         assert!(failures == 1 || failures == 0 && end == Now::Closed, "{end:?}: {failures} requests have failed");
-        let ledger = listed(&cluster, "node-a");
-        for held in [&first, &other, &second] {
+        let ledger = listed(cluster, "node-a");
+        for held in [first, &other, &second] {
             assert!(ledger.contains(held), "{end:?}: {held} is in no ledger: {ledger:?}");
         }
     }
@@ -182,21 +205,17 @@ async fn when_a_service_dies_the_next_certificate_is_the_others_and_none_is_lost
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_that_dies_with_its_service_is_made_again_at_the_other() {
-    let cluster = cluster().await;
-    let (mut one, two) = (running(&cluster).await, running(&cluster).await);
-    let address = Address::new(one.address()).await;
-    let agent = Agent::new(&one, &address, trust(&cluster));
-    agent.wants(&[WEB]);
-    let first = agent.another(WEB, None).await;
+    let mut scene = Scene::new().await;
+    let cluster = &scene.cluster;
     // The service asks for the ledger and hears nothing until somebody else asks, too.
     let ledger = "/api/v1/namespaces/marline-system/configmaps/marline-ca.node-a";
     let before = cluster.asked(&format!("GET {ledger}"));
     cluster.gathers(Method::GET, ledger, 2);
-    agent.manager.supplied();
+    scene.agent.manager.supplied();
     until("a request in flight", async || cluster.asked(&format!("GET {ledger}")) > before).await;
-    address.follow(two.address(), Now::Closed).await;
-    drop(one.running.take());
-    let second = agent.another(WEB, Some(&first)).await;
-    assert!(listed(&cluster, "node-a").contains(&second));
+    scene.dies(Now::Closed).await;
+    let Scene { cluster, agent, first, .. } = &scene;
+    let second = agent.another(WEB, Some(first)).await;
+    assert!(listed(cluster, "node-a").contains(&second));
     assert_eq!(agent.manager.counters().failures, 1, "the one that died");
 }
