@@ -331,7 +331,6 @@ pub(crate) fn guest(plan: &Path) -> Result<i32> {
         external.announce();
     }
     place::load_cipher();
-    place::small_pages();
     let all = Rounds::in_turn(&plan.modes, &plan.programs, &plan::counted(plan.quick), plan.rounds)?;
     let notes = vec!["system calls: perf's own instructions would be counted here".to_owned()];
     let report = report(all, &here, true, plan.rounds, plan.quick, notes);

@@ -55,12 +55,6 @@ pub(super) fn load_cipher() {
     let _ = Command::new("modprobe").arg("aesni_intel").stdout(Stdio::null()).stderr(Stdio::null()).status();
 }
 
-/// Debian's kernels give memory in pages of 2 MiB where they can, which hides what a few hundred connections take.
-pub(super) fn small_pages() {
-    // A kernel that has none cannot give them.
-    let _ = fs::write("/sys/kernel/mm/transparent_hugepage/enabled", "never");
-}
-
 fn processor(text: &str) -> String {
     let line = text.lines().find(|line| line.starts_with("model name"));
     let name = line.and_then(|line| line.split_once(':')).map(|(_, name)| name.trim());

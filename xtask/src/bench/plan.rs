@@ -109,13 +109,10 @@ pub(super) fn timed(quick: bool, files: u64) -> Vec<Workload> {
 
 /// In the VM, in instructions.
 pub(super) fn counted(quick: bool) -> Vec<Workload> {
-    let (connections, requests, bytes, idle) =
-        if quick { (50, 500, 16_000_000, 100) } else { (150, 2000, 64_000_000, 300) };
+    let (connections, requests, bytes) = if quick { (50, 500, 16_000_000) } else { (150, 2000, 64_000_000) };
     let workload =
         |name: &str, work| Workload { name: name.into(), work, once: false, trace: None, kind: Kind::Counted };
     vec![
-        // What memory they take where the kernel keeps the records: few machines have such a kernel and can be measured on.
-        workload(&format!("{idle} idle connections"), Work::Idle { connections: idle, seconds: 1 }),
         workload("new connection, one request", Work::Connect { count: connections, at_once: 1 }),
         workload("1 KB request/response", Work::Exchanges { count: requests }),
         workload("bulk, one way", Work::Bulk { bytes, streams: 1 }),
@@ -132,7 +129,7 @@ impl Workload {
         let mut figures = Vec::new();
         let mut add = |name: &str, unit: &str, value: f64| figures.push((self.figure(name, unit), value));
         match (self.kind, self.work) {
-            (_, Work::Idle { connections, .. }) => idle(connections, answer, &mut add),
+            (Kind::Timed, Work::Idle { connections, .. }) => idle(connections, answer, &mut add),
             (Kind::Timed, _) => self.times(mode, answer, &mut add),
             (Kind::Counted, _) => self.instructions(answer, &mut add),
         }
