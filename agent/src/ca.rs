@@ -18,7 +18,7 @@ mod shut_out;
 mod status;
 
 use std::{
-    io,
+    convert, io,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -38,7 +38,7 @@ use crate::{
     config::{self, CaServerConfig, ConfigErrors, Keeping},
     control::{
         files::WatchSettings,
-        follow::{Reader, follow},
+        follow::{Reader, Sources, follow},
     },
     identity::{
         Ca, IdentityError, TrustDomain, ca,
@@ -274,7 +274,7 @@ impl Follower {
         &self,
         what: &'static str,
         paths: Vec<PathBuf>,
-        read: Reader<T>,
+        read: Reader<T, String>,
         take: impl Fn(T) + Send + 'static,
     ) -> impl Future<Output = ()> + Send + 'static {
         let metrics = Arc::clone(&self.metrics);
@@ -285,7 +285,7 @@ impl Follower {
                 Err(why) => tracing::error!("{what}: refused, the last good ones stay in force: {why}"),
             }
         };
-        follow(paths, read, took, self.watching, self.shutdown.clone())
+        follow(Sources::files(paths), read, convert::identity, took, self.watching, self.shutdown.clone())
     }
 }
 

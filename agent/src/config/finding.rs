@@ -50,6 +50,14 @@ pub struct ConfigErrors {
     pub warnings: Vec<Finding>,
 }
 
+impl ConfigErrors {
+    /// Nothing could be said of any one file in `dir`.
+    pub(crate) fn about(dir: &Path, why: String) -> Self {
+        let hint = "the last good configuration stays in force, and this one is tried again";
+        Self { errors: vec![about_file(dir, None, why, hint)], warnings: Vec::new() }
+    }
+}
+
 impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (n, error) in self.errors.iter().enumerate() {

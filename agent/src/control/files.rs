@@ -1,16 +1,11 @@
 //! Follows the configuration directory: when a file changes the whole is read again, and swapped in as a whole if it
 //! is sound. If it is not, the last good one stays. What a sound configuration is, `config` knows.
 
-use std::{
-    hash::{DefaultHasher, Hash as _, Hasher as _},
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use tokio::{sync::watch, task::spawn_blocking, time::sleep};
+use tokio::sync::watch;
 
-use super::watched::WatchedDirectory;
+use super::follow::{Sources, follow};
 use crate::{
     config::{self, AgentConfig, ConfigErrors, Finding, Loaded},
     state::State,
@@ -46,27 +41,23 @@ pub async fn watch(
     state: State,
     observer: Arc<dyn ReloadObserver>,
     settings: WatchSettings,
-    mut shutdown: watch::Receiver<bool>,
+    shutdown: watch::Receiver<bool>,
 ) {
-    let mut follower = Follower { dir: dir.clone(), running, state, observer, seen: None, announced: Vec::new() };
-    let mut directory = WatchedDirectory::new(dir);
-    loop {
-        // Before reading: what changes from here on is an event for the next round.
-        directory.renew();
-        follower.follow(settings.quiet).await;
-        tokio::select! {
-            () = directory.changed() => {}
-            () = sleep(settings.poll) => continue,
-            _ = shutdown.wait_for(|stop| *stop) => return,
-        }
-        // More events put the reading off, but not for ever.
-        for _ in 0..10 {
-            tokio::select! {
-                () = directory.changed() => {}
-                () = sleep(settings.quiet) => break,
-            }
-        }
-    }
+    let sources = Sources::directory(dir.clone(), config::configuration_files);
+    let read = {
+        let (dir, running) = (dir.clone(), running.clone());
+        Arc::new(move || config::reload(&dir, &running))
+    };
+    let unread = {
+        let dir = dir.clone();
+        move |why| ConfigErrors::about(&dir, why)
+    };
+    let mut follower = Follower { dir, running, state, observer, announced: Vec::new() };
+    let took = move |read| match read {
+        Ok(loaded) => follower.accept(loaded),
+        Err(errors) => follower.reject(&errors),
+    };
+    follow(sources, read, unread, took, settings, shutdown).await;
 }
 
 /// Logs a configuration's warnings, at the start.
@@ -76,42 +67,17 @@ pub fn log_warnings(warnings: &[Finding]) {
     }
 }
 
-/// What was read last, and what became of it.
+/// What becomes of what was read.
 struct Follower {
     dir: PathBuf,
     running: AgentConfig,
     state: State,
     observer: Arc<dyn ReloadObserver>,
-    /// The contents that were accepted or rejected last.
-    seen: Option<u64>,
     /// The fields of the agent's own settings that were announced to need a restart.
     announced: Vec<&'static str>,
 }
 
 impl Follower {
-    /// Reads the directory if it holds something else than the last time.
-    async fn follow(&mut self, quiet: Duration) {
-        // A file that changes while we read it would give half of the old and half of the new.
-        for _ in 0..10 {
-            let before = self.fingerprint().await;
-            if self.seen.is_some() && before == self.seen {
-                return;
-            }
-            let (dir, running) = (self.dir.clone(), self.running.clone());
-            let Ok(result) = spawn_blocking(move || config::reload(&dir, &running)).await else { return };
-            if self.fingerprint().await == before {
-                self.seen = before;
-                match result {
-                    Ok(loaded) => self.accept(loaded),
-                    Err(errors) => self.reject(&errors),
-                }
-                return;
-            }
-            sleep(quiet).await;
-        }
-        tracing::warn!(directory = %self.dir.display(), "the configuration keeps changing while it is read, so it is not read yet");
-    }
-
     fn accept(&mut self, loaded: Loaded) {
         log_warnings(&loaded.warnings);
         let changed = self.running.changed_fields(&loaded.agent);
@@ -151,23 +117,4 @@ impl Follower {
         );
         self.observer.rejected(errors);
     }
-
-    /// None if the directory cannot be read: that is worth a try each time, until it can.
-    async fn fingerprint(&self) -> Option<u64> {
-        let dir = self.dir.clone();
-        spawn_blocking(move || fingerprint(&dir).ok()).await.ok().flatten()
-    }
-}
-
-fn fingerprint(dir: &Path) -> std::io::Result<u64> {
-    let mut hasher = DefaultHasher::new();
-    for file in config::configuration_files(dir)? {
-        file.hash(&mut hasher);
-        // A file that cannot be read is a configuration error, and so part of what was seen.
-        match config::read_file(&file) {
-            Ok(bytes) => bytes.hash(&mut hasher),
-            Err(error) => error.kind().hash(&mut hasher),
-        }
-    }
-    Ok(hasher.finish())
 }

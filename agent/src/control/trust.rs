@@ -7,19 +7,19 @@
 
 use std::{
     collections::BTreeSet,
-    hash::{DefaultHasher, Hash as _, Hasher as _},
-    io,
+    convert,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
-use tokio::{sync::watch, task::spawn_blocking, time::sleep};
-use zeroize::Zeroize as _;
+use tokio::{sync::watch, time::sleep};
 
-use super::{files::WatchSettings, watched::WatchedDirectory};
+use super::{
+    files::WatchSettings,
+    follow::{Sources, follow},
+};
 use crate::{
-    config,
     identity::{
         Ca, IdentityError, LiveCa, Manager, Trust, TrustFiles, ca, manager, trust::files::Supplied,
         workload_api::WorkloadApi,
@@ -102,100 +102,28 @@ impl Origin {
 }
 
 /// Keeps the CA and trust in step with the files until `shutdown` becomes true or its sender is gone.
-pub async fn watch(followed: Followed, settings: WatchSettings, mut shutdown: watch::Receiver<bool>) {
-    let paths = followed.origin.paths(&followed.files);
-    let (_silent, mut told) = match &followed.origin {
-        Origin::Told(api) => (None, api.changes()),
-        Origin::Directory { .. } | Origin::Pinned(_) => {
-            let (sender, told) = watch::channel(0);
-            (Some(sender), told)
-        }
+pub async fn watch(followed: Followed, settings: WatchSettings, shutdown: watch::Receiver<bool>) {
+    let sources = Sources::files(followed.origin.paths(&followed.files));
+    let sources = match &followed.origin {
+        Origin::Told(api) => sources.and_told(api.changes()),
+        Origin::Directory { .. } | Origin::Pinned(_) => sources,
     };
-    let places: BTreeSet<&Path> = paths.iter().filter_map(|path| path.parent()).collect();
-    let mut directories: Vec<_> = places.into_iter().map(|place| WatchedDirectory::new(place.to_owned())).collect();
-    let mut follower = Follower { followed, paths, seen: None, refused: None, stale: BTreeSet::new() };
-    loop {
-        // Before reading: what changes from here on is an event for the next round.
-        directories.iter_mut().for_each(WatchedDirectory::renew);
-        let count = *told.borrow_and_update();
-        follower.follow(settings.quiet, count).await;
-        follower.warn_of_stale_lists();
-        tokio::select! {
-            () = any_changed(&directories), if !directories.is_empty() => {}
-            // It comes as a whole.
-            Ok(()) = told.changed() => continue,
-            () = sleep(settings.poll) => continue,
-            _ = shutdown.wait_for(|stop| *stop) => return,
-        }
-        // More events put the reading off, but not for ever.
-        for _ in 0..10 {
-            tokio::select! {
-                () = any_changed(&directories) => {}
-                () = sleep(settings.quiet) => break,
-            }
-        }
+    let (origin, files) = (followed.origin.clone(), followed.files.clone());
+    let read = Arc::new(move || origin.load(&files).map_err(|error| with_causes(&error)));
+    let overdue = warn_of_overdue_lists(followed.identities.clone(), settings.poll);
+    let took = move |read| match read {
+        // Nothing was told yet.
+        Ok(None) => {}
+        Ok(Some((ca, trust))) => followed.accept(ca, trust),
+        Err(why) => followed.reject(why),
+    };
+    tokio::select! {
+        () = follow(sources, read, convert::identity, took, settings, shutdown) => {}
+        () = overdue => {}
     }
 }
 
-pub(super) async fn any_changed(directories: &[WatchedDirectory]) {
-    let mut waiting: Vec<_> = directories.iter().map(|directory| Box::pin(directory.changed())).collect();
-    std::future::poll_fn(|context| {
-        let ready = waiting.iter_mut().any(|one| one.as_mut().poll(context).is_ready());
-        if ready { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
-    })
-    .await;
-}
-
-struct Follower {
-    followed: Followed,
-    paths: Vec<PathBuf>,
-    /// The contents that were accepted or rejected last.
-    seen: Option<u64>,
-    /// What was refused last, and why: that is said once, and tried again at each look, as what is wrong need not be in the files. A
-    /// certificate may be of a clock that is ahead.
-    refused: Option<(Option<u64>, String)>,
-    /// Lists that were said to be overdue.
-    stale: BTreeSet<String>,
-}
-
-impl Follower {
-    /// Reads the files if they hold something else than the last time, or if more was told.
-    async fn follow(&mut self, quiet: Duration, told: u64) {
-        for _ in 0..10 {
-            let before = self.fingerprint(told).await;
-            if self.seen.is_some() && self.seen == before {
-                return;
-            }
-            let (origin, files) = (self.followed.origin.clone(), self.followed.files.clone());
-            let result = match spawn_blocking(move || origin.load(&files)).await {
-                Ok(result) => result,
-                // Whoever follows the files no more would not hear of what is taken back: that ends the agent.
-                Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-                Err(_) => return,
-            };
-            // What changed while it was read may be half of the old and half of the new.
-            if self.fingerprint(told).await == before {
-                match result {
-                    Ok(None) => return,
-                    Ok(Some((ca, trust))) => {
-                        (self.seen, self.refused) = (before, None);
-                        self.accept(ca, trust);
-                    }
-                    Err(error) => {
-                        self.seen = None;
-                        self.reject(before, &error);
-                    }
-                }
-                return;
-            }
-            sleep(quiet).await;
-        }
-        tracing::warn!(
-            origin = self.followed.origin.name(),
-            "the CA's files keep changing while they are read, so they are not read yet"
-        );
-    }
-
+impl Followed {
     fn accept(&self, ca: Option<Ca>, trust: Trust) {
         for (domain, roots) in trust.bundles() {
             tracing::info!(%domain, roots, "trusted to vouch for a trust domain");
@@ -207,78 +135,52 @@ impl Follower {
             );
         }
         // Trust first: what the new signer signs must be believed here.
-        self.followed.identities.trust_store().replace(trust);
-        let identities = &self.followed.identities;
-        let replaced = match (&self.followed.origin, ca) {
+        self.identities.trust_store().replace(trust);
+        let replaced = match (&self.origin, ca) {
             (Origin::Directory { ca: live, .. }, Some(ca)) => live.replace(ca),
             _ => false,
         };
         if replaced {
             tracing::info!("another certificate of the CA signs from now on: workloads' certificates are replaced");
-            identities.resign();
-        } else if matches!(self.followed.origin, Origin::Told(_)) {
-            identities.supplied();
+            self.identities.resign();
+        } else if matches!(self.origin, Origin::Told(_)) {
+            self.identities.supplied();
         } else {
-            identities.renew_unbelieved();
+            self.identities.renew_unbelieved();
         }
         self.tell(None);
-        self.followed.metrics.trust_reloaded(true);
+        self.metrics.trust_reloaded(true);
     }
 
-    fn reject(&mut self, files: Option<u64>, error: &IdentityError) {
-        let text = with_causes(error);
-        let refused = Some((files, text.clone()));
-        if self.refused == refused {
-            return;
-        }
-        self.refused = refused;
-        self.tell(Some(text.clone()));
+    fn reject(&self, why: String) {
         tracing::error!(
-            origin = self.followed.origin.name(),
-            "the CA's files were refused, the last good ones stay in force: {text}"
+            origin = self.origin.name(),
+            "the CA's files were refused, the last good ones stay in force: {why}"
         );
-        self.followed.metrics.trust_reloaded(false);
+        self.tell(Some(why));
+        self.metrics.trust_reloaded(false);
     }
 
     fn tell(&self, refusal: Option<String>) {
-        *self.followed.refusal.lock().unwrap_or_else(PoisonError::into_inner) = refusal;
+        *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = refusal;
     }
+}
 
-    /// An overdue list goes on counting: refusing everybody of its CA instead would end the mesh for want of a file.
-    fn warn_of_stale_lists(&mut self) {
+/// An overdue list goes on counting: refusing everybody of its CA instead would end the mesh for want of a file.
+async fn warn_of_overdue_lists(identities: Manager, poll: Duration) {
+    let mut warned = BTreeSet::new();
+    loop {
         let now = SystemTime::now();
-        let trust = self.followed.identities.trust();
+        let trust = identities.trust();
         let stale: BTreeSet<String> =
             trust.revoked().iter().filter(|list| list.is_stale(now)).map(|list| list.issuer.clone()).collect();
-        for issuer in stale.difference(&self.stale) {
+        for issuer in stale.difference(&warned) {
             tracing::warn!(
                 issuer,
                 "a revocation list is overdue (its nextUpdate has passed): what it says still counts, and what was revoked since is not known; replace the file"
             );
         }
-        self.stale = stale;
+        warned = stale;
+        sleep(poll).await;
     }
-
-    async fn fingerprint(&self, told: u64) -> Option<u64> {
-        let paths = self.paths.clone();
-        spawn_blocking(move || fingerprint(&paths, told)).await.ok()
-    }
-}
-
-pub(super) fn fingerprint(paths: &[PathBuf], told: u64) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    told.hash(&mut hasher);
-    for path in paths {
-        path.hash(&mut hasher);
-        // A file that is not there, or cannot be read, is part of what was seen.
-        match config::read_file(path).map_err(|error: io::Error| error.kind()) {
-            // One of them is the CA's key.
-            Ok(mut bytes) => {
-                bytes.hash(&mut hasher);
-                bytes.zeroize();
-            }
-            Err(kind) => kind.hash(&mut hasher),
-        }
-    }
-    hasher.finish()
 }
