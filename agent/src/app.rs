@@ -11,6 +11,7 @@ use std::{io, path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
+    task::spawn_blocking,
 };
 
 use crate::{
@@ -45,6 +46,8 @@ use view::status::{About, Reloads};
 
 /// So often a successor looks whether it is its turn.
 const TURN: Duration = Duration::from_millis(50);
+/// How long the API server may take to list one object of each kind. The chart's `minReadySeconds` is longer.
+const REHEARSAL: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
@@ -70,6 +73,8 @@ pub enum AppError {
     Admin(#[from] admin::AdminError),
     #[error("a part of the agent ended by itself: {0}")]
     Ended(String),
+    #[error("this agent could not follow the one that has this node, which goes on")]
+    Rehearsal(#[source] Box<AppError>),
     #[error("signals")]
     Signal(#[source] io::Error),
     #[error("the asynchronous runtime")]
@@ -122,7 +127,7 @@ pub async fn run(dir: PathBuf, levels: Levels, wait: bool) -> Result<(), AppErro
     let identities = certificates.manager.clone();
     let place = CaptureSettings { cgroup: agent.capture.cgroup.clone(), pin_path: agent.capture.pin_path.clone() };
     let capture = tokio::select! {
-        capture = captured(&place, begun, wait) => capture?,
+        capture = captured(&place, begun, wait.then_some(&agent)) => capture?,
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     };
@@ -230,18 +235,39 @@ pub async fn run(dir: PathBuf, levels: Levels, wait: bool) -> Result<(), AppErro
 
 /// Takes the pins. There is one file system for them and one lock, so a successor can be there, with its image and its configuration, before
 /// its predecessor has gone.
-async fn captured(settings: &CaptureSettings, mut begun: Option<Loader>, wait: bool) -> Result<Capture, AppError> {
+async fn captured(
+    settings: &CaptureSettings,
+    mut begun: Option<Loader>,
+    waiting: Option<&AgentConfig>,
+) -> Result<Capture, AppError> {
     loop {
-        match Capture::load_with(settings, &mut begun) {
-            Err(BpfError::PinsInUse { path }) if wait => {
+        match (Capture::load_with(settings, &mut begun), waiting) {
+            (Err(BpfError::PinsInUse { path }), Some(agent)) => {
+                rehearse(settings, agent).await?;
                 tracing::info!(pins = %path.display(), "waiting for the agent that has this node to end");
                 while Capture::in_use(&path)? {
                     tokio::time::sleep(TURN).await;
                 }
             }
-            loaded => return Ok(loaded?),
+            (loaded, _) => return Ok(loaded?),
         }
     }
+}
+
+/// What would fail only after the predecessor is gone shall fail before: its place is not waited for then, and it goes on.
+async fn rehearse(settings: &CaptureSettings, agent: &AgentConfig) -> Result<(), AppError> {
+    let failed = |error: AppError| AppError::Rehearsal(Box::new(error));
+    let place = settings.clone();
+    match spawn_blocking(move || Capture::rehearse(&place)).await {
+        Ok(tried) => tried.map_err(|error| failed(error.into()))?,
+        Err(error) => return Err(AppError::Ended(error.to_string())),
+    }
+    if let Some(kubernetes) = &agent.kubernetes {
+        let source =
+            Source::open(kubernetes, agent.trust.domains.clone()).await.map_err(|error| failed(error.into()))?;
+        source.rehearse(REHEARSAL).await.map_err(|error| failed(error.into()))?;
+    }
+    Ok(())
 }
 
 /// What the kernel can do, of what the operator allows.

@@ -142,6 +142,12 @@ impl Capture {
         })))
     }
 
+    /// Whether [`Capture::load`] would do while another agent has the pins: all but the pins and attaching is done, and nothing stays.
+    pub fn rehearse(settings: &CaptureSettings) -> Result<(), BpfError> {
+        let (_, own) = pins::open_cgroup(&settings.cgroup)?;
+        load::rehearse(&settings.pin_path, own)
+    }
+
     /// Removes everything that an agent pinned there, whether it still runs or not. Its pods are open then.
     pub fn unload(pin_path: &Path) -> Result<(), BpfError> {
         pins::unload(pin_path)

@@ -153,6 +153,10 @@ fn an_agent_that_waits_disturbs_nobody_and_takes_over_when_its_predecessor_ends(
         let mut given_up = cluster.launch_successor(Side::A)?;
         given_up.wait_log("that it waits", 0, |log| log.contains("waiting for the agent"))?;
         ensure!(given_up.stop()?.success(), "told to stop while it waits, it fails: {}", given_up.log());
+        // One that could not do its work does not wait for it, and its pod is not ready.
+        let mut unable = cluster.launch_successor_without(Side::A, &["SYS_ADMIN"])?;
+        ensure!(!unable.wait_end(seconds(30))?.success(), "without a capability it needs: {}", unable.log());
+        ensure!(unable.log().contains("could not follow the one that has this node"), "{}", unable.log());
         for side in Side::BOTH {
             let skip = cluster.agent(side)?.log().len();
             let mut successor = cluster.launch_successor(side)?;

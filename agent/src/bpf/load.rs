@@ -21,7 +21,12 @@ use marline_common::{
     MAX_REFUSED, Origin, PodEndpoint, PodEntry, PodPort, SocketEntry, Transcript,
 };
 
-use super::{entries::Addresses, error::BpfError, log, pins::Pins};
+use super::{
+    entries::Addresses,
+    error::BpfError,
+    log,
+    pins::{self, Pins},
+};
 use crate::sys::netns::{Netns, NetnsCookie};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/marline-ebpf.o"));
@@ -100,21 +105,34 @@ fn loader() -> EbpfLoader<'static> {
 /// Loads every program. Maps that a predecessor pinned are taken over with what is in them.
 /// `own` is the agent's cgroup, if it is below that of the pods.
 pub(super) fn load(pins: &Pins, own: Option<u64>, begun: Option<Loader>) -> Result<Ebpf, BpfError> {
-    if OBJECT.is_empty() {
-        return Err(BpfError::NoObject);
-    }
     for layout in &PINNED {
         check_layout(&pins.map(layout.0), layout)?;
+    }
+    let mut loader = begun.and_then(|begun| begun.0.join().ok()).unwrap_or_else(loader);
+    for (name, ..) in PINNED {
+        loader.map_pin_path(name, pins.map(name));
+    }
+    programs(loader, own)
+}
+
+/// Loads every program for nothing, and looks whether the maps that are pinned at `root` are such as these take over.
+pub(super) fn rehearse(root: &Path, own: Option<u64>) -> Result<(), BpfError> {
+    for layout in &PINNED {
+        check_layout(&pins::map(root, layout.0), layout)?;
+    }
+    programs(loader(), own).map(drop)
+}
+
+fn programs(loader: EbpfLoader<'static>, own: Option<u64>) -> Result<Ebpf, BpfError> {
+    if OBJECT.is_empty() {
+        return Err(BpfError::NoObject);
     }
     // No cgroup has the id 0.
     let (level, own) = (log::level(), own.unwrap_or_default());
     let node = Netns::current().map_err(BpfError::Socket)?.cookie().0;
-    let mut loader: EbpfLoader<'_> = begun.and_then(|begun| begun.0.join().ok()).unwrap_or_else(loader);
+    let mut loader: EbpfLoader<'_> = loader;
     loader.override_global("AYA_LOG_LEVEL", &level, true).override_global("AGENT_CGROUP", &own, true);
     loader.override_global("NODE_NETNS", &node, true);
-    for (name, ..) in PINNED {
-        loader.map_pin_path(name, pins.map(name));
-    }
     let mut ebpf = loader.load(OBJECT).map_err(BpfError::Object)?;
     load_programs(&mut ebpf)?;
     Ok(ebpf)

@@ -50,7 +50,7 @@ impl Pins {
     }
 
     pub(super) fn map(&self, name: &str) -> PathBuf {
-        self.root.join("maps").join(name)
+        map(&self.root, name)
     }
 
     /// Pins a link that is attached already, in the place of a predecessor's, which is detached by that: at no moment is
@@ -71,6 +71,11 @@ impl Pins {
     pub(super) fn link(&self, name: &str) -> PathBuf {
         self.root.join("links").join(name)
     }
+}
+
+/// Where a map is pinned.
+pub(super) fn map(root: &Path, name: &str) -> PathBuf {
+    root.join("maps").join(name)
 }
 
 /// The name of the inbound link of a pod.

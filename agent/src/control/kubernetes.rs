@@ -24,10 +24,11 @@ use kube::{
     Client, Config,
     config::{KubeConfigOptions, Kubeconfig},
 };
+use serde::de::IgnoredAny;
 use tokio::{
     sync::{mpsc, watch},
     task::{JoinSet, spawn_blocking},
-    time::{sleep_until, timeout_at},
+    time::{sleep_until, timeout, timeout_at},
 };
 
 pub use compile::{Facts, Viewpoint};
@@ -38,7 +39,7 @@ pub use objects::{Item, Key};
 pub use places::{Places, PodPlace};
 pub use roster::{Listed, Member, Members, Roster};
 pub use store::Change;
-pub use wire::{Api, Asked};
+pub use wire::{Api, Asked, WireError};
 
 use crate::{
     config::{KubernetesConfig, ObjectKind},
@@ -65,6 +66,10 @@ pub enum SourceError {
     Kubeconfig { path: String, source: Box<kube::config::KubeconfigError> },
     #[error("the API server cannot be talked to")]
     Client(#[source] Box<kube::Error>),
+    #[error("{0} cannot be listed")]
+    Kind(&'static str, #[source] WireError),
+    #[error("the API server has not listed one object of each kind within {0:?}")]
+    Slow(Duration),
 }
 
 /// All that the source needs to run.
@@ -89,6 +94,27 @@ impl Source {
             health: Health::default(),
             settings: Settings::default(),
         })
+    }
+
+    /// Whether what will be followed can be: one object of each kind is asked for.
+    pub async fn rehearse(&self, patience: Duration) -> Result<(), SourceError> {
+        let asking = async {
+            for kind in Kind::all() {
+                self.rehearse_kind(kind).await.map_err(|error| SourceError::Kind(kind.plural(), error))?;
+            }
+            Ok(())
+        };
+        timeout(patience, asking).await.unwrap_or(Err(SourceError::Slow(patience)))
+    }
+
+    async fn rehearse_kind(&self, kind: Kind) -> Result<(), WireError> {
+        for path in kind.paths() {
+            match self.api.page::<IgnoredAny>(kind, path, 1, None).await {
+                Err(WireError::Absent) => {}
+                answer => return answer.map(drop),
+            }
+        }
+        if kind.may_be_absent() { Ok(()) } else { Err(WireError::Absent) }
     }
 
     /// Keeps `state` in step with the cluster until `shutdown` becomes true or its sender is gone.

@@ -265,6 +265,7 @@ pub struct Bed {
     pub state: State,
     pub health: Health,
     pub places: Places,
+    pub config: KubernetesConfig,
     _dir: tempfile::TempDir,
     _stop: watch::Sender<bool>,
 }
@@ -304,7 +305,7 @@ impl Bed {
         let (state, (stop, stopped)) = (State::new(empty), watch::channel(false));
         let (health, places) = (source.health.clone(), source.places.clone());
         tokio::spawn(source.run(state.clone(), stopped));
-        Self { api, state, health, places, _dir: dir, _stop: stop }
+        Self { api, state, health, places, config, _dir: dir, _stop: stop }
     }
 
     /// Started, and the cluster is known.

@@ -1,6 +1,6 @@
 //! What is believed while the API server is away, confused, or does not let the agent in.
 
-use marline::policy::MtlsMode;
+use marline::{control::kubernetes::Source, identity::TrustDomains, policy::MtlsMode, words::with_causes};
 
 use crate::bed::*;
 
@@ -70,6 +70,18 @@ async fn a_kind_that_may_not_be_listed_is_named_and_nothing_is_believed_without_
     bed.api.lists(PODS, Answer::recorded("list-pods"));
     bed.is_ready().await;
     bed.tells("that it is well", |report| report.away.is_none()).await;
+}
+
+#[tokio::test]
+async fn a_rehearsal_names_the_kind_that_may_not_be_listed_and_does_without_those_that_a_cluster_can_be_without() {
+    let bed = Bed::ready(|api| api.unlists(PEERS)).await;
+    let source = Source::open(&bed.config, TrustDomains::default()).await.unwrap();
+    source.rehearse(LONG).await.unwrap();
+    bed.api.lists(PODS, Answer::recorded("403-anonymous"));
+    let refused = with_causes(&source.rehearse(LONG).await.unwrap_err());
+    assert!(refused.contains("pods cannot be listed") && refused.contains("403"), "{refused}");
+    bed.api.unlists(PODS);
+    assert!(source.rehearse(LONG).await.is_err(), "without pods there is nothing to follow");
 }
 
 #[tokio::test]
