@@ -6,14 +6,11 @@ use std::{
     collections::HashMap,
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, atomic::Ordering},
+    sync::{Arc, Mutex},
     time::{Duration, Instant, SystemTime},
 };
 
-use tokio::{
-    net::TcpStream,
-    sync::{Semaphore, watch},
-};
+use tokio::sync::{Semaphore, watch};
 
 use crate::{
     access_log::AccessLog,
@@ -25,13 +22,15 @@ use crate::{
         netns::{Netns, NetnsCookie},
         vital::vital,
     },
-    tls::config::{self, Ciphers, Learned, Parameters},
-    words::{Direction, Mode, TlsFacts, with_causes},
+    tls::config::{Ciphers, Learned, Parameters},
+    words::{Direction, TlsFacts, with_causes},
 };
 
 pub mod account;
 pub mod authorize;
 mod capture;
+mod carry;
+mod closed;
 pub mod connections;
 pub mod direct;
 pub mod handshake;
@@ -53,11 +52,11 @@ mod watchdog;
 pub use pod::{PodState, PodStatus};
 
 use account::Account;
-use authorize::Permit;
+use closed::Closed;
 use connections::{Connections, Live, lock};
 use direct::Direct;
 use handshake::{HandshakeError, Secured};
-use offload::{Capabilities, Records, RecordsChoice};
+use offload::{Capabilities, RecordsChoice};
 use pump::PumpError;
 use refusal::Refusal;
 use target::Loads;
@@ -97,6 +96,8 @@ pub struct Context {
     served: Mutex<HashMap<NetnsCookie, PathBuf>>,
     /// The namespaces whose pods are ready.
     captured: Mutex<HashMap<NetnsCookie, PodNetns>>,
+    /// Those that are enrolled, and neither served nor to be.
+    closed: Closed,
     /// Which ports the kubelet is let in at.
     declared: kubelet::Declared,
     /// As they were found last.
@@ -120,8 +121,6 @@ pub struct Parts {
 pub struct Proxy {
     ctx: Arc<Context>,
     pods: Arc<Mutex<HashMap<PathBuf, Running>>>,
-    /// Namespaces that are served no more and not let go yet.
-    closed: Arc<Mutex<HashMap<PathBuf, NetnsCookie>>>,
 }
 
 struct Running {
@@ -131,6 +130,9 @@ struct Running {
     /// Ends with the namespace that it leaves closed.
     task: tokio::task::JoinHandle<Option<NetnsCookie>>,
 }
+
+/// When to try again what could not be let go.
+const AGAIN: Duration = Duration::from_secs(5);
 
 impl Proxy {
     /// To be called within a tokio runtime.
@@ -154,10 +156,11 @@ impl Proxy {
             pods_changed: watch::Sender::new(0),
             served: Mutex::default(),
             captured: Mutex::default(),
+            closed: Closed::default(),
             declared: Mutex::default(),
             hooks: Mutex::default(),
         };
-        Self { ctx: Arc::new(ctx), pods: Arc::default(), closed: Arc::default() }
+        Self { ctx: Arc::new(ctx), pods: Arc::default() }
     }
 
     /// Follows the state until its sender is gone.
@@ -175,9 +178,12 @@ impl Proxy {
             self.reconcile().await;
             kubelet::follow(&self.ctx);
             self.ctx.pods_changed.send_modify(|count| *count += 1);
-            let changed = tokio::select! {
-                changed = changes.changed() => changed,
-                changed = trust.changed() => changed,
+            let changed = loop {
+                tokio::select! {
+                    changed = changes.changed() => break changed,
+                    changed = trust.changed() => break changed,
+                    () = tokio::time::sleep(AGAIN) => closed::let_go(&self.ctx),
+                }
             };
             if changed.is_err() {
                 return;
@@ -264,7 +270,7 @@ impl Proxy {
                         }
                     }
                 }
-                lock(&self.closed).extend(closed);
+                closed.into_iter().for_each(|(path, cookie)| self.ctx.closed.keep(cookie, path));
                 if let Err(error) = self.ctx.capture.retain_probes(|cookie| wanted.contains(&cookie)) {
                     tracing::error!("what an earlier agent let the kubelet in for stays: {}", with_causes(&error));
                     return false;
@@ -289,39 +295,28 @@ impl Proxy {
         self.ctx.identities.retain(&snapshot.local_identities());
         let wanted: HashMap<_, _> = snapshot.local.iter().map(|local| (local.netns.clone(), local.clone())).collect();
         let gone: Vec<_> = lock(&self.pods)
-            .extract_if(|path, running| wanted.get(path) != Some(&running.local))
+            .extract_if(|path, running| wanted.get(path).is_none_or(|local| !pod::is_same(&running.local, local)))
             .map(|(_, running)| running)
             .collect();
         for running in &gone {
-            let path = &running.local.netns;
-            let stays = wanted.contains_key(path) || snapshot.closed.contains(path);
-            running.order.send_replace(if stays { pod::Order::Close } else { pod::Order::Leave });
+            running.order.send_replace(pod::Order::Close);
         }
         for running in gone {
             match running.task.await {
-                Ok(Some(cookie)) => drop(lock(&self.closed).insert(running.local.netns.clone(), cookie)),
+                Ok(Some(cookie)) => self.ctx.closed.keep(cookie, running.local.netns.clone()),
                 Ok(None) => {}
                 Err(_) => tracing::error!(pod = %running.local.netns.display(), "serving the pod had panicked"),
             }
         }
-        self.let_go(&snapshot, &wanted);
+        closed::let_go(&self.ctx);
         let mut pods = lock(&self.pods);
         for (path, local) in wanted {
-            pods.entry(path).or_insert_with(|| {
+            // One that goes on may have other labels, or be elsewhere: connections go by what the state says of it.
+            pods.entry(path).and_modify(|running| running.local = local.clone()).or_insert_with(|| {
                 let (status, order) = (pod::Status::new(&local), watch::Sender::new(pod::Order::Serve));
                 let task = tokio::spawn(pod::run(self.ctx.clone(), local.clone(), status.clone(), order.subscribe()));
                 Running { local, status, order, task }
             });
-        }
-    }
-
-    /// Of those that are closed, the ones that need not be any more. What is served again is its task's.
-    fn let_go(&self, snapshot: &Snapshot, wanted: &HashMap<PathBuf, Arc<LocalPod>>) {
-        let mut closed = lock(&self.closed);
-        closed.retain(|path, _| !wanted.contains_key(path));
-        let free = closed.extract_if(|path, _| !snapshot.closed.contains(path));
-        for (path, cookie) in free.collect::<Vec<_>>() {
-            pod::leave(&self.ctx, &path, cookie);
         }
     }
 
@@ -444,53 +439,4 @@ impl Proved {
             (facts.proved, facts.voucher, facts.tls) = (Some(self.peer), self.voucher, Some(self.tls));
         });
     }
-}
-
-struct Ended {
-    result: Result<(), PumpError>,
-    received: u64,
-    /// Dropped by whoever has heard of the end: the application learns of it by that, and may act on it at once.
-    _app: TcpStream,
-}
-
-/// A connection that is let through, with all that it takes. In a box: each future that it passed through by value would have room for it.
-struct Carried {
-    account: Account,
-    app: TcpStream,
-    wire: Arc<TcpStream>,
-    permit: Permit,
-}
-
-/// The last stages, which both ways share: pump, then account.
-async fn carry(ctx: &Context, mut carried: Box<Carried>, records: Records) -> Ended {
-    begin(ctx, &carried, &records);
-    let Carried { account, app, wire, permit } = &mut *carried;
-    let result = pump::run(app, wire, records, &account.live.moved, &mut permit.revoked).await;
-    finish(*carried, result)
-}
-
-fn begin(ctx: &Context, carried: &Carried, records: &Records) {
-    let Carried { account, wire, permit, .. } = carried;
-    let without = config::WITHOUT_RECORDS && matches!(records, Records::Plain(_));
-    if (permit.mode() == Mode::Plaintext) != matches!(records, Records::Plain(_)) && !without {
-        account.live.revoke("its records are not what its permit says");
-    }
-    account.offloaded(permit.mode(), records);
-    account.live.watch_wire(wire);
-    // Between the decision and here the rules may have changed.
-    ctx.judge_now(&account.live);
-}
-
-fn finish(carried: Carried, result: Result<(), PumpError>) -> Ended {
-    let Carried { account, app, wire, .. } = carried;
-    if result.is_ok() {
-        for leg in [&app, &*wire] {
-            if let Err(error) = capture::settle(leg) {
-                tracing::debug!(%error, "a leg was gone at its end");
-            }
-        }
-    }
-    let received = account.live.moved.received.load(Ordering::Relaxed);
-    account.finished(&result);
-    Ended { result, received, _app: app }
 }

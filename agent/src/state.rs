@@ -230,6 +230,13 @@ impl Snapshot {
         self.by_address.get(&address.to_canonical())
     }
 
+    /// A workload as it is now: its labels may have changed, and with them the policies that select it.
+    pub fn now<'a>(&'a self, workload: &'a Arc<Workload>) -> &'a Arc<Workload> {
+        let now = workload.addresses.iter().find_map(|address| self.workload(*address));
+        let same = |now: &&Arc<Workload>| now.namespace == workload.namespace && now.name == workload.name;
+        now.filter(same).unwrap_or(workload)
+    }
+
     pub fn services(&self) -> &[Arc<Service>] {
         &self.services
     }

@@ -1,14 +1,15 @@
 //! The agent comes, goes, dies and is told nonsense: enrolled pods are closed rather than open, applications are told the truth,
 //! and what has worked goes on working.
 
-use std::fs;
+use std::{fs, os::unix::fs::symlink};
 
 use anyhow::{Result, ensure};
 use marline_tests::{
     agent::check_config,
     capture::LinkCapture,
-    cluster::{Cluster, ClusterSpec, Family, Membership, PodSpec, Side},
-    config::Mode,
+    cluster::{Cluster, ClusterSpec, Family, Membership, PodSpec, Side, network, remains},
+    config::{Mode, NAMESPACE, replace},
+    netns,
     process::Process,
     scenario::{on_mesh, on_network},
     traffic::redis::Redis,
@@ -146,6 +147,95 @@ fn pods_come_and_go_while_the_agents_run_and_others_do_not_notice() -> Result<()
         }
         ensure!(drinker.ended()?.is_none(), "another pod's transfer was disturbed: {}", drinker.log());
         Ok(())
+    })
+}
+
+#[test]
+fn a_pod_that_could_not_be_let_go_at_first_is_as_soon_as_it_can_be() -> Result<()> {
+    on_mesh(&permissive(), |cluster| {
+        let guest = cluster.create_pod(&PodSpec::new("guest", Side::B, Membership::Mesh))?;
+        cluster.reload(Cluster::write_config)?;
+        cluster.agent(Side::B)?.wait_pod("guest", true)?;
+        let outside = cluster.pod("outside")?;
+        let mut command = outside.command(TALKER);
+        let _echo = outside.serve("echo", command.args(["echo", &PORT.to_string()]), PORT)?;
+
+        // While it cannot be told where another pod's path leads, it may lead to the guest.
+        let (nowhere, agent) = (cluster.directory().join("nowhere"), cluster.agent(Side::B)?);
+        symlink(&nowhere, &nowhere)?;
+        let said = agent.log().len();
+        cluster.reload(|cluster| {
+            let directory = cluster.config_directory(Side::B);
+            let unknown = format!(
+                "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata:\n  name: unknown\n  namespace: {NAMESPACE}\n  \
+                 annotations:\n    marline.io/netns: {}\nspec:\n  address: 10.77.9.9\n  serviceAccount: unknown\n",
+                nowhere.display()
+            );
+            fs::write(directory.join("unknown.yaml"), unknown)?;
+            let (workloads, label) = (directory.join("workloads.yaml"), "    app: guest\n");
+            let text = fs::read_to_string(&workloads)?.replace(label, &format!("{label}    marline.io/mesh: disabled\n"));
+            replace(&workloads, &text)?;
+            // `reload` waits for a change on both nodes.
+            let rules = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: none, namespace: nowhere}\nspec: {}\n";
+            fs::write(cluster.config_directory(Side::A).join("rules.yaml"), rules).map_err(Into::into)
+        })?;
+        agent.wait_pod("guest", false)?;
+        agent.wait_log("that the guest stays closed", said, |log| log.contains("stays closed for now"))?;
+        let ask = || -> Result<String> {
+            let address = outside.socket(Family::V4, PORT).to_string();
+            let said = guest.output(TALKER, &["ask", &address], seconds(20))?;
+            Ok(String::from_utf8_lossy(&said.stdout).trim().to_owned())
+        };
+        let refused = ask()?;
+        ensure!(!refused.starts_with("answer"), "it was opened: {refused}");
+
+        fs::remove_file(&nowhere)?;
+        wait_for("the guest to be let go", seconds(20), || {
+            let said = ask()?;
+            Ok(if said.starts_with("answer") { Look::Done(()) } else { Look::NotYet(said) })
+        })
+    })
+}
+
+#[test]
+fn of_a_namespace_that_was_replaced_at_its_path_nothing_is_left_once_it_is_no_more() -> Result<()> {
+    on_mesh(&permissive(), |cluster| {
+        let guest = cluster.create_pod(&PodSpec::new("guest", Side::B, Membership::Mesh))?;
+        cluster.reload(Cluster::write_config)?;
+        let agent = cluster.agent(Side::B)?;
+        agent.wait_pod("guest", true)?;
+        let links = remains::pins(&network::node_name(cluster.name(), Side::B)).join("links");
+        let enrolled = || -> Result<usize> {
+            let mut names = fs::read_dir(&links)?.map(|entry| Ok(entry?.file_name()));
+            names.try_fold(0, |count, name: Result<_>| {
+                Ok(count + usize::from(name?.to_string_lossy().starts_with("inbound-")))
+            })
+        };
+        let pods = enrolled()?;
+        let mut command = guest.command(TALKER);
+        let mut lives = guest.serve("echo", command.args(["echo", &PORT.to_string()]), PORT)?;
+        for _ in 0..2 {
+            let said = agent.log().len();
+            let (node, name) =
+                (network::node_name(cluster.name(), Side::B), network::pod_name(cluster.name(), &guest.name));
+            let index = guest.v4.octets()[3];
+            // Its tie would live as long as the namespace.
+            netns::ip_batch(&node, &[format!("link del pod{index}")])?;
+            netns::remove(&name)?;
+            network::create_pod(cluster.name(), guest.side, &guest.name, index)?;
+            agent.wait_log("that it was replaced", said, |log| log.contains("namespace was replaced"))?;
+            agent.wait_pod("guest", true)?;
+        }
+        // The second has nobody in it, the first a program.
+        let wait = |what: &str, count: usize| {
+            wait_for(what, seconds(20), || {
+                let now = enrolled()?;
+                Ok(if now == count { Look::Done(()) } else { Look::NotYet(format!("{now} are enrolled")) })
+            })
+        };
+        wait("the second to be forgotten", pods + 1)?;
+        lives.kill()?;
+        wait("the first to be forgotten", pods)
     })
 }
 

@@ -1,18 +1,21 @@
 //! Connections that are made before they are asked for: a program gets one and does not know it, its server hears of none that nobody came
 //! for, policy has its word when a program comes and not before, and they leave nothing behind.
 
-use std::{path::PathBuf, process::Command};
+use std::{fs, path::PathBuf, process::Command};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use marline_tests::{
-    access_log::Entry,
-    agent::Agent,
+    access_log::{Entry, Records},
+    agent::{Agent, kernel_keeps_records},
     cluster::{Cluster, ClusterSpec, Pod, Side},
-    config::{Mode, NAMESPACE},
+    config::{Mode, NAMESPACE, replace},
     process::{Process, succeed},
-    scenario::on_mesh,
+    scenario::{on_mesh, on_network},
     wait::{Look, seconds, wait_for},
 };
+
+#[path = "revocation/list.rs"]
+mod list;
 
 const PORT: u16 = 7350;
 
@@ -76,6 +79,77 @@ fn a_program_gets_one_that_was_ready_and_its_server_hears_of_no_other() -> Resul
             let all = agent.entries()?.len();
             ensure!(all == first + 20, "{side:?} has logged {all} connections");
         }
+        Ok(())
+    })
+}
+
+/// Changes the configuration of one node's agent, which is to be started with it.
+fn configure(cluster: &Cluster, side: Side, change: impl FnOnce(String) -> String) -> Result<()> {
+    let file = cluster.config_directory(side).join("agent.yaml");
+    replace(&file, &change(fs::read_to_string(&file)?))
+}
+
+/// Of two calls one has written before its agent knows of it.
+#[test]
+fn one_end_may_have_its_records_in_the_kernel_and_the_other_in_its_agent() -> Result<()> {
+    for side in Side::BOTH {
+        on_network(&ClusterSpec::pairs(Mode::Strict), |cluster| {
+            configure(cluster, side, |text| text + "  records: userspace\n")?;
+            cluster.start_agents()?;
+            let (client, server) = (cluster.pod("client-a")?, cluster.pod("server-b")?);
+            let _serving = serve(&server)?;
+            let first = warm(cluster, &client, &server)?;
+            call(&client, &server, 6)?;
+            let used = spares(cluster.agent(Side::A)?, "used")?;
+            ensure!(used >= 1.0, "none of 6 connections found one that was ready");
+            for at in Side::BOTH {
+                let kernel = at != side && kernel_keeps_records()?;
+                let records = if kernel { Records::Ktls } else { Records::Userspace };
+                let agent = cluster.agent(at)?;
+                agent.wait_entries("all connections", 0, first + 6, |entry: &Entry| entry.records == records)?;
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_was_ready_before_its_clients_certificate_was_revoked_reaches_no_application() -> Result<()> {
+    on_network(&ClusterSpec::pairs(Mode::Strict), |cluster| {
+        // The list is to reach one agent and not the other, which would not use what it has.
+        cluster.launch_agent(Side::A)?;
+        let (ca, own) = (cluster.ca_directory(), cluster.directory().join("ca-b"));
+        fs::create_dir(&own)?;
+        for file in fs::read_dir(&ca)? {
+            let file = file?;
+            fs::copy(file.path(), own.join(file.file_name()))?;
+        }
+        let (from, to) = (format!("path: {}\n", ca.display()), format!("path: {}\n", own.display()));
+        configure(cluster, Side::B, |text| text.replace(&from, &to))?;
+        cluster.launch_agent(Side::B)?;
+        cluster.agents_ready()?;
+        let (client, other, server) = (cluster.pod("client-a")?, cluster.pod("client-b")?, cluster.pod("server-b")?);
+        let _serving = serve(&server)?;
+        let first = warm(cluster, &client, &server)?;
+        let (agent, servers) = (cluster.agent(Side::A)?, cluster.agent(Side::B)?);
+        let held = agent.certificates()?.into_iter().find(|one| one.id.ends_with("/sa/client-a"));
+        let serial = held.and_then(|one| one.serial).context("client-a's certificate")?;
+        let (used, before) = (spares(agent, "used")?, servers.trust_reloads()?.0);
+        fs::write(own.join("ca-crl.pem"), list::list(&own, &serial)?)?;
+        wait_for("agent b to take the list", seconds(20), || {
+            let now = servers.trust_reloads()?.0;
+            Ok(if now > before { Look::Done(()) } else { Look::NotYet(format!("{now} changes")) })
+        })?;
+        ensure!(call(&client, &server, 1).is_err(), "it was let in");
+        let now = spares(agent, "used")?;
+        ensure!(now > used, "the connection that was refused was not one that was ready: {used} and {now}");
+        let refused = |entry: &Entry| entry.reason.as_deref() == Some("certificate_revoked");
+        servers.wait_entries("the refusal", 0, 1, refused)?;
+        let counted = servers.exposition()?.sum("marline_trust_revoked_connections_total", &[]);
+        ensure!(counted >= 1.0, "it was not counted");
+        let greetings = call(&other, &server, 1)?;
+        ensure!(greetings.iter().all(|(number, _)| *number == first + 1), "the server heard of it: {greetings:?}");
         Ok(())
     })
 }

@@ -13,14 +13,18 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use marline_tests::{
+    access_log::Entry,
     cluster::{Cluster, ClusterSpec, Family, Pod, Side},
     config::{self, Mode, NAMESPACE},
     process::Process,
+    rotation,
     scenario::on_mesh,
     wait::{Look, seconds, wait_for},
 };
 
+const TALKER: &str = env!("CARGO_BIN_EXE_talker");
 const PORT: u16 = 7300;
+const ECHO: u16 = 7301;
 /// `ADDRESS SECONDS`, for the process that connects.
 const LOAD: &str = "MARLINE_TEST_LOAD";
 const THREADS: usize = 8;
@@ -194,11 +198,74 @@ fn a_reload_under_load_lets_nobody_through_who_is_forbidden() -> Result<()> {
     })
 }
 
+/// As an operator of databases does it when a replica takes over; and a node may be told to be elsewhere.
+#[test]
+fn a_pod_that_is_labelled_anew_under_load_fails_no_connection_and_rules_find_it_by_its_labels() -> Result<()> {
+    const LASTS: u64 = 6;
+    on_mesh(&ClusterSpec::pairs(Mode::Strict), |cluster| {
+        let (client, server) = (cluster.pod("client-a")?, cluster.pod("server-b")?);
+        put(cluster, &deny_by("role: fenced", &format!("ipBlocks: [\"{}\"]", client.v4)))?;
+        let load = Load::start(&client, &server, LASTS)?;
+        let end = Instant::now() + Duration::from_secs(LASTS - 2);
+        let mut changes = 0;
+        while Instant::now() < end {
+            for (role, zone) in [("replica", "one"), ("primary", "two")] {
+                relabel(cluster, &[&client, &server], role, zone)?;
+                changes += 1;
+            }
+        }
+        let tries = load.tries()?;
+        println!("{changes} changes, {} connections, {} a second", tries.len(), rate(&tries, LASTS));
+        let failed: Vec<_> = tries.iter().filter(|one| !one.answered).collect();
+        ensure!(failed.is_empty(), "{} of {} failed: {failed:?}", failed.len(), tries.len());
+        ensure!(tries.len() > 100 && changes >= 4, "too little was tried: {} connections", tries.len());
+
+        let mut command = server.command(TALKER);
+        let _echo = server.serve("echo", command.args(["echo", &ECHO.to_string()]), ECHO)?;
+        let _served = rotation::serve(&server)?;
+        let live = rotation::call(&client, &server, "live")?;
+        relabel(cluster, &[&server], "fenced", "two")?;
+        wait_for("the live connection to end", seconds(20), || {
+            let log = live.log();
+            Ok(if log.contains("ended") { Look::Done(()) } else { Look::NotYet(log.lines().count().to_string()) })
+        })?;
+        let address = server.socket(Family::V4, ECHO).to_string();
+        let ask = || client.succeed(TALKER, &["ask", &address], seconds(20));
+        ensure!(ask().is_err(), "a new connection got through");
+        let denied = |entry: &Entry| entry.reason.as_deref() == Some("policy");
+        cluster.agent(Side::B)?.wait_entries("the denial", 0, 1, denied)?;
+        relabel(cluster, &[&server], "primary", "two")?;
+        ask().map(drop)
+    })
+}
+
+/// Both agents have it when this returns.
+fn relabel(cluster: &Cluster, pods: &[&Pod], role: &str, zone: &str) -> Result<()> {
+    cluster.reload(|cluster| {
+        Side::BOTH.iter().try_for_each(|side| {
+            let file = cluster.config_directory(*side).join("workloads.yaml");
+            let mut text = String::new();
+            for line in std::fs::read_to_string(&file)?.lines() {
+                if !line.contains("  role: ") && !line.contains("  topology.kubernetes.io/zone: ") {
+                    text += &format!("{line}\n");
+                }
+                if pods.iter().any(|pod| line == format!("    app: {}", pod.name)) {
+                    text += &format!("    role: {role}\n    topology.kubernetes.io/zone: {zone}\n");
+                }
+            }
+            config::replace(&file, &text)
+        })
+    })
+}
+
 fn deny(server: &Pod, source: &str) -> String {
+    deny_by(&format!("app: {}", server.name), source)
+}
+
+fn deny_by(label: &str, source: &str) -> String {
     format!(
         "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: closed, namespace: {NAMESPACE}}}\n\
-         spec: {{selector: {{matchLabels: {{app: {}}}}}, action: DENY, rules: [{{from: [{{source: {{{source}}}}}]}}]}}\n",
-        server.name
+         spec: {{selector: {{matchLabels: {{{label}}}}}, action: DENY, rules: [{{from: [{{source: {{{source}}}}}]}}]}}\n"
     )
 }
 

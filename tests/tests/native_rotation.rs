@@ -1,18 +1,20 @@
 //! Leaf, intermediate and root are replaced while connections are made: none fails, those of the removed root are reset, and what was signed
 //! under it is not believed any more.
 
-use std::{fs, time::SystemTime};
+use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use marline_tests::{
-    cluster::{Cluster, ClusterSpec, Side},
+    cluster::{ClusterSpec, Side},
     config::Mode,
     process::output,
     rotation::{LEAF_LIFETIME, call, rotate, serve},
     scenario::on_mesh,
     wait::{Look, seconds, wait_for},
 };
-use rcgen::{CertificateRevocationListParams, Issuer, KeyIdMethod, KeyPair, RevokedCertParams, SerialNumber};
+
+#[path = "revocation/list.rs"]
+mod list;
 
 #[test]
 fn everything_is_rotated_under_load_without_a_failed_connection_and_the_old_root_is_gone_for_good() -> Result<()> {
@@ -71,7 +73,7 @@ fn a_live_connection_is_reset_when_its_peers_certificate_is_revoked_and_others_g
             held.into_iter().find(|one| one.id.ends_with("/sa/client-a")).context("client-a's certificate")?;
         let before = cluster.agent(Side::B)?.trust_reloads()?.0;
         let serial = of_client.serial.context("its serial")?;
-        fs::write(cluster.ca_directory().join("ca-crl.pem"), list(cluster, &serial)?)?;
+        fs::write(cluster.ca_directory().join("ca-crl.pem"), list::list(&cluster.ca_directory(), &serial)?)?;
         wait_for("agent b to take the list", seconds(20), || {
             let now = cluster.agent(Side::B)?.trust_reloads()?.0;
             Ok(if now > before { Look::Done(()) } else { Look::NotYet(format!("{now} changes")) })
@@ -101,26 +103,4 @@ fn a_live_connection_is_reset_when_its_peers_certificate_is_revoked_and_others_g
         ensure!(counted.contains("reason=\"certificate_revoked\""), "the reset connection was not counted");
         Ok(())
     })
-}
-
-/// A list of the mesh's CA.
-fn list(cluster: &Cluster, serial: &str) -> Result<String> {
-    let read = |name: &str| fs::read_to_string(cluster.ca_directory().join(name));
-    let issuer = Issuer::from_ca_cert_pem(&read("ca-cert.pem")?, KeyPair::from_pem(&read("ca-key.pem")?)?)?;
-    let digits = (0..serial.len()).step_by(2).map(|at| Ok(u8::from_str_radix(&serial[at..at + 2], 16)?));
-    let now = SystemTime::now();
-    let params = CertificateRevocationListParams {
-        this_update: now.into(),
-        next_update: (now + seconds(3_600)).into(),
-        crl_number: SerialNumber::from(1),
-        issuing_distribution_point: None,
-        revoked_certs: vec![RevokedCertParams {
-            serial_number: SerialNumber::from_slice(&digits.collect::<Result<Vec<u8>>>()?),
-            revocation_time: now.into(),
-            reason_code: None,
-            invalidity_date: None,
-        }],
-        key_identifier_method: KeyIdMethod::Sha256,
-    };
-    Ok(params.signed_by(&issuer)?.pem()?)
 }

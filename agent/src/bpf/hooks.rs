@@ -1,13 +1,14 @@
 //! Whether the kernel programs are attached now. Whoever has the rights can detach what another has attached; nobody is told of it, so
 //! the agent looks from time to time, and is not ready while something is missing. What a hook is, and how it is asked for, is in `facts`.
 
-use std::fmt;
+use std::{fmt, io};
 
 use super::{
-    Capture,
+    BpfError, Capture,
     facts::{Hook, PodNetns},
+    pins::inbound_link,
 };
-use crate::sys::netns::NetnsCookie;
+use crate::sys::{links, netns::NetnsCookie};
 
 impl Hook {
     /// Whether it is the one in this namespace.
@@ -41,6 +42,16 @@ impl Capture {
     pub fn attached(&self, served: &[PodNetns]) -> Vec<Hook> {
         let on_cgroup = self.hooks_on_cgroup().into_iter();
         on_cgroup.chain(served.iter().map(|pod| self.inbound(pod, None))).collect()
+    }
+
+    /// Whether a namespace that was enrolled is no more, and all that is pinned of it is left over.
+    pub fn outlives(&self, netns: NetnsCookie) -> Result<bool, BpfError> {
+        let pin = self.0.pins.link(&inbound_link(netns));
+        match links::pinned(&pin) {
+            Ok(facts) => Ok(facts.target.is_none()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
+            Err(error) => Err(BpfError::file("cannot examine", pin)(error)),
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Turns policy's answer into a `Permit`, which is the only way on to the later stages and cannot be made elsewhere. It carries
 //! the handle by which it is taken back, because offloaded bytes pass no more checks in userspace.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::net::SocketAddr;
 
 use tokio::sync::watch;
 
@@ -141,10 +141,7 @@ pub fn revoked_by(snapshot: &Snapshot, direction: Direction, facts: &Facts) -> O
     match direction {
         Direction::Inbound => {
             let (served, local) = (facts.served.as_ref()?, facts.destination.address?);
-            // As it is now: its labels may have changed, and with them the policies that select it.
-            let now = served.addresses.iter().find_map(|address| snapshot.workload(*address));
-            let same = |now: &&Arc<Workload>| now.namespace == served.namespace && now.name == served.name;
-            let workload = now.filter(same).unwrap_or(served);
+            let workload = snapshot.now(served);
             let strict = snapshot.policies.authentication.mode(workload, local.port()) == MtlsMode::Strict;
             if strict && mode == Mode::Plaintext {
                 return by("plaintext under STRICT");

@@ -223,6 +223,12 @@ impl Direct {
         left.insert(socket, why);
     }
 
+    /// Forgets that a namespace was taken over, where nothing is known of it any more: there may be many in an agent's life.
+    fn tidy(&self, netns: NetnsCookie) {
+        let served = || self.filtered(netns) || self.pod(netns).is_some();
+        self.watch.disown(netns, || served() || self.watch.follows(netns) || self.watch.any(netns));
+    }
+
     fn avoided(&self, destination: SocketAddr) -> Option<Why> {
         let mut avoided = lock(&self.avoided);
         let (since, why) = *avoided.get(&destination)?;
@@ -261,7 +267,10 @@ impl<'a> Enrolled<'a> {
 impl Drop for Enrolled<'_> {
     fn drop(&mut self) {
         if let Some(direct) = &self.0.direct {
-            lock(&direct.pods).remove(&self.1);
+            let mut pods = lock(&direct.pods);
+            pods.remove(&self.1);
+            direct.server.forget(self.1);
+            drop(pods);
         }
         self.0.pods_changed.send_modify(|count| *count += 1);
     }

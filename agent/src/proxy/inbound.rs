@@ -6,10 +6,11 @@ use std::{net::SocketAddr, sync::Arc, time::Instant};
 use tokio::net::TcpStream;
 
 use super::{
-    Carried, Context,
+    Context,
     account::Account,
     authorize::{self, Arrival, Permit},
-    capture, carry,
+    capture,
+    carry::{Carried, carry},
     connections::Facts,
     direct::{Offered, Ready, Why, canonical},
     handshake::{self, HandshakeError},
@@ -169,7 +170,7 @@ async fn secure(
     let snapshot = ctx.state.load();
     let (workload, endpoint) = identify::endpoint(&snapshot, client.0);
     account.live.learn(|facts| facts.source = endpoint);
-    let arrival = Arrival { workload: &pod.workload, client: client.0, local };
+    let arrival = Arrival { workload: snapshot.now(&pod.workload), client: client.0, local };
     let rule = authorize::arriving(&snapshot, arrival, workload.as_deref());
     let tls = match &rule {
         Inbound::Mtls => true,
@@ -232,7 +233,15 @@ async fn wait(ctx: &Context, pod: &Pod, mut arrived: Arrived, known: Facts) -> O
     let (workload, mut source) = identify::endpoint(&arrived.snapshot, client);
     source.identity = known.source.identity.clone();
     account.live.learn(|facts| *facts = Facts { source, ..known });
-    let arrival = Arrival { workload: &pod.workload, client, local };
+    // While it waited it was nobody's, and not judged with those that live: its application must not hear of what does not stand.
+    if let Some(withdrawn) = authorize::withdrawn(&ctx.identities.trust(), &account.live.facts()) {
+        ctx.metrics.trust_withdrawn(Direction::Inbound, withdrawn.label());
+        pump::refuse(arrived.wire, arrived.records, ACCESS_DENIED).await;
+        let refusal = Refusal::Withdrawn(withdrawn);
+        account.refused(refusal.reason(), &refusal);
+        return None;
+    }
+    let arrival = Arrival { workload: arrived.snapshot.now(&pod.workload), client, local };
     arrived.rule = authorize::arriving(&arrived.snapshot, arrival, workload.as_deref());
     Some((account, arrived, turn))
 }
@@ -247,7 +256,7 @@ async fn admit(
     account: &Account,
 ) -> Result<Opened, Refusal> {
     let Arrived { wire, records, peer, snapshot, rule, handshake, fin, .. } = arrived;
-    let arrival = Arrival { workload: &pod.workload, client: client.0, local };
+    let arrival = Arrival { workload: snapshot.now(&pod.workload), client: client.0, local };
     let permit = match authorize::inbound(&snapshot, arrival, peer.as_ref(), &rule, &account.live) {
         Ok(permit) => permit,
         Err(denied) => {

@@ -9,10 +9,12 @@ use std::{
 use tokio::net::TcpStream;
 
 use super::{
-    Carried, Context,
+    Context,
     account::Account,
     authorize::{self, Permit, Way},
-    capture, carry, handshake,
+    capture,
+    carry::{Carried, carry},
+    handshake,
     identify::{self, ClientAddr, OrigDst},
     offload::{self, Records},
     pod::{Pod, Turn},

@@ -3,9 +3,12 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
+    future::poll_fn,
     io,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
+    task::Poll,
     time::Duration,
 };
 
@@ -32,7 +35,7 @@ use crate::{
     },
     policy::Workload,
     state::LocalPod,
-    sys::netns::{Netns, NetnsCookie, leads_nowhere},
+    sys::netns::{Netns, NetnsCookie},
     words::with_causes,
 };
 
@@ -102,6 +105,8 @@ pub enum EnrolError {
     SameNetns(PathBuf),
     #[error("there is no certificate for {id} yet{}", .why.as_ref().map(|why| format!(": {why}")).unwrap_or_default())]
     NoSvid { id: crate::identity::SpiffeId, why: Option<String> },
+    #[error("serving it has panicked, which is a fault of the agent: its log says more")]
+    Panicked,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -162,10 +167,17 @@ impl Status {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Order {
     Serve,
-    /// Close it: it is served anew, as another workload or with other addresses.
+    /// Close it: it is not in the mesh any more, or is served anew, as another workload or with other addresses.
     Close,
-    /// Let go of it: it is not in the mesh any more.
-    Leave,
+}
+
+/// Whether nothing has changed by which a pod is captured. What else may change, as labels, connections take from the state.
+pub(super) fn is_same(before: &LocalPod, now: &LocalPod) -> bool {
+    let by = |local: &LocalPod| {
+        let Workload { namespace, name, id, addresses, .. } = &*local.workload;
+        (local.netns.clone(), namespace.clone(), name.clone(), id.clone(), addresses.clone())
+    };
+    by(before) == by(now)
 }
 
 /// Serves the pod until it is ordered otherwise, whatever happens to its namespace meanwhile. Returns the namespace that stays closed.
@@ -177,7 +189,7 @@ pub(super) async fn run(
 ) -> Option<NetnsCookie> {
     let (mut tries, mut held) = (0, None);
     loop {
-        let pause = match serve(&ctx, &local, &status, &mut order, &mut held).await {
+        let pause = match contained(serve(&ctx, &local, &status, &mut order, &mut held)).await {
             Ok(Left::Ordered) => break,
             Ok(Left::Replaced) => {
                 tries = 0;
@@ -200,13 +212,17 @@ pub(super) async fn run(
             _ = order.wait_for(|order| *order != Order::Serve) => break,
         }
     }
-    if *order.borrow() == Order::Leave
-        && let Some(cookie) = held
-    {
-        leave(&ctx, &local.netns, cookie);
-        return None;
-    }
     held
+}
+
+/// A panic leaves the pod closed, as any failure does: it is shown, and tried again.
+async fn contained<T>(serving: impl Future<Output = Result<T, EnrolError>>) -> Result<T, EnrolError> {
+    let mut serving = std::pin::pin!(serving);
+    poll_fn(|task| {
+        let polled = catch_unwind(AssertUnwindSafe(|| serving.as_mut().poll(task)));
+        polled.unwrap_or(Poll::Ready(Err(EnrolError::Panicked)))
+    })
+    .await
 }
 
 enum Left {
@@ -225,7 +241,8 @@ async fn serve(
 ) -> Result<Left, EnrolError> {
     let netns = open(local)?;
     let _served = Served::claim(ctx, netns.cookie(), &local.netns)?;
-    *held = Some(netns.cookie());
+    let before = held.replace(netns.cookie()).filter(|before| *before != netns.cookie());
+    ctx.closed.replace(&local.netns, netns.cookie(), before);
     let addresses = &local.workload.addresses;
     ctx.capture.refuse(&netns)?;
     ctx.capture.cover(&netns, addresses, |owner| lock(&ctx.served).contains_key(&owner))?;
@@ -306,27 +323,6 @@ async fn serve(
     Ok(left)
 }
 
-/// Opens a pod that has left the mesh, unless its namespace is another wanted pod's, by another path. One whose path leads nowhere has none; if
-/// it cannot be told where it leads, this may be the one.
-pub(super) fn leave(ctx: &Context, path: &Path, cookie: NetnsCookie) {
-    let leads_here = |other: &Arc<LocalPod>| match Netns::open(&other.netns) {
-        Ok(netns) => netns.cookie() == cookie,
-        Err(error) => !leads_nowhere(&error),
-    };
-    if lock(&ctx.served).contains_key(&cookie) {
-        return;
-    }
-    if ctx.state.load().local.iter().any(leads_here) {
-        return tracing::warn!(pod = %path.display(), "the pod stays closed: its namespace is, or may be, another pod's");
-    }
-    match ctx.capture.withdraw(cookie) {
-        Ok(()) => tracing::info!(pod = %path.display(), "pod has left the mesh"),
-        Err(error) => {
-            tracing::error!(pod = %path.display(), "the pod could not be let go: {}", with_causes(&error));
-        }
-    }
-}
-
 /// That this pod and no other is served for a namespace, as long as it lives.
 struct Served<'a>(&'a Context, NetnsCookie);
 
@@ -399,5 +395,56 @@ async fn accept(
                 tokio::time::sleep(BREATH).await;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        identity::{SpiffeId, TrustDomain},
+        policy::Labels,
+    };
+
+    fn local(name: &str, address: &str, label: &str, zone: &str) -> LocalPod {
+        let workload = Workload {
+            name: name.into(),
+            namespace: "shop".into(),
+            service_account: "web".into(),
+            id: SpiffeId::new(&TrustDomain::default(), "shop", "web").unwrap(),
+            addresses: vec![address.parse().unwrap()],
+            in_mesh: true,
+            labels: Labels::from([("role", label)]),
+            host: Workload::host_of(name, "shop"),
+        };
+        LocalPod { workload: Arc::new(workload), netns: "/run/netns/web".into(), zone: Some(zone.into()) }
+    }
+
+    #[test]
+    fn labels_and_zone_may_change_under_a_pod_that_is_served_and_nothing_else_may() {
+        let before = local("web", "10.0.0.1", "replica", "r/a");
+        assert!(is_same(&before, &local("web", "10.0.0.1", "primary", "r/a")));
+        assert!(is_same(&before, &local("web", "10.0.0.1", "replica", "r/b")));
+        assert!(!is_same(&before, &local("web", "10.0.0.2", "replica", "r/a")));
+        assert!(!is_same(&before, &local("other", "10.0.0.1", "replica", "r/a")));
+        let moved = LocalPod { netns: "/run/netns/other".into(), ..local("web", "10.0.0.1", "replica", "r/a") };
+        assert!(!is_same(&before, &moved));
+        let mut other = (*before.workload).clone();
+        other.id = SpiffeId::new(&TrustDomain::default(), "shop", "db").unwrap();
+        let other = LocalPod { workload: Arc::new(other), ..local("web", "10.0.0.1", "replica", "r/a") };
+        assert!(!is_same(&before, &other));
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_a_failure_that_is_shown_and_tried_again() {
+        let panics = async {
+            tokio::task::yield_now().await;
+            if true {
+                panic!("a fault");
+            }
+            Ok(())
+        };
+        assert!(matches!(contained(panics).await, Err(EnrolError::Panicked)));
+        assert!(matches!(contained(async { Ok(7) }).await, Ok(7)));
     }
 }

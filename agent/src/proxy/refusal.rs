@@ -5,6 +5,7 @@ use std::io;
 use super::{authorize::Denied, handshake::HandshakeError, offload::OffloadError};
 use crate::{
     bpf::BpfError,
+    identity::trust::Withdrawn,
     tls::{config::TlsError, verifier},
 };
 
@@ -16,6 +17,8 @@ pub enum Refusal {
     Capture(#[from] BpfError),
     #[error(transparent)]
     Denied(#[from] Denied),
+    #[error("the peer's certificate was good when it was shown, and is not any more: {0}")]
+    Withdrawn(Withdrawn),
     #[error("no certificate for {0} yet")]
     NoSvid(crate::identity::SpiffeId),
     #[error("the TLS configuration")]
@@ -52,6 +55,7 @@ impl Refusal {
             Self::Capture(_) => "capture",
             Self::Denied(Denied::Policy(_)) => "policy",
             Self::Denied(Denied::PlaintextUnderStrict) => "plaintext_under_strict",
+            Self::Withdrawn(withdrawn) => withdrawn.label(),
             Self::NoSvid(_) => "no_svid",
             Self::Tls(_) => "tls_config",
             Self::Handshake(error) => handshake_reason(error),

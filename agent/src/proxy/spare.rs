@@ -42,15 +42,15 @@ pub(super) enum SpareError {
     Plain,
 }
 
-/// The client's word: an application has come. If that has written already, its first bytes leave together with it, and the server's
-/// agent is woken once for both.
+/// The client's word: an application has come. If that has written already and records are made here, its first bytes leave together with
+/// it, and the server's agent is woken once for both. The kernel would put both into one record, and the claim has one of its own.
 pub(super) fn claim(wire: &TcpStream, records: &mut Records, app: impl AsFd) -> Result<(), SpareError> {
-    let send = if socket::unread(app)? > 0 { socket::send_more } else { socket::send };
-    let record = match records {
+    let (record, joins) = match records {
         Records::Plain(_) => return Err(SpareError::Plain),
-        Records::Kernel { .. } => vec![CLAIM],
-        Records::Userspace { sealer, .. } => sealer.seal(APPLICATION_DATA, &[CLAIM])?,
+        Records::Kernel { .. } => (vec![CLAIM], false),
+        Records::Userspace { sealer, .. } => (sealer.seal(APPLICATION_DATA, &[CLAIM])?, socket::unread(app)? > 0),
     };
+    let send = if joins { socket::send_more } else { socket::send };
     // Nothing was sent on it yet: a socket without room for this is broken.
     match wire.try_io(Interest::WRITABLE, || send(wire, &record))? {
         sent if sent == record.len() => Ok(()),
@@ -140,6 +140,7 @@ mod tests {
             config::{self, Accept, Offer},
             records::{ALERT, HANDSHAKE, key_update_message},
         },
+        words::PumpKind,
     };
 
     /// Two ends after their handshake, with records in userspace.
@@ -208,6 +209,17 @@ mod tests {
         assert_eq!(socket::send(&near, &behind).unwrap(), behind.len());
         assert_eq!(socket::unread(&far).unwrap(), CLAIM_RECORD + behind.len());
         assert!(claimed(&mut far, &mut of_far).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn where_the_kernel_makes_the_records_the_claim_leaves_alone_whatever_is_written() {
+        let [(near, of_near), (far, _)] = ends().await;
+        let Records::Userspace { session, .. } = of_near else { panic!("records are here") };
+        // Without its keys the kernel sends the claim as it is, and shows what it is told to keep back.
+        let mut of_near = Records::Kernel { pump: PumpKind::Copy, session };
+        let (_app, leg) = application(5).await;
+        claim(&near, &mut of_near, &leg).unwrap();
+        assert_eq!(socket::unread(&far).unwrap(), 1, "what comes next would be in the claim's record");
     }
 
     #[tokio::test]

@@ -81,7 +81,7 @@ pub struct InUse(Loads, SocketAddr);
 impl Loads {
     /// Where to connect to, the best first.
     pub fn targets(&self, snapshot: &Snapshot, pod: &Pod, to: SocketAddr) -> Result<Vec<Target>, Refusal> {
-        let Some(Called { service, port, traffic }) = snapshot.called(&pod.workload, to) else {
+        let Some(Called { service, port, traffic }) = snapshot.called(snapshot.now(&pod.workload), to) else {
             let (workload, traffic, port) = (snapshot.workload(to.ip()).cloned(), Arc::default(), to.port());
             let (service, slot, affinity) = (None, None, None);
             return Ok(vec![Target { address: to, called: to, port, workload, service, traffic, slot, affinity }]);

@@ -44,12 +44,25 @@ pub(in crate::proxy::direct) struct Filter {
     pub waiting: Waiting,
     /// The runtime of the filter's thread.
     pub home: Handle,
-    /// Namespaces from which its calls have come, or will.
-    seen: Mutex<HashSet<NetnsCookie>>,
+    seen: Mutex<Seen>,
     /// Told when there is a new keeper, which does not know of it.
     moved: Notify,
     /// Nothing is received any more, and nothing in hand.
     rests: AtomicBool,
+}
+
+/// Namespaces from which a filter's calls have come, or will. A container has one, as a rule, but what runs in it may make as many of its
+/// own as it likes: of those only some are noted.
+#[derive(Default)]
+struct Seen(HashSet<NetnsCookie>);
+
+impl Seen {
+    const STRANGERS: usize = 64;
+
+    /// True if it is new, and there is room for it. For pods there always is, of which there are not many.
+    fn note(&mut self, netns: NetnsCookie, is_pod: impl FnOnce() -> bool) -> bool {
+        !self.0.contains(&netns) && (self.0.len() < Self::STRANGERS || is_pod()) && self.0.insert(netns)
+    }
 }
 
 impl Filter {
@@ -66,9 +79,8 @@ impl Filter {
 
     /// Under this filter there are sockets of that namespace.
     pub fn at(&self, netns: NetnsCookie) {
-        if lock(&self.seen).insert(netns)
-            && let Some(direct) = &self.ctx.direct
-        {
+        let Some(direct) = &self.ctx.direct else { return };
+        if lock(&self.seen).note(netns, || direct.pod(netns).is_some()) {
             *lock(&direct.filters).entry(netns).or_default() += 1;
         }
     }
@@ -78,21 +90,23 @@ impl Filter {
         let (Some(direct), seen) = (&self.ctx.direct, lock(&self.seen)) else { return true };
         // What a predecessor has left is not known at once.
         let may_have = |netns: &NetnsCookie| !direct.watch.adopted(*netns) || direct.watch.any(*netns);
-        seen.is_empty() || seen.iter().any(may_have)
+        seen.0.is_empty() || seen.0.iter().any(may_have)
     }
 }
 
 impl Drop for Filter {
     fn drop(&mut self) {
         let Some(direct) = &self.ctx.direct else { return };
-        let mut filters = lock(&direct.filters);
-        for netns in lock(&self.seen).drain() {
+        for netns in lock(&self.seen).0.drain() {
+            let mut filters = lock(&direct.filters);
             if let Some(count) = filters.get_mut(&netns) {
                 *count -= 1;
                 if *count == 0 {
                     filters.remove(&netns);
                 }
             }
+            drop(filters);
+            direct.tidy(netns);
         }
     }
 }
@@ -240,5 +254,21 @@ async fn receive(filter: &Arc<Filter>, calls: &Receiver, container: &str) {
                 let _ = pending.answer(Answer::Continue);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn namespaces_that_a_container_makes_for_itself_are_not_all_noted_and_pods_are() {
+        let mut seen = Seen::default();
+        assert!(seen.note(NetnsCookie(1), || false), "that of a container whose pod is not known yet");
+        let noted = (2..10_000).filter(|cookie| seen.note(NetnsCookie(*cookie), || false)).count();
+        assert_eq!(noted + 1, Seen::STRANGERS);
+        assert!(!seen.note(NetnsCookie(1), || true), "counted once");
+        assert!(seen.note(NetnsCookie(10_000), || true));
+        assert_eq!(seen.0.len(), Seen::STRANGERS + 1);
     }
 }

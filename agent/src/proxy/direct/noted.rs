@@ -87,8 +87,13 @@ impl Noted {
             tls: facts.tls,
             policy: facts.policy,
         };
+        // Undone by its drop.
+        let noted = Self { ctx: ctx.clone(), pod: pod.clone(), ends, handed_over: false };
+        if let Some(direct) = &ctx.direct {
+            direct.watch.note(ends.cookie);
+        }
         ctx.capture.keep_direct(ends.cookie, &serde_json::to_vec(&kept)?)?;
-        Ok(Self { ctx: ctx.clone(), pod: pod.clone(), ends, handed_over: false })
+        Ok(noted)
     }
 
     /// The application has the connection from here on.
@@ -116,6 +121,9 @@ impl Drop for Noted {
         if !self.handed_over {
             forget(&self.ctx, self.ends.cookie);
         }
+        if let Some(direct) = &self.ctx.direct {
+            direct.watch.no_note(self.ends.cookie);
+        }
     }
 }
 
@@ -130,7 +138,9 @@ pub(super) async fn adopt(ctx: &Arc<Context>, pod: &Arc<Pod>) -> io::Result<()> 
     let Some(direct) = &ctx.direct else { return Ok(()) };
     let mut all = kept(ctx)?;
     // What cannot be read may be anybody's.
-    all.retain(|(_, kept)| kept.as_ref().is_none_or(|kept| kept.netns == pod.netns.cookie().0));
+    all.retain(|(cookie, kept)| {
+        !direct.watch.is_own(*cookie) && kept.as_ref().is_none_or(|kept| kept.netns == pod.netns.cookie().0)
+    });
     if all.is_empty() {
         // The kernel goes through the sockets of all namespaces to tell those of one.
         return Ok(());

@@ -6,7 +6,7 @@
 //! accept, which hands it over, or the connection's own task, which carries it through the leg.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
@@ -17,7 +17,7 @@ use std::{
 use tokio::{io::Interest, net::TcpStream, sync::oneshot};
 
 use super::{
-    Why,
+    Direct, Why,
     filter::Filter,
     noted::Noted,
     parts,
@@ -52,7 +52,7 @@ pub(super) struct Server {
     /// How many held accepts are being carried out in a pod: what has left a listener's queue may be on its way to them.
     taking: Mutex<HashMap<NetnsCookie, usize>>,
     /// Ports at which connections are accepted without accept() being held.
-    unheard: Mutex<HashMap<(NetnsCookie, u16), ()>>,
+    unheard: Mutex<HashSet<(NetnsCookie, u16)>>,
 }
 
 impl Server {
@@ -60,8 +60,23 @@ impl Server {
         lock(&self.offers).remove(&key)
     }
 
+    /// A pod is served no more.
+    pub fn forget(&self, netns: NetnsCookie) {
+        lock(&self.unheard).retain(|(at, _)| *at != netns);
+    }
+
     pub fn heard(&self, netns: NetnsCookie, port: u16) -> bool {
-        !lock(&self.unheard).contains_key(&(netns, port))
+        !lock(&self.unheard).contains(&(netns, port))
+    }
+}
+
+impl Direct {
+    /// Of a pod that is served: what is noted of it goes with its end.
+    fn not_heard(&self, Key { netns, local, .. }: Key) {
+        let pods = lock(&self.pods);
+        if pods.contains_key(&netns) {
+            lock(&self.server.unheard).insert((netns, local.port()));
+        }
     }
 }
 
@@ -172,7 +187,7 @@ impl Offered {
         let Some(direct) = &self.listed.ctx.direct else { return Err(why) };
         if direct.server.claim(self.listed.key).is_some() {
             if why == Why::NotNotified {
-                lock(&direct.server.unheard).insert((self.pod.netns.cookie(), self.listed.key.local.port()), ());
+                direct.not_heard(self.listed.key);
             }
             return Err(why);
         }
@@ -406,4 +421,20 @@ fn put(
         caller.write(wanted.length, &u32::try_from(bytes.len()).unwrap_or(0).to_ne_bytes())?;
     }
     call.give(socket.as_fd(), wanted.flags & libc::SOCK_CLOEXEC != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_that_are_not_heard_of_are_forgotten_with_their_pod() {
+        let server = Server::default();
+        let (here, there) = (NetnsCookie(1), NetnsCookie(2));
+        lock(&server.unheard).extend([(here, 80), (here, 81), (there, 80)]);
+        assert!(!server.heard(here, 80) && server.heard(here, 82));
+        server.forget(here);
+        assert!(server.heard(here, 80) && !server.heard(there, 80));
+        assert_eq!(lock(&server.unheard).len(), 1);
+    }
 }

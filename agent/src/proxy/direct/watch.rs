@@ -73,8 +73,10 @@ pub(super) struct Watch {
     followed: Mutex<HashSet<NetnsCookie>>,
     /// Namespaces for which that is about to begin. Its lock is taken before all the others.
     beginning: Mutex<HashSet<NetnsCookie>>,
-    /// Namespaces of which all that is kept is this agent's own.
+    /// Namespaces of which all that is kept is this agent's own. Its lock is taken before all the others.
     adopted: Mutex<HashSet<NetnsCookie>>,
+    /// Sockets, by their cookies, of which this agent keeps what it knows, and which no application has yet.
+    noted: Mutex<HashSet<u64>>,
 }
 
 pub(super) struct Live {
@@ -191,6 +193,28 @@ impl Watch {
         lock(&self.adopted).contains(&netns)
     }
 
+    /// Unless it is `known` for something else: if the namespace is a pod's again, all is taken over anew.
+    pub fn disown(&self, netns: NetnsCookie, known: impl FnOnce() -> bool) {
+        let mut adopted = lock(&self.adopted);
+        if !known() {
+            adopted.remove(&netns);
+        }
+    }
+
+    /// What is kept of a socket is this agent's own, until `no_note`.
+    pub fn note(&self, cookie: u64) {
+        lock(&self.noted).insert(cookie);
+    }
+
+    pub fn no_note(&self, cookie: u64) {
+        lock(&self.noted).remove(&cookie);
+    }
+
+    /// Whether what is kept of a socket is no predecessor's.
+    pub fn is_own(&self, cookie: u64) -> bool {
+        lock(&self.noted).contains(&cookie) || lock(&self.live).contains_key(&cookie)
+    }
+
     /// Whether there are direct connections in a namespace.
     pub fn any(&self, netns: NetnsCookie) -> bool {
         lock(&self.counts).contains_key(&netns)
@@ -294,6 +318,8 @@ impl Direct {
         let over = self.pod(netns).is_none() && !self.watch.any(netns);
         if over {
             followed.remove(&netns);
+            drop(followed);
+            self.tidy(netns);
         }
         over
     }
@@ -341,4 +367,34 @@ async fn missed(ctx: &Context, pod: &Arc<Pod>) {
 
 async fn cookies(pod: &Arc<Pod>) -> io::Result<HashSet<u64>> {
     Ok(ask::ask(pod, Diag::all).await?.into_iter().map(|socket| socket.id.cookie).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proxy::{direct::DirectSettings, offload::Capabilities};
+
+    #[test]
+    fn that_a_namespace_was_taken_over_is_forgotten_with_the_last_that_is_known_of_it() {
+        let settings = DirectSettings { keeper: "/nowhere".into(), hold: Duration::ZERO, key_limit: 0 };
+        let direct = Direct::new(settings, &Capabilities::none("a test"));
+        let (filtered, followed) = (NetnsCookie(1), NetnsCookie(2));
+        lock(&direct.filters).insert(filtered, 1);
+        lock(&direct.watch.followed).insert(followed);
+        lock(&direct.watch.adopted).extend((1..1_000).map(NetnsCookie));
+        (1..1_000).map(NetnsCookie).for_each(|netns| direct.tidy(netns));
+        assert_eq!(*lock(&direct.watch.adopted), HashSet::from([filtered, followed]));
+        // Neither a pod nor a connection is there.
+        assert!(direct.unfollow(followed));
+        assert!(!direct.watch.adopted(followed));
+    }
+
+    #[test]
+    fn what_this_agent_keeps_of_a_connection_is_taken_over_by_no_pod() {
+        let watch = Watch::default();
+        watch.note(7);
+        assert_eq!([7, 8].map(|cookie| watch.is_own(cookie)), [true, false]);
+        watch.no_note(7);
+        assert!(!watch.is_own(7));
+    }
 }

@@ -3,12 +3,12 @@
 
 use std::io;
 
-use tokio::{io::Interest, net::TcpStream};
+use tokio::net::TcpStream;
 
 use super::{
-    Budget, Burst, In, Moved, PumpError, PumpKind, READ, Taken, add,
+    Budget, Burst, In, Moved, PumpError, PumpKind, READ, Taken,
     buffer::{Buffer, RECORDS},
-    send_all, send_all_vectored, shut, try_read, wire_lost,
+    drain_all, send_all, send_all_vectored, shut, try_read, wire_lost,
 };
 use crate::{
     sys::{
@@ -96,17 +96,7 @@ async fn splice(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(wire_error(error)),
         };
-        while !pipe.is_empty() {
-            match app.try_io(Interest::WRITABLE, || pipe.drain(app)) {
-                Ok(0) => return Err(PumpError::Application(io::ErrorKind::WriteZero.into())),
-                Ok(taken) => add(&moved.received, taken),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    app.writable().await.map_err(PumpError::Application)?;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(PumpError::Application(error)),
-            }
-        }
+        drain_all(&mut pipe, app, &moved.received).await.map_err(PumpError::Application)?;
         budget.spend(read).await;
     }
 }

@@ -5,9 +5,9 @@ use std::io;
 use tokio::{io::Interest, net::TcpStream};
 
 use super::{
-    Budget, Burst, Moved, Out, PumpError, PumpKind, READ, Taken, add,
+    Budget, Burst, Moved, Out, PumpError, PumpKind, READ, Taken,
     buffer::{Buffer, PLAINTEXT},
-    closing, send_all, send_all_vectored, try_read, wire_lost,
+    closing, drain_all, send_all, send_all_vectored, try_read, wire_lost,
 };
 use crate::{
     sys::{socket, splice::Pipe},
@@ -74,17 +74,7 @@ async fn splice(app: &TcpStream, wire: &TcpStream, out: &mut Out, moved: &Moved)
         if let Out::Kernel { session, sealed, .. } = out {
             keep_key_fresh(wire, session, sealed, read).await?;
         }
-        while !pipe.is_empty() {
-            match wire.try_io(Interest::WRITABLE, || pipe.drain(wire)) {
-                Ok(0) => return Err(PumpError::Wire(io::ErrorKind::WriteZero.into())),
-                Ok(taken) => add(&moved.sent, taken),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    wire.writable().await.map_err(wire_lost)?;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(wire_lost(error)),
-            }
-        }
+        drain_all(&mut pipe, wire, &moved.sent).await.map_err(wire_lost)?;
         if let Out::Kernel { given, .. } = out {
             *given += read as u64;
         }
