@@ -1,8 +1,10 @@
-//! What a cluster means, and that it means the same however one came to know it.
+//! What a cluster means.
 
-use std::{collections::BTreeMap, path::PathBuf};
+mod histories;
+mod membership;
 
-use proptest::prelude::*;
+use std::path::PathBuf;
+
 use serde_json::{Value as Json, json};
 
 use super::{super::model::Update, super::objects::*, super::places::PodPlace, super::store::Change, *};
@@ -105,90 +107,6 @@ fn enrolment_is_the_namespaces_and_the_pod_may_leave_it() {
     let elsewhere =
         Cluster { namespaces: vec![namespace("foo", false)], pods: vec![pod("web", |_| {})], ..Cluster::default() };
     assert!(!elsewhere.compiled().0.workloads()[0].in_mesh);
-}
-
-fn in_namespace(namespace: &str, name: &str, address: &str, label: Option<&str>) -> Json {
-    let mut pod = addressed(name, address);
-    pod["metadata"]["namespace"] = json!(namespace);
-    if let Some(label) = label {
-        pod["metadata"]["labels"][MESH] = json!(label);
-    }
-    pod
-}
-
-/// Namespaces and pods are told of apart: a pod may be there first.
-#[test]
-fn of_a_pod_whose_namespace_was_not_told_of_nothing_is_assumed_but_that_it_may_be_in_the_mesh() {
-    let mut outside = in_namespace("new", "outside", "10.0.0.4", Some("disabled"));
-    outside["spec"]["nodeName"] = json!("node-b");
-    let pods = vec![
-        in_namespace("new", "web", "10.0.0.1", None),
-        in_namespace("new", "placed", "10.0.0.2", Some("nonsense")),
-        in_namespace("new", "inside", "10.0.0.3", Some("enabled")),
-        outside,
-    ];
-    let places = Places::default();
-    for name in ["placed", "inside"] {
-        places.tell(&format!("uid-{name}"), PodPlace { netns: name.into(), ..PodPlace::default() });
-    }
-    let mut model = Cluster { pods, ..Cluster::default() }.model();
-    let (snapshot, facts) = compile(&mut model, &viewpoint(), &places);
-    let in_mesh = |snapshot: &Snapshot| {
-        let all = snapshot.workloads().iter();
-        all.filter(|workload| workload.in_mesh).map(|workload| workload.name.clone()).collect::<Vec<_>>()
-    };
-    let local = |snapshot: &Snapshot| snapshot.local.iter().map(|local| local.netns.clone()).collect::<Vec<_>>();
-    assert_eq!(in_mesh(&snapshot), ["inside", "placed", "web"], "no plaintext to what may be in the mesh");
-    assert_eq!(facts.members["uid-web"].mesh, Membership::NotKnown);
-    assert_eq!(facts.members["uid-placed"].mesh, Membership::NotKnown, "what it says is not to be understood");
-    assert_eq!(facts.members["uid-inside"].mesh, Membership::Inside, "it says so itself");
-    assert!(!facts.members["uid-web"].is_outside());
-    assert_eq!((local(&snapshot), snapshot.closed.clone()), (vec!["inside".into()], vec!["placed".into()]));
-    assert!(snapshot.unplaced, "one of an earlier agent's pods may be this");
-    assert_eq!(facts.not_captured, Vec::<String>::new());
-    assert!(facts.warnings.iter().any(|it| it.starts_with("namespace new has not been told of")), "{facts:?}");
-
-    let told = |labelled, version| Item { version: Some(version), ..trimmed(namespace("new", labelled)) };
-    model.apply(Update::Namespaces(Change::Apply(told(false, 2))));
-    let (snapshot, facts) = compile(&mut model, &viewpoint(), &places);
-    assert_eq!((in_mesh(&snapshot), facts.warnings.len()), (vec!["inside".into()], 1));
-    assert_eq!(facts.members["uid-web"].mesh, Membership::Outside);
-    model.apply(Update::Namespaces(Change::Apply(told(true, 3))));
-    let (snapshot, facts) = compile(&mut model, &viewpoint(), &places);
-    assert_eq!(local(&snapshot), [PathBuf::from("inside"), PathBuf::from("placed")]);
-    assert_eq!(facts.not_captured, ["new/web"]);
-}
-
-#[test]
-fn pods_whose_namespace_goes_first_are_closed_and_nobody_else_is_touched() {
-    let pods = || {
-        let other = in_namespace("bar", "other", "10.0.0.2", None);
-        vec![addressed("web", "10.0.0.1"), other, in_namespace("plain", "none", "10.0.0.3", None)]
-    };
-    let all = || vec![namespace("foo", true), namespace("bar", true), namespace("plain", false)];
-    let places = Places::default();
-    for name in ["web", "other", "none"] {
-        places.tell(&format!("uid-{name}"), PodPlace { netns: name.into(), ..PodPlace::default() });
-    }
-    let mut model = Cluster { namespaces: all(), pods: pods(), ..Cluster::default() }.model();
-    let local = |snapshot: &Snapshot| snapshot.local.iter().map(|local| local.netns.clone()).collect::<Vec<_>>();
-    let before = compile(&mut model, &viewpoint(), &places).0;
-    assert_eq!(local(&before), [PathBuf::from("other"), PathBuf::from("web")]);
-    for name in ["bar", "plain"] {
-        let key = Key { namespace: "".into(), name: name.into() };
-        model.apply(Update::Namespaces(Change::Delete { key, uid: name.into(), version: Some(5) }));
-    }
-    let (snapshot, facts) = compile(&mut model, &viewpoint(), &places);
-    assert_eq!((local(&snapshot), &snapshot.closed[..]), (vec!["web".into()], &["none".into(), "other".into()][..]));
-    assert!(!snapshot.unplaced && facts.errors.is_empty());
-    let web = |snapshot: &Snapshot| Arc::clone(snapshot.workload("10.0.0.1".parse().unwrap()).unwrap());
-    assert!(Arc::ptr_eq(&web(&before), &web(&snapshot)));
-    for json in &pods()[1..] {
-        let item: Item<Pod> = trimmed(json.clone());
-        model.apply(Update::Pods(Change::Delete { key: item.key, uid: item.uid, version: Some(6) }));
-    }
-    let (snapshot, facts) = compile(&mut model, &viewpoint(), &places);
-    assert_eq!((snapshot.workloads().len(), facts.warnings.len()), (1, 0));
 }
 
 #[test]
@@ -392,52 +310,6 @@ fn policies_are_compiled_again_only_when_one_changes() {
     assert!(first.policies != third.policies);
 }
 
-/// One step of a cluster's life.
-#[derive(Clone, Debug)]
-enum Step {
-    Pod {
-        name: u8,
-        address: u8,
-        said: u8,
-        incarnation: u8,
-    },
-    PodGone(u8),
-    /// Labelled or not, or gone.
-    Namespace(Option<bool>),
-    /// Of this port, or gone.
-    Service(Option<u8>),
-    Slice(u8, Vec<u8>),
-    /// The policy, or its end.
-    Strict(Option<bool>),
-    /// All kinds: a bookmark.
-    Reached,
-    /// A snapshot is made, and with it what is kept for the next.
-    Compile,
-    RelistPods,
-}
-
-fn gone<T>(namespace: &str, name: &str, version: &str) -> Change<T> {
-    Change::Delete {
-        key: Key { namespace: namespace.into(), name: name.into() },
-        uid: name.into(),
-        version: version.parse().ok(),
-    }
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![
-        4 => (0_u8..4, 0_u8..4, 0_u8..4, 0_u8..2).prop_map(|(name, address, said, incarnation)| Step::Pod { name, address, said, incarnation }),
-        1 => (0_u8..4).prop_map(Step::PodGone),
-        2 => any::<Option<bool>>().prop_map(Step::Namespace),
-        1 => prop::option::weighted(0.7, 80_u8..83).prop_map(Step::Service),
-        1 => (0_u8..2, prop::collection::vec(0_u8..4, 0..3)).prop_map(|(name, all)| Step::Slice(name, all)),
-        1 => any::<Option<bool>>().prop_map(Step::Strict),
-        1 => Just(Step::Reached),
-        3 => Just(Step::Compile),
-        1 => Just(Step::RelistPods),
-    ]
-}
-
 /// What the runtime has told counts first, for pods of this node alone: of a sandbox that was made anew the API server has the old addresses.
 #[test]
 fn a_pod_is_known_by_the_addresses_that_its_runtime_told() {
@@ -458,101 +330,4 @@ fn a_pod_is_known_by_the_addresses_that_its_runtime_told() {
     let of = |address: &str| vec![address.parse().unwrap()];
     assert_eq!(known, [("anew", of("10.0.0.7")), ("web", of("10.0.0.9"))]);
     assert_eq!((snapshot.local.len(), facts.members.len(), facts.late.len()), (2, 2, 0));
-}
-
-proptest! {
-    /// What was kept from one snapshot to the next changes nothing, and neither do relists nor events that come twice.
-    #[test]
-    fn however_it_came_to_be_known_a_cluster_means_the_same(steps in prop::collection::vec(step(), 0..40), twice: bool) {
-        let service = |port: u8, version: &str| {
-            let mut service = json!({"metadata": {"name": "web", "namespace": "foo", "resourceVersion": version}, "spec": spec()});
-            service["spec"]["ports"][0]["port"] = json!(port);
-            service
-        };
-        let base = || Cluster { namespaces: vec![namespace("foo", true)], services: vec![service(80, "1")], ..Cluster::default() };
-        let (mut lived, mut truth) = (base().model(), base());
-        let (mut pods, mut slices) = (BTreeMap::new(), BTreeMap::new());
-        let places = Places::default();
-        for (at, step) in steps.into_iter().enumerate() {
-            let version = (10 + at).to_string();
-            let mut tell = |update: &dyn Fn() -> Update| for _ in 0..=u8::from(twice) { lived.apply(update()); };
-            match step {
-                Step::Pod { name, address, said, incarnation } => {
-                    let json = pod(&name.to_string(), |pod| {
-                        pod["metadata"]["uid"] = json!(format!("{name}-{incarnation}"));
-                        pod["metadata"]["resourceVersion"] = json!(version);
-                        pod["metadata"]["labels"][MESH] = json!(["enabled", "disabled", "", "what"][usize::from(said)]);
-                        pod["spec"]["serviceAccountName"] = json!(format!("account-{incarnation}"));
-                        pod["status"] = json!({"podIP": format!("10.0.0.{}", address + 1)});
-                    });
-                    tell(&|| Update::Pods(Change::Apply(trimmed(json.clone()))));
-                    pods.insert(name, json);
-                }
-                Step::PodGone(name) => {
-                    if let Some(mut json) = pods.remove(&name) {
-                        json["metadata"]["resourceVersion"] = json!(version);
-                        tell(&|| {
-                            let item: Item<Pod> = trimmed(json.clone());
-                            Update::Pods(Change::Delete { key: item.key, uid: item.uid, version: item.version })
-                        });
-                    }
-                }
-                Step::Namespace(Some(enabled)) => {
-                    let mut json = namespace("foo", enabled);
-                    json["metadata"]["resourceVersion"] = json!(version);
-                    tell(&|| Update::Namespaces(Change::Apply(trimmed(json.clone()))));
-                    truth.namespaces = vec![json];
-                }
-                Step::Namespace(None) => {
-                    tell(&|| Update::Namespaces(gone("", "foo", &version)));
-                    truth.namespaces.clear();
-                }
-                Step::Service(Some(port)) => {
-                    let json = service(port, &version);
-                    tell(&|| Update::Services(Change::Apply(trimmed(json.clone()))));
-                    truth.services = vec![json];
-                }
-                Step::Service(None) => {
-                    tell(&|| Update::Services(gone("foo", "web", &version)));
-                    truth.services.clear();
-                }
-                Step::Slice(name, all) => {
-                    let all: Vec<_> = all.iter().map(|at| endpoint(&format!("10.0.0.{}", at + 1), true, true, "node-a")).collect();
-                    let mut json = slice(&name.to_string(), json!(all));
-                    json["metadata"]["resourceVersion"] = json!(version);
-                    tell(&|| Update::EndpointSlices(Change::Apply(trimmed(json.clone()))));
-                    slices.insert(name, json);
-                }
-                Step::Strict(Some(strict)) => {
-                    let mode = if strict { "STRICT" } else { "DISABLE" };
-                    let json = json!({"metadata": {"name": "p", "namespace": "foo", "resourceVersion": version}, "spec": {"mtls": {"mode": mode}}});
-                    tell(&|| Update::Istio(ObjectKind::PeerAuthentication, Change::Apply(object(ObjectKind::PeerAuthentication, json.clone()))));
-                    truth.policies = vec![json];
-                }
-                Step::Strict(None) => {
-                    tell(&|| Update::Istio(ObjectKind::PeerAuthentication, gone("foo", "p", &version)));
-                    truth.policies.clear();
-                }
-                Step::Reached => {
-                    let reached = version.parse().unwrap();
-                    tell(&|| Update::Namespaces(Change::Reached(reached)));
-                    tell(&|| Update::Pods(Change::Reached(reached)));
-                    tell(&|| Update::Services(Change::Reached(reached)));
-                    tell(&|| Update::EndpointSlices(Change::Reached(reached)));
-                    tell(&|| Update::Istio(ObjectKind::PeerAuthentication, Change::Reached(reached)));
-                }
-                Step::Compile => drop(compile(&mut lived, &viewpoint(), &places)),
-                Step::RelistPods => {
-                    let items = pods.values().cloned().map(trimmed).collect();
-                    lived.apply(Update::Pods(Change::Replace { items, version: version.parse().ok() }));
-                }
-            }
-        }
-        truth.pods = pods.into_values().collect();
-        truth.slices = slices.into_values().collect();
-        let (known, facts) = compile(&mut lived, &viewpoint(), &places);
-        let (listed, expected) = compile(&mut truth.model(), &viewpoint(), &places);
-        prop_assert!(known.describes_the_same_as(&listed), "{:?}\n{:?}", known.workloads(), listed.workloads());
-        prop_assert_eq!(facts, expected);
-    }
 }
