@@ -24,7 +24,7 @@ use crate::{
         wire::{Gone, Valid},
     },
     config::AgentConfig,
-    control::kubernetes::{Listed, Places, PodPlace, Roster, Source},
+    control::kubernetes::{Listed, Membership, Places, PodPlace, Roster, Source},
     proxy::Proxy,
     sys::netns::{Netns, leads_nowhere},
     words::with_causes,
@@ -199,7 +199,7 @@ impl Shared {
     /// What is not in the mesh now and may be tomorrow has been uncaptured until then.
     fn note_uncaptured(&self, listed: &Listed) {
         let known = lock(&self.known);
-        let outside = |uid: &str| listed.members.get(uid).is_some_and(|member| !member.in_mesh);
+        let outside = |uid: &str| listed.members.get(uid).is_some_and(|member| member.mesh == Membership::Outside);
         let now: Vec<Record> =
             known.values().map(|known| &known.record).filter(|it| !it.late && outside(&it.uid)).cloned().collect();
         drop(known);
@@ -302,7 +302,7 @@ fn wanted(listed: &Listed) -> impl Iterator<Item = &str> {
     let wanted = listed
         .members
         .iter()
-        .filter(|(uid, member)| member.in_mesh && !member.host_network && !member.ended && is_uid(uid));
+        .filter(|(uid, it)| it.mesh == Membership::Inside && !it.host_network && !it.ended && is_uid(uid));
     wanted.map(|(uid, _)| &**uid)
 }
 

@@ -37,7 +37,7 @@ pub use health::{Health, Report};
 pub use model::{Kind, Model, Update};
 pub use objects::{Item, Key};
 pub use places::{Places, PodPlace};
-pub use roster::{Listed, Member, Members, Roster};
+pub use roster::{Listed, Member, Members, Membership, Roster};
 pub use store::Change;
 pub use wire::{Api, Asked, WireError};
 

@@ -33,6 +33,8 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 
 pub const LONG: Duration = Duration::from_secs(20);
 pub const PODS: &str = "/api/v1/pods";
+pub const NAMESPACES: &str = "/api/v1/namespaces";
+pub const NODES: &str = "/api/v1/nodes";
 pub const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
 pub const PEERS: &str = "/apis/security.istio.io/v1/peerauthentications";
 pub const AUTHORIZATIONS: &str = "/apis/security.istio.io/v1/authorizationpolicies";
@@ -83,6 +85,8 @@ struct Inner {
     held: HashSet<String>,
     open: HashMap<String, Vec<Pieces>>,
     asked: Vec<String>,
+    /// What was taken as an answer, by key.
+    accepted: HashMap<String, HashSet<String>>,
 }
 
 /// Answers everybody who has the token.
@@ -177,6 +181,13 @@ impl ApiServer {
         self.lock().asked.iter().filter(|asked| asked.starts_with(begins)).cloned().collect()
     }
 
+    /// All that was ever named as acceptable in an answer to this.
+    pub fn accepted(&self, key: &str) -> Vec<String> {
+        let mut all: Vec<_> = self.lock().accepted.get(key).into_iter().flatten().cloned().collect();
+        all.sort();
+        all
+    }
+
     /// Waits until so many requests that begin so have come.
     pub async fn was_asked(&self, begins: &str, times: usize) {
         let mut news = self.news.subscribe();
@@ -201,6 +212,8 @@ async fn answer(Shared(server): Shared<Arc<ApiServer>>, uri: Uri, headers: Heade
     let key = if watched { format!("{}#watch", uri.path()) } else { format!("{}{more}", uri.path()) };
     let mut news = server.news.subscribe();
     server.lock().asked.push(format!("{key}?{query}"));
+    let accept = headers["accept"].to_str().unwrap().to_owned();
+    server.lock().accepted.entry(key.clone()).or_default().insert(accept);
     server.tell();
     news.wait_for(|_| !server.lock().held.contains(&key)).await.unwrap();
     if headers["authorization"] != format!("Bearer {TOKEN}") {
@@ -273,10 +286,18 @@ pub struct Bed {
 impl Bed {
     /// With a server that was made ready for it, on node-a.
     pub async fn start(prepare: impl FnOnce(&ApiServer)) -> Self {
-        Self::with_token(TOKEN, prepare).await
+        Self::with(TOKEN, |_| {}, prepare).await
     }
 
     pub async fn with_token(token: &str, prepare: impl FnOnce(&ApiServer)) -> Self {
+        Self::with(token, |_| {}, prepare).await
+    }
+
+    pub async fn with_settings(set: impl FnOnce(&mut Settings), prepare: impl FnOnce(&ApiServer)) -> Self {
+        Self::with(TOKEN, set, prepare).await
+    }
+
+    async fn with(token: &str, set: impl FnOnce(&mut Settings), prepare: impl FnOnce(&ApiServer)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let api = ApiServer::start(dir.path()).await;
         prepare(&api);
@@ -301,6 +322,7 @@ impl Bed {
             quiet: Duration::from_millis(1),
             ..Settings::default()
         };
+        set(&mut source.settings);
         let empty = Snapshot::new(Policies::default(), TrustDomains::default(), Vec::new(), Vec::new());
         let (state, (stop, stopped)) = (State::new(empty), watch::channel(false));
         let (health, places) = (source.health.clone(), source.places.clone());

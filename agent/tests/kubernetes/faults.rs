@@ -1,5 +1,7 @@
 //! What is believed while the API server is away, confused, or does not let the agent in.
 
+use std::time::{Duration, Instant};
+
 use marline::{control::kubernetes::Source, identity::TrustDomains, policy::MtlsMode, words::with_causes};
 
 use crate::bed::*;
@@ -118,6 +120,37 @@ async fn a_kind_that_is_suddenly_unknown_keeps_its_policies() {
     let report = bed.tells("404", |report| report.away.as_ref().is_some_and(|why| why.contains("404"))).await;
     assert!(!report.absent.contains(&"peerauthentications"));
     assert!(knows_all(&bed));
+}
+
+/// It may be that nobody was there to hear that the objects went, and then the kind.
+#[tokio::test]
+async fn a_kind_that_stays_unknown_for_long_is_gone_in_the_end() {
+    let doubt = Duration::from_millis(400);
+    let bed = Bed::with_settings(|settings| settings.doubt = doubt, |_| {}).await;
+    bed.is_ready().await;
+    bed.api.is_watched(PEERS).await;
+    bed.api.unlists(PEERS);
+    let since = Instant::now();
+    bed.api.sends(PEERS, &events("410-watch-too-old").concat());
+    let report = bed.tells("404", |report| report.away.as_ref().is_some_and(|why| why.contains("404"))).await;
+    assert!(!report.absent.contains(&"peerauthentications"));
+    bed.tells("that it is gone", |report| report.absent.contains(&"peerauthentications")).await;
+    assert!(since.elapsed() >= doubt);
+    bed.knows("it without", |snapshot| snapshot.policies.len() == 2).await;
+    assert_eq!(bed.health.report().away, None);
+}
+
+/// Its objects went first, which the watch has told; and what is not there any more is not watched.
+#[tokio::test]
+async fn a_kind_that_goes_when_its_objects_have_gone_is_no_trouble() {
+    let bed = Bed::ready(|api| api.lists(PEERS, Answer::list(Vec::new(), 300))).await;
+    bed.api.is_watched(PEERS).await;
+    bed.api.lists(&format!("{PEERS}#watch"), Answer::recorded("404-crd-absent"));
+    bed.api.unlists(PEERS);
+    bed.api.ends(PEERS, false);
+    bed.tells("that it is gone", |report| report.absent.contains(&"peerauthentications")).await;
+    assert_eq!((bed.health.report().away, bed.health.report().times_away), (None, 0));
+    assert_eq!(bed.api.asked(&format!("{PEERS}#watch")).len(), 2, "once, and not until it is given up");
 }
 
 #[tokio::test]

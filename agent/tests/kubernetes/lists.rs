@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use marline::{control::kubernetes::PodPlace, policy::MtlsMode};
+use serde_json::json;
 
 use crate::bed::*;
 
@@ -94,6 +95,52 @@ async fn pages_that_are_too_old_are_asked_for_from_the_first() {
     assert_eq!(bed.api.asked("/api/v1/pods?limit").len(), 2);
 }
 
+/// Of a list that has many pages, what was told is not asked for again because one page was refused or cut.
+#[tokio::test]
+async fn a_page_that_is_refused_for_now_or_cut_is_asked_for_again_and_no_other() {
+    let Answer::Said(_, whole) = Answer::recorded("list-pods-page2") else { panic!() };
+    let half = || vec![whole[..whole.len() / 2].to_owned()];
+    let busy =
+        json!({"kind": "Status", "status": "Failure", "reason": "TooManyRequests", "code": 429, "message": "busy"});
+    let bed = Bed::ready(|api| {
+        api.lists(PODS, Answer::recorded("list-pods-page1"));
+        for wrong in [
+            Answer::Said(429, busy.to_string()),
+            Answer::Said(500, "etcdserver: request timed out".into()),
+            Answer::Stream(half(), true),
+            Answer::Stream(half(), false),
+        ] {
+            api.answers_once("/api/v1/pods#more", wrong);
+        }
+        api.answers_once("/api/v1/pods#more", Answer::recorded("list-pods-page2"));
+        api.answers_once("/api/v1/pods#more", last_page());
+    })
+    .await;
+    assert_eq!(workloads(&bed.state.load()), RECORDED);
+    assert_eq!(bed.api.asked("/api/v1/pods?limit").len(), 1, "the first page");
+    let more = bed.api.asked("/api/v1/pods#more");
+    assert_eq!(more.len(), 6, "{more:?}");
+    assert!(more[..5].iter().all(|asked| *asked == more[0]) && more[5] != more[0], "{more:?}");
+    bed.tells("that it is well again", |report| report.away.is_none() && report.times_away == 1).await;
+}
+
+/// As of an API server that has forgotten where the pages were.
+#[tokio::test]
+async fn a_page_that_is_never_answered_or_refused_for_good_is_given_up_with_its_list() {
+    for (status, times) in [(500, 10), (400, 1)] {
+        let bed = Bed::ready(|api| {
+            api.answers_once(PODS, Answer::recorded("list-pods-page1"));
+            for _ in 0..times {
+                api.answers_once("/api/v1/pods#more", Answer::Said(status, "no".into()));
+            }
+        })
+        .await;
+        assert_eq!(workloads(&bed.state.load()), RECORDED);
+        assert_eq!(bed.api.asked("/api/v1/pods#more").len(), times, "{status}");
+        assert_eq!(bed.api.asked("/api/v1/pods?limit").len(), 2, "{status}");
+    }
+}
+
 #[tokio::test]
 async fn nothing_is_believed_before_everything_was_listed() {
     let bed = Bed::start(|api| api.holds(AUTHORIZATIONS)).await;
@@ -111,6 +158,15 @@ async fn nodes_are_asked_for_one_and_namespaces_by_their_metadata() {
     let bed = Bed::ready(|_| {}).await;
     let asked = bed.api.asked("/api/v1/nodes?limit");
     assert!(asked[0].ends_with("&fieldSelector=metadata%2Ename%3Dnode%2Da"), "{asked:?}");
+    for path in [NODES, NAMESPACES] {
+        bed.api.is_watched(path).await;
+        let list = "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io";
+        assert_eq!(bed.api.accepted(path), [list], "{path}");
+        let one = "application/json;as=PartialObjectMetadata;v=v1;g=meta.k8s.io";
+        assert_eq!(bed.api.accepted(&format!("{path}#watch")), [one], "{path}");
+    }
+    bed.api.is_watched(PODS).await;
+    assert_eq!([bed.api.accepted(PODS), bed.api.accepted("/api/v1/pods#watch")].concat(), ["application/json"; 2]);
 }
 
 #[tokio::test]

@@ -1,6 +1,9 @@
 //! What is believed after events, however they come.
 
-use marline::policy::MtlsMode;
+use marline::{
+    control::kubernetes::Report,
+    policy::{self, MtlsMode, Outbound},
+};
 use serde_json::json;
 
 use crate::bed::*;
@@ -28,6 +31,53 @@ async fn a_pod_that_comes_changes_and_goes_is_known_so_at_each_step() {
     bed.api.was_asked("/api/v1/pods#watch", 2).await;
     assert!(bed.api.asked("/api/v1/pods#watch")[1].contains("resourceVersion=316&"), "from the bookmark");
     assert_eq!(bed.api.asked("/api/v1/pods?").len(), 1, "without another list");
+}
+
+/// Namespaces and pods are told of apart, and either may come first.
+#[tokio::test]
+async fn a_pod_of_a_namespace_that_was_not_told_of_yet_is_spoken_to_by_mtls_or_not_at_all() {
+    let bed = Bed::ready(|api| api.holds("/api/v1/namespaces#watch")).await;
+    bed.api.was_asked("/api/v1/namespaces#watch", 1).await;
+    bed.api.is_watched(PODS).await;
+    let newcomer = |namespace: &str, uid: &str, version: u64, address: &str| {
+        let object = pod("newcomer", |pod| {
+            let metadata = &mut pod["metadata"];
+            (metadata["namespace"], metadata["uid"]) = (json!(namespace), json!(uid));
+            metadata["resourceVersion"] = json!(version.to_string());
+            pod["status"]["podIP"] = json!(address);
+            pod["status"]["podIPs"] = json!([{"ip": address}]);
+        });
+        format!("{}\n", json!({"type": "ADDED", "object": object}))
+    };
+    let spoken_to = |snapshot: &marline::state::Snapshot, address: &str| -> Option<Outbound> {
+        let there = snapshot.workload(address.parse().unwrap())?;
+        Some(policy::outbound(&snapshot.policies, Some(there), 8080))
+    };
+    let mtls = |known: Option<Outbound>| matches!(known, Some(Outbound::Mtls { .. }));
+    bed.api.sends(PODS, &newcomer("new", "uid-new", 400, "10.244.9.1"));
+    bed.api.sends(PODS, &newcomer("plain", "uid-plain", 401, "10.244.9.2"));
+    bed.knows("both pods", |snapshot| spoken_to(snapshot, "10.244.9.2").is_some()).await;
+    let snapshot = bed.state.load();
+    assert!(mtls(spoken_to(&snapshot, "10.244.9.1")) && mtls(spoken_to(&snapshot, "10.244.9.2")));
+    let not_told = |report: &Report| {
+        let all = report.facts.warnings.iter().filter(|warning| warning.starts_with("namespace "));
+        all.cloned().collect::<Vec<_>>()
+    };
+    let report = bed.tells("of the namespaces", |report| not_told(report).len() == 2).await;
+    assert!(not_told(&report)[0].starts_with("namespace new has not been told of"), "{report:?}");
+    assert_eq!(report.facts.not_captured.len(), 4, "it may be none that belongs into the mesh");
+
+    bed.api.lets_go("/api/v1/namespaces#watch");
+    bed.api.is_watched(NAMESPACES).await;
+    for (name, label, version) in [("plain", json!({}), 402), ("new", json!({"marline.io/mesh": "enabled"}), 403)] {
+        let metadata = json!({"name": name, "uid": name, "resourceVersion": version.to_string(), "labels": label});
+        bed.api.sends(NAMESPACES, &format!("{}\n", json!({"type": "ADDED", "object": {"metadata": metadata}})));
+    }
+    let plain = |snapshot: &marline::state::Snapshot| spoken_to(snapshot, "10.244.9.2") == Some(Outbound::Plaintext);
+    bed.knows("that one is outside", plain).await;
+    let report = bed.tells("that the other is not", |report| report.facts.not_captured.len() == 5).await;
+    assert_eq!(not_told(&report), Vec::<String>::new());
+    assert!(mtls(spoken_to(&bed.state.load(), "10.244.9.1")));
 }
 
 #[tokio::test]

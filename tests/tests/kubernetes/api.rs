@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each suite uses some of it")]
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fs, io,
     net::{Ipv4Addr, SocketAddr},
     path::Path,
@@ -44,6 +44,7 @@ struct Inner {
     version: u64,
     objects: HashMap<&'static str, BTreeMap<String, Value>>,
     log: HashMap<&'static str, Vec<(u64, String)>>,
+    held: HashSet<&'static str>,
 }
 
 struct Shared {
@@ -137,6 +138,16 @@ impl Api {
         self.shared.news.send_modify(|count| *count += 1);
     }
 
+    /// Watches of this kind tell nothing until it is let go.
+    pub fn holds(&self, kind: &'static str) {
+        self.lock().held.insert(kind);
+    }
+
+    pub fn lets_go(&self, kind: &'static str) {
+        self.lock().held.remove(kind);
+        self.shared.news.send_modify(|count| *count += 1);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         lock(&self.shared)
     }
@@ -183,7 +194,7 @@ async fn answer(State(shared): State<Arc<Shared>>, uri: Uri) -> Response<Body> {
             let more: Vec<(u64, String)> = {
                 news.borrow_and_update();
                 let inner = lock(&shared);
-                let log = inner.log.get(kind).map_or(&[][..], Vec::as_slice);
+                let log = inner.log.get(kind).filter(|_| !inner.held.contains(kind)).map_or(&[][..], Vec::as_slice);
                 log.iter().filter(|(version, _)| *version > at).cloned().collect()
             };
             for (version, line) in more {

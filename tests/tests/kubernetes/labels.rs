@@ -1,5 +1,7 @@
 //! Namespaces that come into the mesh and leave it while their pods run.
 
+use std::fs;
+
 use anyhow::{Result, ensure};
 use marline_tests::{
     cluster::{Family, Side},
@@ -10,8 +12,8 @@ use serde_json::json;
 use super::{
     PORT,
     api::NAMESPACES,
-    captured,
-    kubelet::{World, on_kubernetes},
+    captured, error_of,
+    kubelet::{World, node_directory, on_kubernetes},
     serves, talks,
     typed::on,
 };
@@ -62,6 +64,51 @@ fn pods_of_a_namespace_that_gets_the_label_are_captured_at_once_and_flagged_for_
         captured(world, Side::A, "early", false)?;
         captured(world, Side::A, "after", false)?;
         ensure!(talks(&early.place, to)?.is_err(), "let go, it speaks plaintext, which STRICT refuses");
+        Ok(())
+    })
+}
+
+/// Namespaces and pods are told of apart: a pod may be heard of before the namespace that it was made together with.
+#[test]
+fn a_pod_starts_when_its_namespace_is_known_and_not_before() -> Result<()> {
+    on_kubernetes(|world| {
+        world.cluster.start_agents()?;
+        let server = world.start("foo", "server", Side::B)?;
+        let _serving = serves(&server)?;
+        let chain = node_directory(world.cluster, Side::A).join("net.d/10-pods.conflist");
+        let text = fs::read_to_string(&chain)?;
+        fs::write(&chain, text.replace("\"timeoutSeconds\":60", "\"timeoutSeconds\":2"))?;
+        world.api.holds(NAMESPACES);
+        world.api.apply(NAMESPACES, json!({"metadata": {"name": "new", "labels": {"marline.io/mesh": "enabled"}}}));
+        world.schedule("new", "early", Side::A, json!({"app": "early"}));
+        let early = world.sandbox("early", Side::A)?;
+        let error = error_of(&world.call("ADD", "new", &early)?)?;
+        let told = error["code"] == 11 && error.to_string().contains("has not told of the namespace new yet");
+        ensure!(told, "{error}");
+        // What its own object says needs no namespace.
+        world.schedule("new", "leaves", Side::A, json!({"marline.io/mesh": "disabled"}));
+        let leaves = world.sandbox("leaves", Side::A)?;
+        ensure!(world.call("ADD", "new", &leaves)?.status.success(), "ADD of one that opts out");
+
+        fs::write(&chain, text)?;
+        world.api.lets_go(NAMESPACES);
+        let added = world.call("ADD", "new", &early)?;
+        ensure!(added.status.success(), "{}", String::from_utf8_lossy(&added.stdout));
+        captured(world, Side::A, "early", true)?;
+        world.report("new", &early)?;
+        let to = server.socket(Family::V4, PORT);
+        wait_for("the other node to hear of it", seconds(20), || {
+            Ok(match talks(&early.place, to)? {
+                Ok(()) => Look::Done(()),
+                Err(why) => Look::NotYet(why),
+            })
+        })?;
+        let entries = world.cluster.agent(Side::A)?.wait_entries("mTLS", 0, 1, |entry| entry.connects(&early, to))?;
+        ensure!(entries.iter().all(|entry| entry.tls.is_some()), "{entries:?}");
+        ensure!(
+            world.cluster.agent(Side::A)?.metric("marline_kubernetes_pods_captured_late")? == 0.0,
+            "it never ran without"
+        );
         Ok(())
     })
 }

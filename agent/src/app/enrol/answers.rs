@@ -14,7 +14,7 @@ use crate::{
         server::Enroller,
         wire::{Answer, Attachment, PodRef, Request},
     },
-    control::kubernetes::{Listed, Member},
+    control::kubernetes::{Listed, Member, Membership},
     proxy::{PodState, Proxy},
     sys::netns::Netns,
     words::with_causes,
@@ -77,7 +77,7 @@ impl Answers {
                 Found::Pod(_, member) if member.host_network => return Answer::Outside,
                 Found::Pod(uid, member) => {
                     if !told {
-                        let record = record(&attachment, uid, cookie, !member.in_mesh);
+                        let record = record(&attachment, uid, cookie, member.is_outside());
                         let shared = self.shared.clone();
                         match spawn_blocking(move || shared.tell(Known { record, held: None })).await {
                             Ok(Ok(())) => told = true,
@@ -85,7 +85,7 @@ impl Answers {
                             Err(error) => return Answer::Later { why: error.to_string() },
                         }
                     }
-                    if !member.in_mesh {
+                    if member.is_outside() {
                         let record = record(&attachment, uid, cookie, true);
                         let shared = self.shared.clone();
                         return match spawn_blocking(move || shared.mark_late(&record)).await {
@@ -123,7 +123,7 @@ impl Answers {
             Found::Not(why) => return Answer::Later { why },
             Found::Pod(uid, member) => (uid, member),
         };
-        if member.host_network || !member.in_mesh {
+        if member.is_outside() {
             return Answer::Outside;
         }
         let known = lock(&self.shared.known).get(uid).map(|known| known.record.clone());
@@ -177,7 +177,8 @@ enum Found<'a> {
     Not(String),
 }
 
-/// Looks a pod up that the kubelet has named. One of the same name and another UID is another pod.
+/// Looks a pod up that the kubelet has named, of which it is known whether it is in the mesh. One of the same name and another UID is another
+/// pod.
 fn member<'a>(listed: &'a Listed, pod: &PodRef) -> Found<'a> {
     if !listed.known {
         return Found::Not("nothing is known of the cluster yet: the API server has not answered".into());
@@ -188,6 +189,10 @@ fn member<'a>(listed: &'a Listed, pod: &PodRef) -> Found<'a> {
         None => listed.members.iter().find(|(_, member)| is_named(member) && !member.ended),
     };
     match found {
+        // To be taken for one outside it would have to be known as such: it would start uncaptured.
+        Some((_, member)) if is_named(member) && member.mesh == Membership::NotKnown && !member.host_network => {
+            Found::Not(format!("the API server has not told of the namespace {} yet", member.namespace))
+        }
         Some((uid, member)) if is_named(member) => Found::Pod(uid, member),
         Some((uid, member)) => {
             let (namespace, name) = (&member.namespace, &member.name);
@@ -227,4 +232,33 @@ fn own_netns(path: &Path) -> Result<u64, String> {
 
 fn named(pod: &PodRef) -> String {
     format!("{}/{}", pod.namespace, pod.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of this node's pod `foo/web`, and of its namespace, this was told.
+    fn listed(mesh: Membership, host_network: bool) -> Listed {
+        let member = Member { namespace: "foo".into(), name: "web".into(), mesh, host_network, ended: false };
+        Listed { members: Arc::new([("uid-web".into(), member)].into()), places: 0, known: true }
+    }
+
+    fn found(listed: &Listed) -> Result<bool, String> {
+        let pod = PodRef { namespace: "foo".into(), name: "web".into(), uid: Some("uid-web".into()) };
+        match member(listed, &pod) {
+            Found::Pod(_, member) => Ok(member.is_outside()),
+            Found::Not(why) => Err(why),
+        }
+    }
+
+    #[test]
+    fn a_pod_is_outside_only_if_that_is_known_and_else_waits_for_its_namespace() {
+        assert_eq!(found(&listed(Membership::Inside, false)), Ok(false));
+        assert_eq!(found(&listed(Membership::Outside, false)), Ok(true));
+        let why = found(&listed(Membership::NotKnown, false)).unwrap_err();
+        assert!(why.contains("not told of the namespace foo yet"), "{why}");
+        // It cannot be captured whatever its namespace says.
+        assert_eq!(found(&listed(Membership::NotKnown, true)), Ok(true));
+    }
 }

@@ -4,7 +4,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, hash_map::Entry},
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -14,7 +14,7 @@ use super::{
     model::Model,
     objects::{Key, Pod},
     places::Places,
-    roster::{Member, Members},
+    roster::{Member, Members, Membership},
     services::{self, Here},
 };
 use crate::{
@@ -70,10 +70,16 @@ pub fn compile(model: &mut Model, viewpoint: &Viewpoint, places: &Places) -> (Sn
     let virtual_addresses: HashSet<IpAddr> = services.iter().flat_map(|service| service.addresses.clone()).collect();
     let taken = |address: IpAddr| by_address.contains_key(&address) || virtual_addresses.contains(&address);
 
-    let (mut local, mut probes) = (Vec::new(), BTreeMap::new());
+    let (mut local, mut probes, mut unplaced) = (Vec::new(), BTreeMap::new(), false);
     for (key, uid, workload) in workloads.iter().filter(|(_, _, workload)| workload.in_mesh) {
         let Some(pod) = model.pods.get(key).filter(|pod| pod.node == viewpoint.node) else { continue };
-        match places.of(uid) {
+        let place = places.of(uid);
+        unplaced |= place.is_none();
+        // As one of which nothing was told at all: what is captured stays closed, and what is not stays as it is.
+        if facts.members.get(uid).is_none_or(|member| member.mesh != Membership::Inside) {
+            continue;
+        }
+        match place {
             Some(place) => {
                 if place.late {
                     facts.late.push(name(key));
@@ -118,7 +124,7 @@ pub fn compile(model: &mut Model, viewpoint: &Viewpoint, places: &Places) -> (Sn
     snapshot = snapshot.with_services(services).with_nodes(nodes);
     snapshot.warnings = [facts.errors.clone(), facts.warnings.clone()].concat();
     snapshot.sources = sources(model);
-    (snapshot.closed, snapshot.unplaced) = (closed, !facts.not_captured.is_empty());
+    (snapshot.closed, snapshot.unplaced) = (closed, unplaced);
     snapshot.probes = probes;
     (snapshot, facts)
 }
@@ -127,8 +133,7 @@ pub fn compile(model: &mut Model, viewpoint: &Viewpoint, places: &Places) -> (Sn
 /// server says to be outside of the mesh is let go; for the others the namespace's end is waited for.
 fn closed(places: &Places, members: &Members, local: &[Arc<LocalPod>]) -> Vec<PathBuf> {
     let served: HashSet<&Path> = local.iter().map(|local| &*local.netns).collect();
-    let outside =
-        |uid: &str| members.get(uid).is_some_and(|member| !member.ended && (!member.in_mesh || member.host_network));
+    let outside = |uid: &str| members.get(uid).is_some_and(|member| !member.ended && member.is_outside());
     let told = places.all().into_iter().filter(|(uid, _)| !outside(uid)).map(|(_, place)| place.netns);
     let mut closed: Vec<PathBuf> = told.filter(|netns| !served.contains(&**netns)).collect();
     closed.sort();
@@ -150,12 +155,10 @@ type Known = (Key, Box<str>, Arc<Workload>);
 /// All pods that have addresses of their own and have not run to their end, in the order of their names. A pod counts while its init
 /// containers run: they connect, too.
 fn workloads(model: &mut Model, viewpoint: &Viewpoint, places: &Places, facts: &mut Facts) -> Vec<Known> {
-    let enrolled: HashSet<Arc<str>> = model
-        .namespaces
-        .iter()
-        .filter(|(_, slot)| slot.object.labels.get(MESH) == Some("enabled"))
-        .map(|(key, _)| Arc::clone(&key.name))
-        .collect();
+    let namespaces = model.namespaces.iter();
+    let namespaces: HashMap<Arc<str>, Membership> =
+        namespaces.map(|(key, slot)| (Arc::clone(&key.name), of_namespace(&slot.object.labels))).collect();
+    let mut not_told: BTreeSet<Arc<str>> = BTreeSet::new();
     let mut ids: HashMap<(Arc<str>, Arc<str>), Option<SpiffeId>> = HashMap::new();
     let mut found = Vec::with_capacity(model.pods.len());
     for (key, slot) in model.pods.iter_mut() {
@@ -168,22 +171,28 @@ fn workloads(model: &mut Model, viewpoint: &Viewpoint, places: &Places, facts: &
         if !is_own && (pod.ended || pod.host_network || unreported) {
             continue;
         }
-        let in_mesh = match pod.labels.get(MESH) {
-            Some("enabled") => true,
-            Some("disabled") => false,
+        let mesh = match pod.labels.get(MESH) {
+            Some("enabled") => Membership::Inside,
+            Some("disabled") => Membership::Outside,
             said => {
                 // Not to be understood is not to opt out.
                 if let Some(other) = said {
                     let hint = format!("write {MESH}: enabled or {MESH}: disabled");
                     facts.warnings.push(format!("pod {}: {MESH}: {other:?} is not known; {hint}", name(key)));
                 }
-                enrolled.contains(&key.namespace)
+                // Namespaces and pods are told apart, and either may come first.
+                namespaces.get(&key.namespace).copied().unwrap_or(Membership::NotKnown)
             }
         };
+        // Towards the others: what may be in the mesh gets no plaintext.
+        let in_mesh = mesh != Membership::Outside;
         if is_own {
+            if mesh == Membership::NotKnown && !pod.ended && !pod.host_network {
+                not_told.insert(Arc::clone(&key.namespace));
+            }
             let (namespace, name) = (Arc::clone(&key.namespace), Arc::clone(&key.name));
             let (host_network, ended) = (pod.host_network, pod.ended);
-            facts.members.insert(slot.uid.clone(), Member { namespace, name, in_mesh, host_network, ended });
+            facts.members.insert(slot.uid.clone(), Member { namespace, name, mesh, host_network, ended });
         }
         // The API server hears of addresses when the pod has long been able to connect, and of those of a new sandbox later still.
         let told = places.of(&slot.uid).filter(|place| is_own && !place.addresses.is_empty());
@@ -203,9 +212,15 @@ fn workloads(model: &mut Model, viewpoint: &Viewpoint, places: &Places, facts: &
             None => facts.errors.push(format!("pod {}: its service account gives no identity", name(key))),
         }
     }
+    let hint = "the pods there that do not say themselves whether they are in the mesh are neither started nor served";
+    facts.warnings.extend(not_told.iter().map(|name| format!("namespace {name} has not been told of yet: {hint}")));
     found.sort_unstable_by_key(|(key, ..)| *key);
     facts.host_network.sort();
     one_for_each_address(found, facts)
+}
+
+fn of_namespace(labels: &Labels) -> Membership {
+    if labels.get(MESH) == Some("enabled") { Membership::Inside } else { Membership::Outside }
 }
 
 /// Addresses are given out again, sometimes before the API server hears that their pod has ended: the youngest that is not on its way out

@@ -1,5 +1,6 @@
 //! Follows one kind: a list in pages, then watches from where the list ends, for ever. What was known stays until a complete list takes
-//! its place. Every wait has jitter, so that a thousand agents do not come back at one moment.
+//! its place. Every wait has jitter, so that a thousand agents do not come back at one moment. The first lists wait for nothing: agents of a
+//! rollout come in steps, and whom the API server has no time for it sends away, to come back with jitter.
 
 use std::{
     collections::HashSet,
@@ -30,6 +31,8 @@ pub struct Settings {
     pub longest_backoff: Duration,
     /// How often to look for kinds that the cluster does not know.
     pub absent: Duration,
+    /// For how long it must be said, and nothing else, that a kind is unknown of which there are objects, before that is believed.
+    pub doubt: Duration,
     /// A watch that tells nothing for so long, not even a bookmark, is begun again.
     pub silence: Duration,
     /// How long a watch shall last.
@@ -45,6 +48,7 @@ impl Default for Settings {
             backoff: Duration::from_millis(500),
             longest_backoff: Duration::from_secs(30),
             absent: Duration::from_secs(60),
+            doubt: Duration::from_secs(300),
             silence: Duration::from_secs(100),
             watch: Duration::from_secs(290),
             quiet: Duration::from_millis(100),
@@ -54,6 +58,10 @@ impl Default for Settings {
 
 /// So many watches that fail one after the other, and a list is made.
 const FAILURES: u32 = 5;
+/// So many failures of one page one after the other, two minutes of them, and its list is begun anew: API servers remember pages for some five.
+const PAGE_FAILURES: u32 = 10;
+/// Nobody sends an agent away for longer.
+const LONGEST_ASKED: Duration = Duration::from_secs(60);
 
 pub struct Follower<W, T> {
     pub api: Api,
@@ -81,10 +89,28 @@ impl<W: DeserializeOwned, T> Follower<W, T> {
         let (mut names, mut failures) = (Names::default(), 0);
         // Of kinds that may be absent: what there is of them.
         let mut held = HashSet::new();
+        // Since when nothing else is said than that there is no such kind.
+        let mut unknown: Option<Instant> = None;
         loop {
-            let (path, version) = match self.list(&mut names, &mut held).await {
+            let listed = self.list(&mut names, &mut held).await;
+            unknown = match &listed {
+                Ok(Err(WireError::Absent)) => unknown.or_else(|| Some(Instant::now())),
+                _ => None,
+            };
+            // An API server that forgets a kind of which there are objects is not believed at once: it may have been started just now.
+            let believed = held.is_empty() || unknown.is_some_and(|since| since.elapsed() >= self.settings.doubt);
+            let (path, version) = match listed {
                 Err(Deserted) => return,
-                Ok(Err(WireError::Absent)) if self.kind.may_be_absent() && held.is_empty() => {
+                Ok(Err(WireError::Absent)) if self.kind.may_be_absent() && believed => {
+                    if !held.is_empty() {
+                        let (kind, objects) = (self.kind.plural(), held.len());
+                        tracing::warn!(
+                            kind,
+                            objects,
+                            "the cluster has no such kind any more; what it had counts no longer"
+                        );
+                        held.clear();
+                    }
                     self.health.absent(self.kind);
                     failures = 0;
                     // There is none of it: that is known as well as a list's content.
@@ -96,13 +122,12 @@ impl<W: DeserializeOwned, T> Follower<W, T> {
                 }
                 // The list took so long that its version was forgotten meanwhile.
                 Ok(Err(WireError::Gone)) => {
-                    self.back_off(&mut failures).await;
+                    self.back_off(&mut failures, None).await;
                     continue;
                 }
                 Ok(Err(error)) => {
-                    // An API server that forgets a kind of which there are objects is not believed: it may have been started just now.
                     self.health.trouble(self.kind, &error);
-                    self.back_off(&mut failures).await;
+                    self.back_off(&mut failures, error.retry_after()).await;
                     continue;
                 }
                 Ok(Ok(found)) => found,
@@ -122,7 +147,7 @@ impl<W: DeserializeOwned, T> Follower<W, T> {
                         if progress {
                             (failures, failed) = (0, 0);
                         } else {
-                            self.back_off(&mut failures).await;
+                            self.back_off(&mut failures, None).await;
                         }
                     }
                     Ok(Err((version, error))) => {
@@ -132,14 +157,14 @@ impl<W: DeserializeOwned, T> Follower<W, T> {
                         at = version;
                         self.health.trouble(self.kind, &error);
                         failed += 1;
-                        self.back_off(&mut failures).await;
+                        self.back_off(&mut failures, error.retry_after()).await;
                         if failed >= FAILURES {
                             break;
                         }
                     }
                 }
             }
-            self.back_off(&mut failures).await;
+            self.back_off(&mut failures, None).await;
         }
     }
 
@@ -165,9 +190,18 @@ impl<W: DeserializeOwned, T> Follower<W, T> {
     }
 
     async fn pages(&self, path: &str, names: &mut Names) -> Result<(Vec<Item<T>>, String), WireError> {
-        let (mut items, mut version, mut next) = (Vec::new(), String::new(), None::<String>);
+        let (mut items, mut version, mut next, mut failures) = (Vec::new(), String::new(), None::<String>, 0);
         loop {
-            let page = self.api.page::<W>(self.kind, path, self.settings.page, next.as_deref()).await?;
+            let page = match self.api.page::<W>(self.kind, path, self.settings.page, next.as_deref()).await {
+                // To begin anew for one page would be the most work for an API server that has too much of it.
+                Err(error) if next.is_some() && error.is_passing() && failures + 1 < PAGE_FAILURES => {
+                    self.health.trouble(self.kind, &error);
+                    self.back_off(&mut failures, error.retry_after()).await;
+                    continue;
+                }
+                page => page?,
+            };
+            failures = 0;
             // All pages are of one moment; events after it come by the watch.
             if version.is_empty() {
                 version = page.version;
@@ -191,6 +225,8 @@ impl<W: DeserializeOwned, T> Follower<W, T> {
     ) -> Result<Result<Ended, (String, WireError)>, Deserted> {
         let mut watch = match self.api.watch(self.kind, path, &at, jittered(self.settings.watch)).await {
             Err(WireError::Gone) => return Ok(Ok(Ended::Stale)),
+            // Whether it is gone altogether or has another version, a list tells.
+            Err(WireError::Absent) if self.kind.may_be_absent() => return Ok(Ok(Ended::Stale)),
             Err(error) => return Ok(Err((at, error))),
             Ok(watch) => watch,
         };
@@ -256,14 +292,43 @@ impl<W: DeserializeOwned, T> Follower<W, T> {
         self.updates.send((self.wrap)(self.kind, change)).await.map_err(|_| Deserted)
     }
 
-    async fn back_off(&self, failures: &mut u32) {
-        let wait = self.settings.backoff.saturating_mul(1 << (*failures).min(16)).min(self.settings.longest_backoff);
+    async fn back_off(&self, failures: &mut u32, asked: Option<Duration>) {
+        let wait = pause(&self.settings, *failures, asked);
         *failures = failures.saturating_add(1);
-        sleep(jittered(wait)).await;
+        sleep(wait).await;
     }
+}
+
+/// As long as was asked for at least, and up to half as long again: those that were sent away at one moment shall not come back at one.
+fn pause(settings: &Settings, failures: u32, asked: Option<Duration>) -> Duration {
+    let own = settings.backoff.saturating_mul(1 << failures.min(16)).min(settings.longest_backoff);
+    let asked = asked.unwrap_or_default().min(LONGEST_ASKED);
+    jittered(own).max(asked + asked.mul_f64(rand::random_range(0.0..0.5)))
 }
 
 /// Between half of it and all of it.
 fn jittered(wait: Duration) -> Duration {
     wait.mul_f64(rand::random_range(0.5..1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_grows_to_its_longest_and_is_never_shorter_than_was_asked_for() {
+        let settings = Settings::default();
+        let seconds = Duration::from_secs;
+        for _ in 0..100 {
+            for (failures, most) in [(0, 0.5), (1, 1.0), (3, 4.0), (6, 30.0), (u32::MAX, 30.0)] {
+                let wait = pause(&settings, failures, None).as_secs_f64();
+                assert!((most / 2.0..=most).contains(&wait), "{failures}: {wait}");
+            }
+            let asked = pause(&settings, 0, Some(seconds(7)));
+            assert!((seconds(7)..seconds(11)).contains(&asked), "{asked:?}");
+            assert!(pause(&settings, 9, Some(seconds(1))) >= seconds(15), "its own counts if it is longer");
+            let long = pause(&settings, 0, Some(seconds(u64::MAX)));
+            assert!((seconds(60)..=seconds(90)).contains(&long), "{long:?}");
+        }
+    }
 }

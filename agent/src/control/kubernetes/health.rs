@@ -25,10 +25,10 @@ struct Shared {
 struct Inner {
     waiting: BTreeSet<Kind>,
     absent: BTreeSet<Kind>,
+    /// Why a kind is not heard of.
     troubles: BTreeMap<Kind, String>,
     /// Since when there are troubles, or none.
     since: SystemTime,
-    told: bool,
     facts: Facts,
     away: u64,
 }
@@ -58,7 +58,6 @@ impl Default for Health {
             absent: BTreeSet::new(),
             troubles: BTreeMap::new(),
             since: SystemTime::now(),
-            told: false,
             facts: Facts::default(),
             away: 0,
         };
@@ -71,7 +70,9 @@ impl Health {
     pub(super) fn well(&self, kind: Kind) {
         let mut inner = self.lock();
         inner.absent.remove(&kind);
-        inner.recover(kind);
+        if let Some(text) = inner.recover(kind) {
+            tracing::info!("{text}");
+        }
     }
 
     /// The cluster does not know this kind, which is well.
@@ -80,18 +81,15 @@ impl Health {
         if inner.absent.insert(kind) {
             tracing::info!(kind = kind.plural(), "the cluster does not have this kind; it is looked for again");
         }
-        inner.recover(kind);
+        if let Some(text) = inner.recover(kind) {
+            tracing::info!("{text}");
+        }
     }
 
     pub(super) fn trouble(&self, kind: Kind, error: &WireError) {
-        let why = format!("{}: {}", kind.plural(), with_causes(error));
-        let mut inner = self.lock();
-        if inner.troubles.is_empty() {
-            (inner.since, inner.told) = (SystemTime::now(), true);
-            inner.away += 1;
-            tracing::error!("the API server is not heard of; what is known stays in force: {why}");
+        if let Some(text) = self.lock().trouble(kind, with_causes(error)) {
+            tracing::error!("{text}");
         }
-        inner.troubles.insert(kind, why);
     }
 
     /// What was listed meanwhile, and what there is to tell of it.
@@ -127,7 +125,7 @@ impl Health {
         let more = if more > 0 { format!(" (and {more} more kinds)") } else { String::new() };
         Report {
             ready: *self.0.ready.borrow(),
-            away: inner.troubles.values().next().map(|why| format!("{why}{more}")),
+            away: inner.troubles.iter().next().map(|(kind, why)| format!("{}: {why}{more}", kind.plural())),
             since: inner.since,
             waiting: plural(&inner.waiting),
             absent: plural(&inner.absent),
@@ -142,12 +140,57 @@ impl Health {
 }
 
 impl Inner {
-    fn recover(&mut self, kind: Kind) {
-        if self.troubles.remove(&kind).is_some() && self.troubles.is_empty() {
+    /// What the log shall have of it: each reason when it comes, once, however many kinds have it and however often it is tried.
+    fn trouble(&mut self, kind: Kind, why: String) -> Option<String> {
+        if self.troubles.is_empty() {
             self.since = SystemTime::now();
-            if std::mem::take(&mut self.told) {
-                tracing::info!("the API server is heard of again");
-            }
+            self.away += 1;
         }
+        let is_new = !self.troubles.values().any(|known| *known == why);
+        let text = is_new
+            .then(|| format!("the API server is not heard of; what is known stays in force: {}: {why}", kind.plural()));
+        self.troubles.insert(kind, why);
+        text
+    }
+
+    /// What the log shall have of it: when a reason has gone.
+    fn recover(&mut self, kind: Kind) -> Option<String> {
+        let why = self.troubles.remove(&kind)?;
+        if self.troubles.is_empty() {
+            self.since = SystemTime::now();
+            return Some("the API server is heard of again".to_owned());
+        }
+        let is_over = !self.troubles.values().any(|other| *other == why);
+        let others: Vec<_> = self.troubles.keys().map(|kind| kind.plural()).collect();
+        is_over.then(|| format!("the API server is heard of again, but not of {}", others.join(", ")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_has_each_reason_once_and_the_end_of_each() {
+        let health = Health::default();
+        let mut inner = health.lock();
+        let all = [Kind::Namespaces, Kind::Pods, Kind::Services];
+        let [namespaces, pods, services] = all;
+        let down = || "the API server cannot be reached".to_owned();
+        let text = inner.trouble(pods, down()).unwrap();
+        assert!(text.ends_with("stays in force: pods: the API server cannot be reached"), "{text}");
+        for kind in all.into_iter().chain(all) {
+            assert_eq!(inner.trouble(kind, down()), None, "it is one reason");
+        }
+        let text = inner.trouble(pods, "403".to_owned()).unwrap();
+        assert!(text.ends_with("pods: 403"), "{text}");
+        assert_eq!(inner.trouble(pods, "403".to_owned()), None, "not at each try");
+        assert_eq!(inner.recover(namespaces), None, "services are not heard of yet");
+        assert_eq!(inner.recover(services).unwrap(), "the API server is heard of again, but not of pods");
+        assert_eq!(inner.recover(services), None);
+        assert_eq!(inner.recover(pods).unwrap(), "the API server is heard of again");
+        assert_eq!(inner.away, 1);
+        assert!(inner.trouble(pods, "403".to_owned()).is_some(), "and again when it comes again");
+        assert_eq!(inner.away, 2);
     }
 }

@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    hash::Hash,
     net::IpAddr,
     sync::Arc,
 };
@@ -54,16 +55,21 @@ pub trait Trimmed: Sized + Send + 'static {
     fn trim(wire: Self::Wire, names: &mut Names) -> Option<Item<Self>>;
 }
 
-/// So many lists are kept whether they are used or not.
+/// So many of a sort are kept whether they are used or not.
 const PRUNE_FROM: usize = 1024;
 
 /// What many objects have in common: namespaces, service accounts, nodes and their addresses, and lists of ports.
 #[derive(Default)]
 pub struct Names {
-    texts: HashSet<Arc<str>>,
-    addresses: HashSet<Arc<[IpAddr]>>,
-    ports: HashSet<Arc<[u16]>>,
-    prune_ports_at: usize,
+    texts: Common<str>,
+    addresses: Common<[IpAddr]>,
+    ports: Common<[u16]>,
+}
+
+/// One of each that is in use.
+struct Common<T: ?Sized> {
+    known: HashSet<Arc<T>>,
+    prune_at: usize,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -160,40 +166,46 @@ pub struct Raw(Json);
 
 impl Names {
     pub fn shared(&mut self, text: &str) -> Arc<str> {
-        if let Some(known) = self.texts.get(text) {
-            return Arc::clone(known);
-        }
-        let shared: Arc<str> = text.into();
-        self.texts.insert(Arc::clone(&shared));
-        shared
+        self.texts.shared(text)
     }
 
-    fn shared_addresses(&mut self, addresses: &[IpAddr]) -> Arc<[IpAddr]> {
-        if let Some(known) = self.addresses.get(addresses) {
-            return Arc::clone(known);
-        }
-        let shared: Arc<[IpAddr]> = addresses.into();
-        self.addresses.insert(Arc::clone(&shared));
-        shared
+    pub fn shared_addresses(&mut self, addresses: &[IpAddr]) -> Arc<[IpAddr]> {
+        self.addresses.shared(addresses)
     }
 
     pub fn shared_ports(&mut self, ports: &[u16]) -> Arc<[u16]> {
-        if let Some(known) = self.ports.get(ports) {
-            return Arc::clone(known);
-        }
-        // Objects come and go, and each may bring a list that nobody had.
-        if self.ports.len() >= self.prune_ports_at {
-            self.ports.retain(|known| Arc::strong_count(known) > 1);
-            self.prune_ports_at = (2 * self.ports.len()).max(PRUNE_FROM);
-        }
-        let shared: Arc<[u16]> = ports.into();
-        self.ports.insert(Arc::clone(&shared));
-        shared
+        self.ports.shared(ports)
     }
 
+    /// How many texts, addresses and ports there are.
     #[cfg(test)]
-    pub fn port_lists(&self) -> usize {
-        self.ports.len()
+    pub fn counts(&self) -> [usize; 3] {
+        [self.texts.known.len(), self.addresses.known.len(), self.ports.known.len()]
+    }
+}
+
+impl<T: ?Sized> Default for Common<T> {
+    fn default() -> Self {
+        Self { known: HashSet::new(), prune_at: PRUNE_FROM }
+    }
+}
+
+impl<T: ?Sized + Eq + Hash> Common<T>
+where
+    Arc<T>: for<'a> From<&'a T>,
+{
+    fn shared(&mut self, value: &T) -> Arc<T> {
+        if let Some(known) = self.known.get(value) {
+            return Arc::clone(known);
+        }
+        // Objects come and go, and each may bring one that nobody had.
+        if self.known.len() >= self.prune_at {
+            self.known.retain(|known| Arc::strong_count(known) > 1);
+            self.prune_at = (2 * self.known.len()).max(PRUNE_FROM);
+        }
+        let shared = Arc::from(value);
+        self.known.insert(Arc::clone(&shared));
+        shared
     }
 }
 

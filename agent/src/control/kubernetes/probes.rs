@@ -148,14 +148,18 @@ mod tests {
     }
 
     #[test]
-    fn lists_of_pods_that_are_gone_are_forgotten_and_those_in_use_are_shared() {
+    fn what_objects_that_are_gone_had_in_common_is_forgotten_and_what_is_in_use_is_shared() {
         let mut names = Names::default();
-        let kept = names.shared_ports(&[7]);
+        let address = |port: u16| [std::net::IpAddr::from([10, 1, port.to_be_bytes()[0], port.to_be_bytes()[1]])];
+        let kept = (names.shared("7"), names.shared_addresses(&address(7)), names.shared_ports(&[7]));
         for port in 0..u16::MAX {
+            drop((names.shared(&format!("of {port}")), names.shared_addresses(&address(port))));
             drop(names.shared_ports(&[port, port]));
         }
-        assert!(names.port_lists() <= 2048, "{}", names.port_lists());
-        assert!(Arc::ptr_eq(&kept, &names.shared_ports(&[7])));
+        assert!(names.counts().into_iter().all(|count| count <= 2048), "{:?}", names.counts());
+        assert!(Arc::ptr_eq(&kept.0, &names.shared("7")));
+        assert!(Arc::ptr_eq(&kept.1, &names.shared_addresses(&address(7))));
+        assert!(Arc::ptr_eq(&kept.2, &names.shared_ports(&[7])));
     }
 
     #[test]

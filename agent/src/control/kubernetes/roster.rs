@@ -10,10 +10,20 @@ use tokio::sync::watch;
 pub struct Member {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
-    pub in_mesh: bool,
+    pub mesh: Membership,
     pub host_network: bool,
     /// It has run to its end.
     pub ended: bool,
+}
+
+/// Whether a pod belongs into the mesh.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Membership {
+    Inside,
+    Outside,
+    /// The pod does not say it, and of its namespace nothing was told. It may belong into the mesh, so nobody speaks plaintext to it and nobody
+    /// starts it; it may not, so it gets no certificate.
+    NotKnown,
 }
 
 pub type Members = HashMap<Box<str>, Member>;
@@ -31,6 +41,13 @@ pub struct Listed {
 /// A clone is another handle on the same.
 #[derive(Clone, Debug)]
 pub struct Roster(Arc<watch::Sender<Listed>>);
+
+impl Member {
+    /// For certain: it is nothing that would have to be captured.
+    pub fn is_outside(&self) -> bool {
+        self.host_network || self.mesh == Membership::Outside
+    }
+}
 
 impl Default for Roster {
     fn default() -> Self {

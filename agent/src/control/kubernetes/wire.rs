@@ -43,7 +43,12 @@ pub enum WireError {
     #[error("this agent may not do that (403): {0}; see docs/kubernetes.md for the ClusterRole it needs")]
     Forbidden(String),
     #[error("the API server answers {code}: {message}")]
-    Status { code: u16, message: String },
+    Status {
+        code: u16,
+        message: String,
+        /// For how long it asks to be left alone.
+        retry_after: Option<Duration>,
+    },
     #[error("the API server cannot be reached")]
     Unreachable(#[source] Box<kube::Error>),
     #[error("its answer was cut: {0}")]
@@ -112,6 +117,13 @@ pub struct ListMetadata {
 pub struct Status {
     code: u16,
     message: String,
+    details: Option<Details>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Details {
+    retry_after_seconds: Option<i64>,
 }
 
 #[derive(Deserialize)]
@@ -233,20 +245,44 @@ impl Api {
     }
 
     async fn fault(&self, code: u16, answer: Response<Body>) -> WireError {
+        // Proxies ask for it, too. In seconds: API servers write no dates.
+        let asked = answer.headers().get(header::RETRY_AFTER).and_then(|text| text.to_str().ok()?.trim().parse().ok());
         let body = collected(answer.into_body(), LARGEST_FAULT, &self.asked).await.unwrap_or_default();
-        let status: Status = serde_json::from_slice(&body).unwrap_or_default();
-        Status { code, ..status }.into()
+        fault(code, asked, &body)
+    }
+}
+
+/// What the answer's head says counts before its body.
+fn fault(code: u16, asked: Option<i64>, body: &[u8]) -> WireError {
+    let status: Status = serde_json::from_slice(body).unwrap_or_default();
+    let details = asked.map(|seconds| Details { retry_after_seconds: Some(seconds) }).or(status.details);
+    Status { code, details, ..status }.into()
+}
+
+impl WireError {
+    /// Whether the same may go well when it is asked again: nobody has refused it, or only for now.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Unreachable(_) | Self::Cut(_) | Self::Unreadable(_) => true,
+            Self::Status { code, .. } => matches!(code, 408 | 429) || !(400..500).contains(code),
+            Self::Gone | Self::Absent | Self::Unauthenticated | Self::Forbidden(_) | Self::TooLarge => false,
+        }
+    }
+
+    pub fn retry_after(&self) -> Option<Duration> {
+        if let Self::Status { retry_after, .. } = self { *retry_after } else { None }
     }
 }
 
 impl From<Status> for WireError {
-    fn from(Status { code, message }: Status) -> Self {
+    fn from(Status { code, message, details }: Status) -> Self {
+        let retry_after = details.and_then(|details| u64::try_from(details.retry_after_seconds?).ok());
         match code {
             401 => Self::Unauthenticated,
             403 => Self::Forbidden(message),
             404 => Self::Absent,
             410 => Self::Gone,
-            code => Self::Status { code, message },
+            code => Self::Status { code, message, retry_after: retry_after.map(Duration::from_secs) },
         }
     }
 }
@@ -300,5 +336,33 @@ async fn collected(mut body: Body, largest: usize, asked: &Asked) -> Result<Vec<
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(error: &WireError) -> Option<u64> {
+        error.retry_after().map(|wait| wait.as_secs())
+    }
+
+    #[test]
+    fn how_long_to_stay_away_the_head_of_an_answer_says_or_its_body() {
+        let body = br#"{"kind": "Status", "code": 429, "message": "busy", "details": {"retryAfterSeconds": 7}}"#;
+        assert_eq!(asked(&fault(429, None, body)), Some(7));
+        assert_eq!(asked(&fault(429, Some(2), body)), Some(2));
+        assert_eq!(asked(&fault(503, Some(3), b"a proxy's")), Some(3));
+        assert_eq!(asked(&fault(503, None, br#"{"details": {"kind": "pods"}}"#)), None);
+        assert_eq!(asked(&fault(503, Some(-3), br#"{"message": "negative"}"#)), None);
+        assert_eq!(asked(&fault(503, None, br#"{"details": null}"#)), None);
+        assert!(fault(429, None, body).to_string().contains("busy"));
+    }
+
+    #[test]
+    fn what_is_refused_for_good_is_not_asked_again() {
+        let passing = |code| fault(code, None, b"").is_passing();
+        assert!([408, 429, 500, 502, 503, 504].into_iter().all(passing));
+        assert!(![400, 401, 403, 404, 406, 410, 422].into_iter().any(passing));
     }
 }
