@@ -21,6 +21,7 @@ mod workloads;
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{CommandFactory as _, Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     app,
@@ -126,6 +127,9 @@ enum Command {
     Unload {
         #[arg(default_value = "/sys/fs/bpf/marline")]
         pin_path: PathBuf,
+        /// Stay when it is done, until SIGTERM: the container of a DaemonSet may not end
+        #[arg(long)]
+        stay: bool,
     },
     #[command(hide = true)]
     InternalProbe(ProbeArgs),
@@ -181,9 +185,9 @@ pub fn run() -> ExitCode {
         Command::Man(args) => generate::man(&args),
         Command::InternalCheck(args) => check::probe::main(&args),
         Command::Kernel { json } => kernel(json),
-        Command::Unload { pin_path } => match Capture::unload(&pin_path) {
+        Command::Unload { pin_path, stay } => match unload(&pin_path, stay) {
             Ok(()) => ExitCode::SUCCESS,
-            Err(error) => failed(&with_causes(&error)),
+            Err(why) => failed(&why),
         },
         Command::InternalProbe(args) => probe_main(&args),
     }
@@ -199,6 +203,23 @@ fn agent(dir: PathBuf, levels: Levels, wait: bool) -> ExitCode {
         }
         Err(error) => failed(&with_causes(&error)),
     }
+}
+
+fn unload(pin_path: &std::path::Path, stay: bool) -> Result<(), String> {
+    Capture::unload(pin_path).map_err(|error| with_causes(&error))?;
+    println!("nothing is pinned at {} any more: the pods that were captured by it are let go", pin_path.display());
+    if stay {
+        app::runtime().map_err(|error| with_causes(&error))?.block_on(told_to_end())?;
+    }
+    Ok(())
+}
+
+/// Returns at SIGTERM and SIGINT.
+async fn told_to_end() -> Result<(), String> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| error.to_string())?;
+    tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }
+    Ok(())
 }
 
 fn kernel(json: bool) -> ExitCode {

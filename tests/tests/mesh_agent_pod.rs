@@ -24,7 +24,7 @@ const PORT: u16 = 7000;
 
 fn spec() -> Result<ClusterSpec> {
     let maker = env!("CARGO_BIN_EXE_container").into();
-    let pod = AgentPod { maker, root: None, capabilities: chart::agents_capabilities()? };
+    let pod = AgentPod { maker, root: None, capabilities: chart::capabilities("agent")? };
     Ok(ClusterSpec { agents_are_pods: Some(pod), ..ClusterSpec::pairs(Mode::Strict).without_spares() })
 }
 

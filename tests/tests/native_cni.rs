@@ -8,6 +8,7 @@ mod kubelet;
 
 use std::{
     fs,
+    os::unix::fs::{MetadataExt, PermissionsExt, chown},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -16,6 +17,7 @@ use anyhow::{Context, Result, ensure};
 use kubelet::{World, on_kubernetes};
 use marline_tests::{
     agent::binary,
+    chart,
     cluster::{Family, Pod, Side},
     process::{Process, output, succeed},
     wait::{Look, seconds, wait_for},
@@ -253,5 +255,73 @@ fn a_watching_installer_puts_the_plugin_back_whatever_the_cni_writes_and_leaves_
     ensure!(fs::read_to_string(node.chains.join("05-other.conflist"))? == first, "not to the letter");
     ensure!(fs::read_to_string(node.chains.join(name))? == text, "not to the letter");
     ensure!(names(&node.plugins)? == ["ptp"], "{:?}", names(&node.plugins)?);
+    Ok(())
+}
+
+/// A CNI that owns its directory, and takes out what is not its own.
+#[test]
+fn a_program_that_keeps_taking_the_plugin_out_is_told_of_once_with_the_way_out_and_not_raced() -> Result<()> {
+    let node = Node::new()?;
+    let (name, text) = ("05-cilium.conflist", list("10.77.1.0/24"));
+    node.write(name, &text)?;
+    let mut watching = Process::start("install --watch", node.cni("install")?.arg("--watch"), &node.log)?;
+    let mut fight = |what: &str, done: &dyn Fn(&str) -> bool| {
+        wait_for(what.to_owned(), seconds(60), || {
+            ensure!(watching.ended()?.is_none(), "it has ended: {}", watching.log());
+            if done(&watching.log()) {
+                return Ok(Look::Done(()));
+            }
+            if fs::read_to_string(node.chains.join(name))?.contains("marline-cni") {
+                node.write(name, &text)?;
+            }
+            Ok(Look::NotYet(watching.log()))
+        })
+    };
+    fight("it to be told", &|log| log.contains("keeps changing"))?;
+    let told = watching.log();
+    ensure!(told.contains(name) && told.contains("cni.exclusive=false"), "{told}");
+    // And nothing more is said while that goes on.
+    for _ in 0..2 {
+        node.wait_chained(&mut watching, name, &text)?;
+        node.write(name, &text)?;
+    }
+    node.wait_chained(&mut watching, name, &text)?;
+    ensure!(watching.log() == told, "{}", watching.log());
+    ensure!(names(&node.chains)? == [name], "{:?}", names(&node.chains)?);
+    let _ended = watching.stop()?;
+    Ok(())
+}
+
+/// As where kubespray or an archive has made them.
+#[test]
+fn the_containers_capabilities_are_enough_for_directories_that_are_another_users() -> Result<()> {
+    let other = Some(1000);
+    let node = Node::new()?;
+    let (name, text) = ("10-pods.conflist", list("10.77.1.0/24"));
+    node.write(name, &text)?;
+    let file = node.chains.join(name);
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o640))?;
+    for path in [&file, &node.chains, &node.plugins] {
+        chown(path, other, other)?;
+    }
+    let limited = |verb: &str, capabilities: &[String]| {
+        let kept: String = capabilities.iter().map(|name| format!(",+{}", name.to_lowercase())).collect();
+        let cni = node.cni(verb)?;
+        let mut command = Command::new("setpriv");
+        command.args(["--no-new-privs", "--inh-caps=-all"]).arg(format!("--bounding-set=-all{kept}"));
+        command.arg(cni.get_program()).args(cni.get_args());
+        output(&mut command, seconds(60))
+    };
+    let refused = limited("install", &[])?;
+    ensure!(!refused.status.success() && fs::read_to_string(&file)? == text, "they are not needed: {refused:?}");
+    let capabilities = chart::capabilities("cni")?;
+    for (verb, there) in [("install", true), ("uninstall", false)] {
+        let done = limited(verb, &capabilities)?;
+        ensure!(done.status.success(), "{verb} with {capabilities:?}: {done:?}");
+        let now = fs::read_to_string(&file)?;
+        ensure!(now.contains("marline-cni") == there && (there || now == text), "{verb}: {now}");
+        let owned = fs::metadata(&file)?;
+        ensure!((owned.uid(), owned.gid(), owned.mode() & 0o777) == (1000, 1000, 0o640), "{verb}: {owned:?}");
+    }
     Ok(())
 }

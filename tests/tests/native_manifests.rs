@@ -76,8 +76,10 @@ fn every_object_is_valid_by_kubernetes_own_schemas_whatever_the_chart_is_told() 
     };
     let everything = chart::render(&helm, &MONITORED)?;
     valid(&schemas, "as it is", &everything)?;
+    let uninstalling = chart::render(&helm, &["--set=cni.uninstall=true,imagePullSecrets[0].name=pull"])?;
+    valid(&schemas, "uninstalling", &uninstalling)?;
     let other = [
-        "--set=keeper.enabled=false,networkPolicy.enabled=false,ca.enabled=false,cni.uninstall=true,podMonitor.enabled=false",
+        "--set=keeper.enabled=false,networkPolicy.enabled=false,ca.enabled=false,podMonitor.enabled=false",
         "--set=image.repository=registry.example/marline,image.tag=1.2.3,imagePullSecrets[0].name=pull,agent.maxSurge=1",
         "--set-json=agent.config={\"ca\":{\"path\":\"ca\"},\"accessLog\":{\"sample\":0.1}}",
     ];
@@ -110,12 +112,41 @@ fn kinds_that_a_cluster_has_are_left_alone_and_those_that_it_lacks_are_not_used(
 }
 
 #[test]
-fn the_plugin_is_taken_away_by_a_container_that_ends_and_nothing_puts_it_back() -> Result<()> {
-    let test = "the_plugin_is_taken_away_by_a_container_that_ends_and_nothing_puts_it_back";
+fn the_plugin_and_the_pins_are_taken_away_by_containers_that_end_and_nothing_puts_them_back() -> Result<()> {
+    let test = "the_plugin_and_the_pins_are_taken_away_by_containers_that_end_and_nothing_puts_them_back";
     let Some(helm) = program("MARLINE_HELM", test) else { return Ok(()) };
-    let text = chart::render(&helm, &["--set=cni.uninstall=true", "--show-only=templates/agent.yaml"])?;
+    let show = "--show-only=templates/agent.yaml";
+    let text = chart::render(&helm, &["--set=cni.uninstall=true,agent.config.capture.pinPath=/sys/fs/bpf/own", show])?;
     let (before, after) = text.split_once("\n      containers:\n").context("no containers")?;
-    ensure!(before.contains("initContainers:") && before.contains("args: [cni, uninstall"), "{before}");
-    ensure!(before.contains("maxSurge: 0") && !after.contains("--watch"), "{after}");
+    let (_, init) = before.split_once("initContainers:").context("no init containers")?;
+    let (chain, pins) = init.split_once("args: [unload, /sys/fs/bpf/own]").context("the pins stay")?;
+    ensure!(chain.contains("args: [cni, uninstall, --keep-plugin") && !pins.contains("args:"), "{init}");
+    ensure!(before.contains("maxSurge: 0") && after.contains("args: [unload, /sys/fs/bpf/own, --stay]"), "{text}");
+    ensure!(after.matches("args:").count() == 1 && !text.contains("--watch") && !text.contains("[agent,"), "{after}");
+    // What an agent waits for, as the CA's root, must not keep it from being taken away.
+    ensure!(!text.contains("configMap:") && !text.contains("serviceAccountToken:"), "{text}");
+    // Only this value lets pods go.
+    ensure!(!chart::render(&helm, &[])?.contains("unload"), "pods are let go without a word");
+    Ok(())
+}
+
+#[test]
+fn a_chart_that_was_not_told_its_registry_or_has_no_ca_says_so_and_renders_nothing() -> Result<()> {
+    let test = "a_chart_that_was_not_told_its_registry_or_has_no_ca_says_so_and_renders_nothing";
+    let Some(helm) = program("MARLINE_HELM", test) else { return Ok(()) };
+    let image = "--set=image.repository=registry.example/marline";
+    let told: [(&[&str], &str); 2] =
+        [(&[], "image.repository is not set"), (&[image, "--set=ca.enabled=false"], "agent.config.ca")];
+    for (options, words) in told {
+        let rendered = output(chart::template(&helm).args(options), seconds(60))?;
+        let said = String::from_utf8_lossy(&rendered.stderr).into_owned();
+        ensure!(
+            !rendered.status.success() && rendered.stdout.is_empty() && said.contains(words),
+            "{options:?}: {said}"
+        );
+    }
+    let elsewhere = [image, "--set=ca.enabled=false", "--set-json=agent.config={\"ca\":{\"path\":\"ca\"}}"];
+    let text = String::from_utf8(output(chart::template(&helm).args(elsewhere), seconds(60))?.stdout)?;
+    ensure!(text.contains("image: registry.example/marline:") && text.contains("path: ca"), "{text}");
     Ok(())
 }

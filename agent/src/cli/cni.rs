@@ -4,9 +4,8 @@
 use std::{env, path::PathBuf, process::ExitCode};
 
 use clap::Subcommand;
-use tokio::signal::unix::{SignalKind, signal};
 
-use super::{WRONG_CONFIGURATION, app, failed};
+use super::{WRONG_CONFIGURATION, app, failed, told_to_end};
 use crate::{
     cni::{self, chain, install},
     words::with_causes,
@@ -121,12 +120,10 @@ fn once(place: &install::Place, entry: &str) -> Result<(), String> {
 fn stay(place: &install::Place, entry: &str) -> Result<(), String> {
     let runtime = app::runtime().map_err(|error| with_causes(&error))?;
     runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| error.to_string())?;
         tokio::select! {
+            biased;
+            ended = told_to_end() => ended,
             ended = install::watch(place, entry) => ended.map_err(|error| with_causes(&error)),
-            _ = terminate.recv() => Ok(()),
-            _ = interrupt.recv() => Ok(()),
         }
     })
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use serde::Deserialize;
 use serde_json::{Value, json, value::RawValue};
 
-use super::NAME;
+use super::{NAME, protocol::VERSIONS};
 
 #[derive(Deserialize)]
 struct List<'a> {
@@ -29,6 +29,14 @@ struct Single {
     kind: Option<String>,
 }
 
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Versions {
+    cni_version: Option<String>,
+    #[serde(default)]
+    cni_versions: Vec<String>,
+}
+
 /// The plugin's own entry.
 pub fn entry(socket: &str, timeout_seconds: u64) -> String {
     json!({"type": NAME, "socket": socket, "timeoutSeconds": timeout_seconds}).to_string()
@@ -37,6 +45,25 @@ pub fn entry(socket: &str, timeout_seconds: u64) -> String {
 /// Whether a list ends with the plugin.
 pub fn ends_with_it(text: &str) -> Result<bool, String> {
     Ok(plugins(text)?.last().is_some_and(|last| is_ours(text, last)))
+}
+
+/// Whether the plugin speaks the configuration's version. In one of another version every call for a pod of the node would fail.
+pub fn spoken(text: &str) -> Result<(), String> {
+    let said: Versions = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let known = |version: &String| VERSIONS.contains(&version.as_str());
+    let what = match &said.cni_version {
+        Some(version) if known(version) => return Ok(()),
+        // Runtimes choose among these.
+        None if said.cni_versions.iter().any(known) => return Ok(()),
+        Some(version) => format!("its cniVersion is {version:?}"),
+        None if said.cni_versions.is_empty() => "it has no cniVersion, which is 0.1.0".to_owned(),
+        None => format!("its cniVersions are {}", said.cni_versions.join(", ")),
+    };
+    Err(format!(
+        "{what}, and {NAME} speaks {}: in its chain no pod of this node could start; set one of these cniVersions there, where the CNI \
+         that writes the file is configured",
+        VERSIONS.join(", ")
+    ))
 }
 
 /// A list with this entry at its end and nowhere else. `None` where it is so already.
@@ -162,6 +189,29 @@ mod tests {
         assert_eq!((&read["cniVersion"], &read["name"]), (&json!("0.3.1"), &json!("mynet")));
         assert_eq!(read["plugins"][0], serde_json::from_str::<Value>(text).unwrap());
         assert_eq!(read["plugins"][1]["type"], NAME);
+    }
+
+    #[test]
+    fn a_version_that_the_plugin_does_not_speak_is_named_with_those_that_it_does() {
+        for said in [
+            "\"cniVersion\": \"0.3.0\"",
+            "\"cniVersion\": \"1.1.0\"",
+            "\"cniVersion\": \"1.0.0\", \"cniVersions\": [\"1.2.0\"]",
+            "\"cniVersions\": [\"0.4.0\", \"1.0.0\"]",
+        ] {
+            assert_eq!(spoken(&format!("{{{said}, \"plugins\": []}}")), Ok(()), "{said}");
+        }
+        for (said, named) in [
+            ("\"cniVersion\": \"0.2.0\"", "0.2.0"),
+            ("\"cniVersion\": \"1.2.0\"", "1.2.0"),
+            ("\"cniVersion\": \"\"", "\"\""),
+            ("\"cniVersions\": [\"1.2.0\"]", "1.2.0"),
+            ("\"name\": \"n\"", "0.1.0"),
+        ] {
+            let why = spoken(&format!("{{{said}, \"plugins\": []}}")).unwrap_err();
+            assert!(why.contains(named) && why.contains("0.3.1") && why.contains("set one"), "{said}: {why}");
+        }
+        assert!(spoken("{").is_err());
     }
 
     fn any_json() -> impl Strategy<Value = Value> {

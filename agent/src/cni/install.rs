@@ -9,7 +9,7 @@ use std::{
     os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use notify::{
@@ -18,16 +18,21 @@ use notify::{
 };
 use tokio::{sync::Notify, time::timeout};
 
+use self::contest::{Contest, Round};
 use super::{CniError, NAME, chain};
+
+mod contest;
 
 /// What is appended to the name of a configuration that a list has taken the place of.
 const ORIGINAL: &str = ".marline-original";
 /// Some entry: a list with it is compared without it.
 const ENTRY: &str = "{\"type\":\"marline-cni\"}";
+/// In the names of files that are being written.
+const FRESH: &str = ".marline-new";
+/// Nobody writes a file for so long.
+const ABANDONED: Duration = Duration::from_secs(60);
 /// How often to look, also where the kernel tells nothing.
 const LOOK: Duration = Duration::from_secs(5);
-/// Changes that come together are looked at once.
-const QUIET: Duration = Duration::from_millis(50);
 
 #[derive(Clone, Debug)]
 pub struct Place {
@@ -39,7 +44,7 @@ pub struct Place {
 
 /// Installs the plugin's file, and its entry where it is missing. Tells which configuration has it.
 pub fn install(place: &Place, entry: &str) -> Result<PathBuf, CniError> {
-    install_program(&place.binaries, Path::new("/proc/self/exe"))?;
+    prepare(place)?;
     ensure(&place.configurations, entry).map(|(file, _)| file)
 }
 
@@ -49,6 +54,7 @@ pub fn ensure(configurations: &Path, entry: &str) -> Result<(PathBuf, bool), Cni
     let (text, metadata) = read(&first)?;
     if is_list(&first) {
         let changed = chain::add(&text, entry).map_err(wrong(&first))?;
+        chain::spoken(&text).map_err(wrong(&first))?;
         if let Some(text) = &changed {
             put(&first, text.as_bytes(), Some(&metadata))?;
         }
@@ -56,6 +62,7 @@ pub fn ensure(configurations: &Path, entry: &str) -> Result<(PathBuf, bool), Cni
     }
     let list = first.with_extension("conflist");
     let wrapped = chain::wrap(&text, entry).map_err(wrong(&first))?;
+    chain::spoken(&text).map_err(wrong(&first))?;
     let original = original_of(&first);
     // One that we had written when we were killed is ours to finish.
     let unfinished = || read(&list).is_ok_and(|(text, _)| text == wrapped);
@@ -102,10 +109,13 @@ pub fn uninstall(place: &Place, keep_program: bool) -> Result<Vec<PathBuf>, CniE
             changed.push(file);
         }
     }
+    // Whoever would put the plugin back is gone before it is taken away.
+    for directory in [&place.configurations, &place.binaries] {
+        sweep(directory, Duration::ZERO);
+    }
     sync(&place.configurations);
     let program = place.binaries.join(NAME);
-    match fs::remove_file(&program) {
-        _ if keep_program => {}
+    match if keep_program { Ok(()) } else { fs::remove_file(&program) } {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             return Err(CniError::path("cannot remove", program)(error));
         }
@@ -116,8 +126,9 @@ pub fn uninstall(place: &Place, keep_program: bool) -> Result<Vec<PathBuf>, CniE
 
 /// Installs, and puts the entry back whenever it is missing, until this is dropped. What fails is told, once, and tried again.
 pub async fn watch(place: &Place, entry: &str) -> Result<(), CniError> {
-    install_program(&place.binaries, Path::new("/proc/self/exe"))?;
+    prepare(place)?;
     let (events, mut trouble, mut watched) = (Arc::new(Notify::new()), None, None);
+    let mut contest = Contest::default();
     loop {
         if watched.is_none() {
             watched = watcher(&place.configurations, &events);
@@ -125,7 +136,7 @@ pub async fn watch(place: &Place, entry: &str) -> Result<(), CniError> {
         match ensure(&place.configurations, entry) {
             Ok((file, changed)) => {
                 if changed {
-                    tracing::info!(file = %file.display(), "the plugin is in the chain");
+                    told(contest.changed(Instant::now()), &file);
                 }
                 trouble = None;
             }
@@ -138,10 +149,23 @@ pub async fn watch(place: &Place, entry: &str) -> Result<(), CniError> {
             }
         }
         if timeout(LOOK, events.notified()).await.is_ok() {
-            tokio::time::sleep(QUIET).await;
+            tokio::time::sleep(contest.pause(Instant::now())).await;
         } else if !place.configurations.exists() {
             watched = None;
         }
+    }
+}
+
+fn told(round: Round, file: &Path) {
+    let file = file.display();
+    match round {
+        Round::Well => tracing::info!(%file, "the plugin is in the chain"),
+        Round::Contested => tracing::warn!(
+            "another program keeps changing {file}, and pods that start meanwhile are not captured: the plugin is put back every {} s at most. Find what \
+             writes the file, and let it leave others' plugins there (Cilium: cni.exclusive=false)",
+            LOOK.as_secs()
+        ),
+        Round::Known => tracing::debug!(%file, "the plugin is in the chain again"),
     }
 }
 
@@ -154,15 +178,24 @@ pub fn fault(configurations: &Path) -> Option<String> {
         Err(error) => return Some(crate::words::with_causes(&error)),
     };
     let missing = || format!("{} does not end with {NAME}, so pods would start uncaptured", first.display());
+    let because = |why: String| format!("{}: {why}", first.display());
     match read(&first) {
         Err(error) => Some(crate::words::with_causes(&error)),
         Ok((text, _)) if is_list(&first) => match chain::ends_with_it(&text) {
-            Ok(true) => None,
+            Ok(true) => chain::spoken(&text).err().map(because),
             Ok(false) => Some(missing()),
-            Err(why) => Some(format!("{}: {why}", first.display())),
+            Err(why) => Some(because(why)),
         },
         Ok(_) => Some(missing()),
     }
+}
+
+/// The plugin's file. The first step of all, so it clears up as well.
+fn prepare(place: &Place) -> Result<(), CniError> {
+    for directory in [&place.configurations, &place.binaries] {
+        sweep(directory, ABANDONED);
+    }
+    install_program(&place.binaries, Path::new("/proc/self/exe"))
 }
 
 fn install_program(binaries: &Path, program: &Path) -> Result<(), CniError> {
@@ -176,7 +209,10 @@ fn install_program(binaries: &Path, program: &Path) -> Result<(), CniError> {
     fs::create_dir_all(binaries).map_err(CniError::path("cannot make", binaries))?;
     let fresh = beside(&target);
     let written = write(&fresh, &text, 0o755).and_then(|()| fs::rename(&fresh, &target));
-    written.map_err(CniError::path("cannot write", target))?;
+    written.map_err(|error| {
+        let _ = fs::remove_file(&fresh);
+        CniError::path("cannot write", target)(error)
+    })?;
     sync(binaries);
     Ok(())
 }
@@ -235,18 +271,27 @@ fn put(file: &Path, text: &[u8], like: Option<&Metadata>) -> Result<(), CniError
 }
 
 fn write(file: &Path, text: &[u8], mode: u32) -> io::Result<()> {
-    // What a predecessor that was killed has left there.
-    let _ = fs::remove_file(file);
     let mut out = File::create_new(file)?;
     out.write_all(text)?;
     out.set_permissions(fs::Permissions::from_mode(mode))?;
     out.sync_all()
 }
 
-/// A name that no runtime reads.
+/// A name that no runtime reads, and nobody else writes: during an update two of us have the directory, with one process id in their containers.
 fn beside(file: &Path) -> PathBuf {
     let name = file.file_name().unwrap_or_default().to_string_lossy();
-    file.with_file_name(format!(".{name}.marline-new"))
+    file.with_file_name(format!(".{name}{FRESH}-{:016x}", rand::random::<u64>()))
+}
+
+/// Takes away what others who were killed have left half-written, which was so long ago.
+fn sweep(directory: &Path, ago: Duration) {
+    let left = files(directory, &|name| name.starts_with('.') && name.contains(FRESH)).unwrap_or_default();
+    for file in left {
+        let age = fs::metadata(&file).and_then(|file| file.modified()).map(|then| then.elapsed().unwrap_or_default());
+        if age.is_ok_and(|age| age >= ago) {
+            let _ = fs::remove_file(file);
+        }
+    }
 }
 
 /// The renames of a directory, on the disk. A filesystem that cannot do so does it sooner or later.

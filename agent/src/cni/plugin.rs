@@ -67,7 +67,10 @@ fn answer(variable: &dyn Fn(&str) -> Option<String>, text: &str, ask: Asked<'_>)
         return Ok(format!("{}\n", versions(asked.as_deref())));
     }
     let configuration = Configuration::read(text)?;
-    configuration.version(verb)?;
+    // What ends is never held up, whoever changed the configuration meanwhile.
+    if verb != Verb::Del {
+        configuration.version(verb)?;
+    }
     let socket = configuration.socket.as_deref().unwrap_or(Path::new(SOCKET));
     let timeout =
         configuration.timeout_seconds.map_or(TIMEOUT, Duration::from_secs).clamp(Duration::from_secs(1), LONGEST);
@@ -96,9 +99,7 @@ fn answer(variable: &dyn Fn(&str) -> Option<String>, text: &str, ask: Asked<'_>)
             Ok(String::new())
         }
         Verb::Gc => {
-            let Some(valid) = configuration.valid else {
-                return Err(ProtocolError::Configuration("cni.dev/valid-attachments is missing".into()));
-            };
+            let valid = configuration.valid()?.to_vec();
             let _ = ask(socket, &Request::Gc { network, valid }, Duration::ZERO);
             Ok(String::new())
         }
@@ -234,12 +235,22 @@ mod tests {
     fn del_succeeds_without_an_agent_and_version_and_status_say_what_is_so() {
         let (said, asked) = called("DEL", &input(RESULTS[0]), Err(()));
         assert!(said.well && said.out.is_empty() && matches!(asked, Some(Request::Del(_))));
+        for version in ["0.1.0", "1.2.0", "nonsense"] {
+            let unspoken = json!({"cniVersion": version, "name": "pods", "type": "marline-cni"}).to_string();
+            let (said, asked) = called("DEL", &unspoken, Ok(Answer::Done));
+            assert!(said.well && matches!(asked, Some(Request::Del(_))), "{version}: {}", said.out);
+            assert_eq!(code(&called("ADD", &unspoken, Ok(Answer::Captured)).0), 1, "{version}");
+        }
         let (said, asked) = called("VERSION", "{\"cniVersion\": \"1.0.0\"}", Err(()));
         assert!(said.well && asked.is_none() && said.out.contains("supportedVersions"), "{}", said.out);
         let status = json!({"cniVersion": "1.1.0", "name": "pods", "type": "marline-cni"}).to_string();
         assert!(called("STATUS", &status, Ok(Answer::Done)).0.well);
         assert_eq!(code(&called("STATUS", &status, Err(())).0), 50, "the plugin is not available");
-        let gc = json!({"cniVersion": "1.1.0", "name": "pods", "type": "marline-cni", "cni.dev/valid-attachments": []});
+        // As libcni sends it.
+        let gc = json!({
+            "cniVersion": "1.1.0", "name": "pods", "type": "marline-cni",
+            "cni.dev/valid-attachments": null, "cni.dev/attachments": null,
+        });
         assert!(matches!(
             called("GC", &gc.to_string(), Ok(Answer::Done)),
             (Said { well: true, .. }, Some(Request::Gc { .. }))

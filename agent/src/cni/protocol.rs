@@ -1,15 +1,15 @@
-//! What a container runtime says to a CNI plugin and hears from it, by the CNI specification in its versions from 0.3.1 to 1.1.0: environment and
+//! What a container runtime says to a CNI plugin and hears from it, by the CNI specification in its versions from 0.3.0 to 1.1.0: environment and
 //! configuration in, results and errors out. Pure.
 
 use std::{collections::HashMap, net::IpAddr, path::PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::{json, value::RawValue};
 
 use super::wire::{PodRef, Valid};
 
 /// That this plugin speaks, the oldest first.
-pub const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+pub const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 /// Of answers to what names none that is known.
 pub const NEWEST: &str = "1.1.0";
 
@@ -83,7 +83,7 @@ impl Verb {
     /// Since which of the versions there is one.
     fn since(self) -> &'static str {
         match self {
-            Self::Add | Self::Del | Self::Version => "0.3.1",
+            Self::Add | Self::Del | Self::Version => "0.3.0",
             Self::Check => "0.4.0",
             Self::Gc | Self::Status => "1.1.0",
         }
@@ -157,13 +157,27 @@ pub struct Configuration<'a> {
     /// Where the agent listens.
     pub socket: Option<PathBuf>,
     pub timeout_seconds: Option<u64>,
-    #[serde(rename = "cni.dev/valid-attachments", alias = "cni.dev/attachments")]
-    pub valid: Option<Vec<Valid>>,
+    /// By its name in the specification, and by the one that libcni sends beside it.
+    #[serde(rename = "cni.dev/valid-attachments", deserialize_with = "there")]
+    valid_attachments: Option<Vec<Valid>>,
+    #[serde(rename = "cni.dev/attachments", deserialize_with = "there")]
+    attachments: Option<Vec<Valid>>,
+}
+
+/// A runtime in Go that has none says `null`, and means so.
+fn there<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Vec<Valid>>, D::Error> {
+    Option::deserialize(value).map(|valid| Some(valid.unwrap_or_default()))
 }
 
 impl<'a> Configuration<'a> {
     pub fn read(text: &'a str) -> Result<Self, ProtocolError> {
         serde_json::from_str(text).map_err(|error| ProtocolError::Decode(error.to_string()))
+    }
+
+    /// All attachments that the runtime still has, of this network. Only GC tells them.
+    pub fn valid(&self) -> Result<&[Valid], ProtocolError> {
+        let told = self.valid_attachments.as_deref().or(self.attachments.as_deref());
+        told.ok_or_else(|| ProtocolError::Configuration("cni.dev/valid-attachments is missing".into()))
     }
 
     /// The version that is spoken, if it is one of ours and has this command.

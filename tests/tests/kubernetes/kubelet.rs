@@ -163,6 +163,21 @@ impl Caller {
         ask(&mut plugin(&program, command, namespace, pod), &ours)
     }
 
+    /// A call after a CNI of another version and with this result of its, to the letter.
+    pub fn call_after(&self, version: &str, result: &str, command: &str, namespace: &str, pod: &Pod) -> Result<Output> {
+        const PLACE: &str = "\"the result\"";
+        let (program, mut ours) = self.installed(pod.side)?;
+        (ours["cniVersion"], ours["prevResult"]) = (json!(version), json!("the result"));
+        ask_text(&mut plugin(&program, command, namespace, pod), &ours.to_string().replace(PLACE, result))
+    }
+
+    /// A call for the pod by the name of another container.
+    pub fn call_as(&self, container: &str, command: &str, namespace: &str, pod: &Pod) -> Result<Output> {
+        let (program, mut ours) = self.installed(pod.side)?;
+        ours["prevResult"] = result(pod);
+        ask(plugin(&program, command, namespace, pod).env("CNI_CONTAINERID", container), &ours)
+    }
+
     /// A call that is of the network and of no pod, in a version of CNI: with what such a call has beside the configuration.
     pub fn network(&self, side: Side, command: &str, version: &str, more: &Value) -> Result<Output> {
         let (program, mut ours) = self.installed(side)?;
@@ -184,9 +199,13 @@ impl Caller {
     }
 }
 
-fn ask(call: &mut Command, configuration: &Value) -> Result<Output> {
+pub fn ask(call: &mut Command, configuration: &Value) -> Result<Output> {
+    ask_text(call, &configuration.to_string())
+}
+
+fn ask_text(call: &mut Command, configuration: &str) -> Result<Output> {
     let mut child = spawn(call.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()))?;
-    child.stdin.take().context("standard input")?.write_all(configuration.to_string().as_bytes())?;
+    child.stdin.take().context("standard input")?.write_all(configuration.as_bytes())?;
     Ok(child.wait_with_output()?)
 }
 
@@ -200,7 +219,7 @@ pub fn result(pod: &Pod) -> Value {
     })
 }
 
-fn plugin(program: &Path, command: &str, namespace: &str, pod: &Pod) -> Command {
+pub fn plugin(program: &Path, command: &str, namespace: &str, pod: &Pod) -> Command {
     let mut call = Command::new(program);
     call.env("CNI_COMMAND", command).env("CNI_CONTAINERID", format!("c-{}", pod.name)).env("CNI_IFNAME", "eth0");
     call.env("CNI_NETNS", netns::path(&pod.place.netns.file_name().unwrap_or_default().to_string_lossy()));

@@ -95,7 +95,7 @@ fn carries(root: &Path) -> Result<()> {
     let step = Step::begin(
         "carrying pods' traffic by two agents out of the image, in containers as the manifests describe them",
     );
-    let pod = AgentPod { maker, root: Some(root.to_owned()), capabilities: chart::agents_capabilities()? };
+    let pod = AgentPod { maker, root: Some(root.to_owned()), capabilities: chart::capabilities("agent")? };
     let pairs = ClusterSpec::pairs(Mode::Strict);
     let spec = ClusterSpec { agents_are_pods: Some(pod), program: Some(root.join(BINARY)), ..pairs };
     let carried = on_mesh(&spec, |cluster| {

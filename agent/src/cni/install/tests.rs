@@ -56,8 +56,10 @@ fn the_first_configuration_gets_the_plugin_and_uninstall_gives_back_what_was_the
     assert_eq!(fs::read(&program).unwrap(), fs::read("/proc/self/exe").unwrap());
     assert_eq!(fs::metadata(&program).unwrap().mode() & 0o777, 0o755);
     assert!(!ensure(&node.1.configurations, &entry()).unwrap().1, "once is enough");
-    assert_eq!(uninstall(&node.1, false).unwrap(), [node.conf("10-calico.conflist")]);
+    assert_eq!(uninstall(&node.1, true).unwrap(), [node.conf("10-calico.conflist")]);
     assert_eq!(node.files(), before);
+    assert!(program.exists(), "it is to be kept");
+    uninstall(&node.1, false).unwrap();
     assert!(!program.exists());
     assert_eq!(uninstall(&node.1, false).unwrap(), Vec::<PathBuf>::new());
 }
@@ -100,6 +102,63 @@ fn what_cannot_be_understood_is_named_and_left() {
     let before = both.files();
     assert!(ensure(&both.1.configurations, &entry()).unwrap_err().to_string().contains("10-x.conflist"));
     assert_eq!(both.files(), before);
+}
+
+#[test]
+fn a_chain_of_a_version_that_the_plugin_does_not_speak_is_left_and_named_with_the_way_out() {
+    for (name, text) in [("10-x.conflist", CALICO), ("10-x.conf", SINGLE)] {
+        for said in ["0.2.0", "1.2.0"] {
+            let node = Node::with(&[(name, &text.replace("0.3.1", said))]);
+            let before = node.files();
+            let error = ensure(&node.1.configurations, &entry()).unwrap_err().to_string();
+            assert!([name, said, "1.1.0", "set one of"].iter().all(|word| error.contains(word)), "{error}");
+            assert_eq!(node.files(), before);
+        }
+        // Weave's.
+        let node = Node::with(&[(name, &text.replace("0.3.1", "0.3.0"))]);
+        ensure(&node.1.configurations, &entry()).unwrap();
+        assert_eq!(fault(&node.1.configurations), None);
+        // The version is another now, and the plugin is in there: no pod starts, and the agent says why.
+        let list = node.conf("10-x.conflist");
+        fs::write(&list, fs::read_to_string(&list).unwrap().replace("0.3.0", "1.2.0")).unwrap();
+        let why = fault(&node.1.configurations).unwrap();
+        assert!(why.contains("10-x.conflist") && why.contains("1.2.0"), "{why}");
+    }
+}
+
+/// The old and the new container of an update.
+#[test]
+fn two_who_write_a_file_at_once_leave_one_of_both_and_nothing_beside_it() {
+    let node = Node::with(&[]);
+    let file = node.conf("10-x.conflist");
+    let texts = ["a".repeat(200_000), "b".repeat(100_000)];
+    std::thread::scope(|scope| {
+        for text in &texts {
+            scope.spawn(|| (0..100).for_each(|_| put(&file, text.as_bytes(), None).unwrap()));
+        }
+        scope.spawn(|| {
+            for _ in 0..500 {
+                let now = fs::read_to_string(&file).unwrap_or_else(|_| texts[0].clone());
+                assert!(texts.contains(&now), "half of it is there: {} bytes", now.len());
+            }
+        });
+    });
+    assert_eq!(node.files().into_keys().collect::<Vec<_>>(), ["10-x.conflist"]);
+}
+
+#[test]
+fn what_was_left_half_written_goes_when_it_is_old_and_at_the_latest_with_the_plugin() {
+    let node = Node::with(&[("10-calico.conflist", CALICO), (".10-calico.conflist.marline-new", "{"), (".other", "x")]);
+    let (old, young) =
+        (node.conf(".10-calico.conflist.marline-new"), node.1.binaries.join(".marline-cni.marline-new-1"));
+    fs::create_dir(&node.1.binaries).unwrap();
+    fs::write(&young, "half").unwrap();
+    let then = std::time::SystemTime::now() - 2 * ABANDONED;
+    File::options().write(true).open(&old).unwrap().set_modified(then).unwrap();
+    install(&node.1, &entry()).unwrap();
+    assert!(!old.exists() && young.exists(), "somebody may be writing the young one");
+    uninstall(&node.1, false).unwrap();
+    assert!(!young.exists() && node.conf(".other").exists());
 }
 
 #[test]

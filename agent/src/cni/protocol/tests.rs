@@ -50,11 +50,13 @@ fn versions_are_spoken_or_told_to_be_unknown() {
     for version in VERSIONS {
         assert_eq!(of(version).version(Verb::Add).unwrap(), version);
     }
-    for version in ["0.1.0", "0.3.0", "1.2.0", "nonsense", ""] {
+    for version in ["0.1.0", "0.2.0", "1.2.0", "nonsense", ""] {
         assert_eq!(of(version).version(Verb::Add).unwrap_err().code(), 1, "{version}");
     }
     assert_eq!(Configuration::default().version(Verb::Add).unwrap_err().code(), 1);
-    assert_eq!(of("0.3.1").version(Verb::Check).unwrap_err().code(), 4);
+    for version in ["0.3.0", "0.3.1"] {
+        assert_eq!(of(version).version(Verb::Check).unwrap_err().code(), 4);
+    }
     assert_eq!(of("1.0.0").version(Verb::Gc).unwrap_err().code(), 4);
     assert!(of("0.4.0").version(Verb::Check).is_ok() && of("1.1.0").version(Verb::Status).is_ok());
 }
@@ -115,6 +117,31 @@ fn errors_have_the_codes_of_the_specification() {
     let said: serde_json::Value =
         serde_json::from_str(&ProtocolError::Later("not yet".into()).json("1.0.0", "wait")).unwrap();
     assert_eq!(said, json!({"cniVersion": "1.0.0", "code": 11, "msg": "not yet", "details": "wait"}));
+}
+
+/// libcni sends both names, and a list that was never made as `null`.
+#[test]
+fn what_is_valid_at_gc_is_read_under_either_name_and_under_both() {
+    let valid = |fields: &str| {
+        let text = format!("{{\"cniVersion\": \"1.1.0\", \"name\": \"pods\"{fields}}}");
+        let read = Configuration::read(&text).unwrap_or_else(|error| panic!("{text}: {error}"));
+        read.valid().map(|valid| valid.iter().map(|one| one.container.clone()).collect::<Vec<_>>())
+    };
+    let (long, short, one) =
+        ("cni.dev/valid-attachments", "cni.dev/attachments", "[{\"containerID\": \"c1\", \"ifname\": \"eth0\"}]");
+    let field = |name: &str, value: &str| format!(", \"{name}\": {value}");
+    for name in [long, short] {
+        assert_eq!(valid(&field(name, one)).unwrap(), ["c1"], "{name}");
+        assert!(
+            valid(&field(name, "[]")).unwrap().is_empty() && valid(&field(name, "null")).unwrap().is_empty(),
+            "{name}"
+        );
+    }
+    assert_eq!(valid(&(field(long, one) + &field(short, one))).unwrap(), ["c1"]);
+    assert_eq!(valid(&(field(short, "[]") + &field(long, one))).unwrap(), ["c1"]);
+    assert!(valid(&(field(long, "null") + &field(short, "null"))).unwrap().is_empty());
+    let missing = valid("").unwrap_err();
+    assert!(missing.code() == 7 && missing.to_string().contains(long), "{missing}");
 }
 
 proptest! {
