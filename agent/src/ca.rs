@@ -168,6 +168,7 @@ pub async fn start(config: CaServerConfig, watching: WatchSettings) -> Result<Ru
                 watching,
                 shutdown.clone(),
             ));
+            tasks.spawn(cluster::sweep::run(cluster.clone(), watching.poll, shutdown.clone()));
             (Box::new(Pods::new(cluster.clone())), Books::Cluster(cluster::book::Books::new(cluster)))
         }
     };

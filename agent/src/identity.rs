@@ -4,6 +4,7 @@
 //! peer may hold an identity is decided by `tls::verifier`, what it may then do by `policy`.
 
 pub mod ca;
+pub mod hex;
 mod leaf;
 pub mod live;
 pub mod manager;

@@ -30,3 +30,5 @@ mod revocation;
 mod rights;
 #[path = "ca_service/rights.rs"]
 mod rights_of_the_ca;
+#[path = "ca_service/spent.rs"]
+mod spent;

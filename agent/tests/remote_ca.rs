@@ -320,6 +320,24 @@ async fn a_server_that_is_not_the_ca_gets_no_token() {
 }
 
 #[tokio::test]
+async fn a_connection_to_a_ca_that_is_not_believed_any_more_carries_no_more_tokens() {
+    let bed = Bed::new("ca.example", LIFE).await;
+    bed.manager.retain(&[id("web")].into());
+    tokio::time::timeout(Duration::from_secs(20), bed.manager.until_held(&id("web"))).await.unwrap();
+    // The connection stands; what its certificate was verified by does not count now.
+    let requests = bed.shared.requests.load(Ordering::SeqCst);
+    let root = |dir: &str| Ca::open(&bed.files.path().join(dir)).unwrap().roots();
+    bed.manager.trust_store().replace(Trust::new(TrustDomain::default(), root("other")));
+    bed.manager.retain(&[id("web"), id("db")].into());
+    let failure = bed.failure(&id("db")).await;
+    assert_eq!(bed.shared.requests.load(Ordering::SeqCst), requests, "{failure}");
+    assert!(failure.contains("cannot be reached"), "{failure}");
+    // And when it is believed again it is asked again.
+    bed.manager.trust_store().replace(Trust::new(TrustDomain::default(), root("ca")));
+    tokio::time::timeout(Duration::from_secs(20), bed.manager.until_held(&id("db"))).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_token_that_changes_is_read_anew_and_one_that_is_missing_is_named() {
     let bed = Bed::new("ca.example", LIFE).await;
     let token = bed.files.path().join("token");

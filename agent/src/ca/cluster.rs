@@ -1,11 +1,13 @@
 //! What the CA service keeps at a cluster's API server, so that any number of services can sign side by side with no disk of their own: the
-//! key in a Secret (`authority`), the roots in a ConfigMap, and for each node a ledger (`book`). Every write says which version it was made
-//! of, so of two that meet one fails, and is made again of what the other has left. Nobody has to lead.
+//! key in a Secret (`authority`), the roots in a ConfigMap, and for each node a ledger (`book`), until that holds nothing any more (`sweep`).
+//! Every write says which version it was made of, so of two that meet one fails, and is made again of what the other has left. Nobody has
+//! to lead.
 
 pub mod authority;
 pub mod book;
 pub mod placement;
 pub mod revoke;
+pub mod sweep;
 
 use std::{
     path::{Path, PathBuf},

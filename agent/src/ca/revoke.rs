@@ -3,10 +3,14 @@
 
 use std::{fs, io, time::SystemTime};
 
-use super::{CaError, ledger, shut_out};
+use super::{
+    CaError,
+    ledger::{self, entry::Entry},
+    shut_out,
+};
 use crate::{
     config::CaFiles,
-    identity::{Ca, IdentityError},
+    identity::{Ca, IdentityError, ca::Expiries},
 };
 
 /// What was done.
@@ -47,10 +51,22 @@ pub fn revoke(config: &CaFiles, node: &str) -> Result<Outcome, CaError> {
     }
     let ca = Ca::open(&config.ca).map_err(CaError::Identity)?;
     let signer = ca.key_fingerprint();
-    let read = ledger::file::read(&config.state, |entry| entry.certificate_for() == Some(node))?;
-    let known = !read.entries.is_empty();
-    let (ours, others): (Vec<_>, Vec<_>) = read
-        .entries
+    let lists = match fs::read(&config.crl) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => read.map_err(CaError::io("read", &config.crl)),
+    };
+    // What is wrong with it is told when there is something to add.
+    let listed = lists.as_ref().ok().and_then(|lists| ca.listed(lists).ok()).unwrap_or_default();
+    let is_listed = |entry: &Entry| {
+        entry.signer.as_ref() == Some(&signer) && entry.serial.as_ref().is_some_and(|serial| listed.contains(serial))
+    };
+    let is_nodes = |entry: &Entry| entry.certificate_for() == Some(node);
+    let read = ledger::file::read(&config.state, |entry| is_nodes(entry) || is_listed(entry))?;
+    let expiry = |entry: &Entry| Some((entry.serial.clone()?, entry.expires()?));
+    let expiries: Expiries = read.entries.iter().filter(|entry| is_listed(entry)).filter_map(expiry).collect();
+    let of_node: Vec<_> = read.entries.into_iter().filter(is_nodes).collect();
+    let known = !of_node.is_empty();
+    let (ours, others): (Vec<_>, Vec<_>) = of_node
         .into_iter()
         .filter(|entry| entry.counts_at(now))
         .partition(|entry| entry.signer.as_deref() == Some(&*signer));
@@ -58,12 +74,8 @@ pub fn revoke(config: &CaFiles, node: &str) -> Result<Outcome, CaError> {
     let serials: Vec<String> = ours.into_iter().filter_map(|entry| entry.serial).collect();
     let mut list = None;
     if !serials.is_empty() {
-        let lists = match fs::read(&config.crl) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            read => read.map_err(CaError::io("read", &config.crl))?,
-        };
         let revoked = ca
-            .revoke(&lists, &serials)
+            .revoke(&lists?, &serials, &expiries)
             .map_err(|what| CaError::Identity(IdentityError::File { path: config.crl.clone(), what }))?;
         if revoked.added > 0 {
             shut_out::replace(&config.crl, revoked.pem.as_bytes(), 0o644).map_err(CaError::io("write", &config.crl))?;

@@ -15,6 +15,7 @@ use super::{
     finding::{Origin, Report},
     single,
 };
+use crate::identity::hex;
 
 /// One token, by its hash: the file does not hold what lets one in.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -81,7 +82,7 @@ fn read_tokens(origin: &Origin, document: &[Pair], report: &mut Report) -> Optio
     for mut item in items.unwrap_or_default() {
         let hint = "write what `marline ca token` prints: 64 hexadecimal digits";
         let hash = item.required(report, "sha256", hint).and_then(|text| {
-            let hash = unhex(text);
+            let hash = hex::parse(text).and_then(|bytes| bytes.try_into().ok());
             if hash.is_none() {
                 item.error(report, "sha256", "is no SHA-256", hint);
             }
@@ -154,15 +155,6 @@ fn spec<'a>(origin: &'a Origin, document: &'a [Pair], report: &mut Report) -> Op
     let spec = top.fields(report, "spec");
     top.finish(report, Unknown::Error);
     spec
-}
-
-fn unhex(text: &str) -> Option<[u8; 32]> {
-    if text.len() != 64 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return None;
-    }
-    let bytes: Option<Vec<u8>> =
-        (0..64).step_by(2).map(|at| u8::from_str_radix(text.get(at..at + 2)?, 16).ok()).collect();
-    bytes?.try_into().ok()
 }
 
 #[cfg(test)]

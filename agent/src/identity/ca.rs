@@ -28,10 +28,10 @@ use rustls::{
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 use zeroize::{Zeroize as _, Zeroizing};
 
-use super::{IdentityError, SpiffeId, Trust, TrustDomain};
+use super::{IdentityError, SpiffeId, Trust, TrustDomain, hex};
 
 pub use leaf::Signed;
-pub use revocation::Revoked;
+pub use revocation::{Expiries, Revoked};
 
 /// Istio's names for the files of a plugged-in CA.
 const CA_CERT: &str = "ca-cert.pem";
@@ -162,7 +162,7 @@ impl Ca {
     /// Which key signs, in hexadecimal: the same for all certificates of one key.
     pub fn key_fingerprint(&self) -> String {
         let spki = rcgen::PublicKeyData::subject_public_key_info(self.issuer.key());
-        digest(&SHA256, &spki).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+        hex::lower(digest(&SHA256, &spki).as_ref())
     }
 
     /// Whether both sign with the same certificate, and send the same along.

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use rustls::pki_types::CertificateDer;
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
-use super::{IdError, SpiffeId};
+use super::{IdError, SpiffeId, hex};
 
 /// From when to when a certificate is good, and its serial number as it is written everywhere.
 #[derive(Clone, Debug)]
@@ -26,7 +26,7 @@ impl Validity {
         Self {
             not_before: time(validity.not_before.timestamp()),
             not_after: time(validity.not_after.timestamp()),
-            serial: certificate.raw_serial().iter().map(|byte| format!("{byte:02X}")).collect(),
+            serial: hex::upper(certificate.raw_serial()),
         }
     }
 }

@@ -32,7 +32,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use zeroize::{Zeroize as _, Zeroizing};
 
 use super::{
-    IdentityError, SpiffeId, Svid, TrustDomain, TrustStore, Validity,
+    IdentityError, SpiffeId, Svid, Trust, TrustDomain, TrustStore, Validity,
     ca::uri_san,
     humantime,
     manager::{Answer, Source},
@@ -70,11 +70,20 @@ pub struct RemoteSettings {
 pub struct RemoteCa {
     address: Arc<str>,
     dial: Dial,
-    /// Which one it is, and the connection, that is made when it is needed.
-    client: Mutex<(u64, Client)>,
+    connection: Mutex<Dialed>,
     token: PathBuf,
     cluster_id: Option<MetadataValue<Ascii>>,
     trust: TrustStore,
+}
+
+/// A connection, which is made when it is needed.
+#[derive(Clone)]
+struct Dialed {
+    /// Which one it is.
+    which: u64,
+    client: Client,
+    /// What was trusted when it was made: the CA's certificate is verified by that, or by what came after it.
+    trust: Arc<Trust>,
 }
 
 type Client = IstioCertificateServiceClient<Channel>;
@@ -90,11 +99,13 @@ struct Dial {
 
 impl Dial {
     /// Connects when it is used.
-    fn client(&self) -> Client {
+    fn dialed(&self, which: u64) -> Dialed {
+        let trust = self.roots.load();
         let (address, name, roots, domain) =
             (self.address.clone(), self.name.clone(), self.roots.clone(), self.domain.clone());
         let connector = service_fn(move |_: Uri| connect(address.clone(), name.clone(), roots.clone(), domain.clone()));
-        Client::new(self.endpoint.connect_with_connector_lazy(connector)).max_decoding_message_size(LONGEST_ANSWER)
+        let channel = self.endpoint.connect_with_connector_lazy(connector);
+        Dialed { which, client: Client::new(channel).max_decoding_message_size(LONGEST_ANSWER), trust }
     }
 }
 
@@ -116,12 +127,12 @@ impl RemoteCa {
             .keep_alive_timeout(CONNECT);
         let domain = trust.load().domains().own().clone();
         let dial = Dial { endpoint, address: settings.address.clone(), name, roots: trust.clone(), domain };
-        let client = Mutex::new((0, dial.client()));
+        let connection = Mutex::new(dial.dialed(0));
         let cluster_id = match &settings.cluster_id {
             Some(id) => Some(id.parse().map_err(|_| wrong(format!("cannot be told the cluster's name {id:?}")))?),
             None => None,
         };
-        Ok(Self { address, dial, client, token: settings.token.clone(), cluster_id, trust })
+        Ok(Self { address, dial, connection, token: settings.token.clone(), cluster_id, trust })
     }
 
     async fn ask(&self, id: &SpiffeId, lifetime: Duration) -> Result<Svid, IdentityError> {
@@ -144,7 +155,7 @@ impl RemoteCa {
         if let Some(cluster_id) = &self.cluster_id {
             request.metadata_mut().insert("clusterid", cluster_id.clone());
         }
-        let (which, mut client) = self.client.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Dialed { which, mut client, .. } = self.believed();
         let answer = tokio::time::timeout(PATIENCE, client.create_certificate(request)).await;
         // Several may answer at the address. A connection stays with one, be it of no use: the next attempt gets to another.
         if answer.as_ref().map_or(true, |answer| answer.as_ref().is_err_and(|status| is_its_trouble(status.code()))) {
@@ -163,11 +174,20 @@ impl RemoteCa {
         })
     }
 
+    /// The connection, unless trust has changed since it was made: its other end may not be believed any more, and would be told the token.
+    fn believed(&self) -> Dialed {
+        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        if !Arc::ptr_eq(&connection.trust, &self.trust.load()) {
+            *connection = self.dial.dialed(connection.which + 1);
+        }
+        connection.clone()
+    }
+
     /// Connects anew next time, unless somebody has done so already. Requests that wait on the connection are left to it.
     fn leave(&self, which: u64) {
-        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        if client.0 == which {
-            *client = (which + 1, self.dial.client());
+        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        if connection.which == which {
+            *connection = self.dial.dialed(which + 1);
         }
     }
 

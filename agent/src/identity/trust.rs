@@ -6,6 +6,7 @@
 
 pub mod files;
 mod known;
+pub mod refusal;
 mod revocation;
 mod voucher;
 

@@ -14,7 +14,7 @@ use std::{
 
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::UnixTime;
-use tokio::{net::UnixStream, sync::watch};
+use tokio::{net::UnixStream, sync::watch, time::timeout};
 use tonic::{
     Code, Request, Status,
     metadata::MetadataValue,
@@ -32,6 +32,11 @@ use crate::words::with_causes;
 use update::Update;
 
 const CONNECT: Duration = Duration::from_secs(5);
+/// For the first word of a stream. SPIRE may ask a kubelet for half a minute which pod it is talking to.
+const PATIENCE: Duration = Duration::from_secs(45);
+/// A server that was stopped in the middle of a stream is noticed after this and `CONNECT`. SPIRE's hangs up on whoever pings more often than
+/// every five minutes, as all of Go's library do that are not told otherwise, or without a call.
+const KEEPALIVE: Duration = Duration::from_secs(360);
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(15);
 /// A thousand identities with their chains, and as many roots.
@@ -45,6 +50,8 @@ pub struct WorkloadApi {
     trust: TrustStore,
     told: Arc<Mutex<Told>>,
     changes: Arc<watch::Sender<u64>>,
+    patience: Duration,
+    keepalive: Duration,
 }
 
 /// What was told last.
@@ -63,6 +70,8 @@ impl WorkloadApi {
             trust,
             told: Arc::default(),
             changes: Arc::new(watch::Sender::new(0)),
+            patience: PATIENCE,
+            keepalive: KEEPALIVE,
         }
     }
 
@@ -116,13 +125,22 @@ impl WorkloadApi {
             async move { UnixStream::connect(path).await.map(TokioIo::new) }
         });
         // The address means nothing: it is what the library sends as the authority.
-        let endpoint = Endpoint::from_static("http://localhost").connect_timeout(CONNECT);
+        let endpoint = Endpoint::from_static("http://localhost")
+            .connect_timeout(CONNECT)
+            .http2_keep_alive_interval(self.keepalive)
+            .keep_alive_timeout(CONNECT);
         let channel = endpoint.connect_with_connector(connector).await.map_err(|error| with_causes(&error))?;
         let mut client = Client::new(channel).max_decoding_message_size(LONGEST_MESSAGE);
         let mut request = Request::new(X509SvidRequest {});
         request.metadata_mut().insert(SECURITY_HEADER.0, MetadataValue::from_static(SECURITY_HEADER.1));
-        let mut stream = client.fetch_x509_svid(request).await.map_err(|status| explain(&status))?.into_inner();
-        while let Some(message) = stream.message().await.map_err(|status| explain(&status))? {
+        let began = async {
+            let mut stream = client.fetch_x509_svid(request).await?.into_inner();
+            Ok((stream.message().await?, stream))
+        };
+        let began = timeout(self.patience, began).await;
+        let began = began.map_err(|_| format!("it says nothing within {}", humantime(self.patience)))?;
+        let (mut next, mut stream) = began.map_err(|status: Status| explain(&status))?;
+        while let Some(message) = next {
             let update = Update::read(message, own).map_err(|what| format!("what it told was refused: {what}"))?;
             for refused in &update.refused {
                 tracing::warn!(socket = %self.name, "one certificate of the Workload API is not used: {refused}");
@@ -131,6 +149,7 @@ impl WorkloadApi {
             *wait = FIRST_RETRY;
             *self.told() = Told { update: Some(update), problem: None };
             self.changes.send_modify(|count| *count += 1);
+            next = stream.message().await.map_err(|status| explain(&status))?;
         }
         Ok(())
     }
@@ -192,5 +211,55 @@ fn explain(status: &Status) -> String {
             )
         }
         _ => with_causes(status),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{io::AsyncReadExt as _, net::UnixListener};
+
+    use super::*;
+    use crate::identity::Trust;
+
+    /// What is said of a server that takes connections and bytes, and never says a word.
+    async fn said_of_silence(patience: Duration, keepalive: Duration) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("agent.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let silent = async {
+            let mut taken = Vec::new();
+            while let Ok((mut stream, _)) = listener.accept().await {
+                taken.push(tokio::spawn(async move {
+                    while stream.read(&mut [0; 512]).await.is_ok_and(|count| count > 0) {}
+                }));
+            }
+        };
+        let own = TrustDomain::default();
+        let trust = TrustStore::new(Trust::new(&own, Arc::new(rustls::RootCertStore::empty())));
+        let api = WorkloadApi { patience, keepalive, ..WorkloadApi::new(&socket, trust) };
+        let (_stop, stopped) = watch::channel(false);
+        let told = async {
+            while api.problem().is_none() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::select! {
+            () = silent => {}
+            () = api.clone().run(own, stopped) => {}
+            told = timeout(Duration::from_secs(20), told) => told.unwrap(),
+        }
+        let id = SpiffeId::new(&TrustDomain::default(), "shop", "web").unwrap();
+        let error = api.find(&id).unwrap_err().to_string();
+        let problem = api.problem().unwrap();
+        assert!(error.contains(&problem), "{error}");
+        problem
+    }
+
+    #[tokio::test]
+    async fn a_workload_api_that_takes_a_call_and_says_nothing_is_told_of() {
+        let said = said_of_silence(Duration::from_millis(100), KEEPALIVE).await;
+        assert_eq!(said, "it says nothing within 100ms");
+        let said = said_of_silence(PATIENCE, Duration::from_millis(100)).await;
+        assert!(said.contains("keep-alive") || said.contains("keepalive"), "{said}");
     }
 }

@@ -15,7 +15,10 @@ use rustls::{
 };
 
 use super::config::{Learned, provider};
-use crate::identity::{SpiffeId, SvidFault, Trust, TrustDomains, svid_identity, trust::Role};
+use crate::identity::{
+    SpiffeId, SvidFault, Trust, TrustDomains, svid_identity,
+    trust::{Role, refusal},
+};
 
 pub use explain::{PeerFailure, Reason, explain};
 
@@ -184,35 +187,25 @@ fn verified(
     Ok(claimed)
 }
 
-/// The common cases become the errors for which TLS has an alert of its own, so that the other end learns them too.
+/// What TLS has no alert of its own for is told in words here.
 fn chain_error(error: webpki::Error) -> Error {
     use webpki::Error as E;
-    let certificate_error = match error {
-        E::CertExpired { time, not_after } => CertificateError::ExpiredContext { time, not_after },
-        E::CertNotValidYet { time, not_before } => CertificateError::NotValidYetContext { time, not_before },
-        // A signature that does not fit is a CA with the name of one of ours and another key: Istio's CAs are all
-        // called alike, so this is the usual face of an unknown CA.
-        E::UnknownIssuer | E::InvalidSignatureForPublicKey => CertificateError::UnknownIssuer,
-        E::BadDer | E::BadDerTime | E::TrailingData(_) => CertificateError::BadEncoding,
-        E::CertRevoked => CertificateError::Revoked,
-        E::EndEntityUsedAsCa => {
-            let signer = "what signed it is not a CA but a workload's certificate";
-            return PeerError::NotAnSvid(SvidFault::Other(signer.to_owned())).into();
-        }
-        E::CaUsedAsEndEntity => return PeerError::NotAnSvid(SvidFault::IsCa).into(),
+    let error = match refusal::with_alert(error) {
+        Ok(certificate) => return Error::InvalidCertificate(certificate),
+        Err(other) => other,
+    };
+    let fault = match error {
+        E::CaUsedAsEndEntity => SvidFault::IsCa,
+        E::EndEntityUsedAsCa => SvidFault::Other("what signed it is not a CA but a workload's certificate".to_owned()),
         E::RequiredEkuNotFoundContext(_) => {
-            return PeerError::NotAnSvid(SvidFault::Other(
-                "its key is not for this end of a TLS connection".to_owned(),
-            ))
-            .into();
+            SvidFault::Other("its key is not for this end of a TLS connection".to_owned())
         }
         E::NameConstraintViolation => {
-            let signer = "what signed it is of another trust domain, or may not sign for this name";
-            return PeerError::NotAnSvid(SvidFault::Other(signer.to_owned())).into();
+            SvidFault::Other("what signed it is of another trust domain, or may not sign for this name".to_owned())
         }
-        other => return PeerError::NotAnSvid(SvidFault::Other(format!("it does not verify: {other}"))).into(),
+        other => SvidFault::Other(format!("it does not verify: {other}")),
     };
-    Error::InvalidCertificate(certificate_error)
+    PeerError::NotAnSvid(fault).into()
 }
 
 fn one_of(ids: &[SpiffeId]) -> String {

@@ -16,7 +16,7 @@ use tonic::Code;
 use crate::{bed::*, fake_cluster::FakeCluster};
 
 pub const AGENT_A: &str = "pod:marline-system/marline-agent/agent-a";
-const AGENT_B: &str = "pod:marline-system/marline-agent/agent-b";
+pub const AGENT_B: &str = "pod:marline-system/marline-agent/agent-b";
 const MAPS: &str = "/api/v1/namespaces/marline-system/configmaps";
 const SECRETS: &str = "/api/v1/namespaces/marline-system/secrets";
 const SECRET: &str = "/api/v1/namespaces/marline-system/secrets/marline-ca";

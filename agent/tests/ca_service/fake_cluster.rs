@@ -21,7 +21,15 @@ use crate::{bed::Bed, kubernetes::TlsListener};
 type Said = (StatusCode, [(&'static str, &'static str); 1], String);
 
 /// Method and the beginning of a path.
-type Asked = (Method, &'static str);
+pub type Asked = (Method, &'static str);
+
+/// What was to be deleted, by which preconditions, and whether they were met.
+#[derive(Clone)]
+pub struct Deletion {
+    pub path: String,
+    pub conditions: Vec<String>,
+    pub done: bool,
+}
 
 #[derive(Default)]
 struct Inner {
@@ -31,7 +39,10 @@ struct Inner {
     /// So many requests are answered together, once.
     gather: Option<(Asked, usize)>,
     gathered: usize,
+    /// Answered when nobody holds it any more.
+    held: Option<Asked>,
     asked: Vec<String>,
+    deletions: Vec<Deletion>,
     /// API servers before 1.30 do not name the node.
     names_pods_alone: bool,
     /// Pods that its cache does not know yet.
@@ -91,10 +102,9 @@ impl FakeCluster {
         inner.version += 1;
         let version = inner.version.to_string();
         let path = format!("/api/v1/namespaces/marline-system/{kind}/{name}");
-        let object = inner
-            .objects
-            .entry(path)
-            .or_insert_with(|| json!({"metadata": {"name": name, "namespace": "marline-system"}}));
+        let object = inner.objects.entry(path).or_insert_with(
+            || json!({"metadata": {"name": name, "namespace": "marline-system", "uid": format!("uid-{version}")}}),
+        );
         change(object);
         object["metadata"]["resourceVersion"] = json!(version);
     }
@@ -141,6 +151,16 @@ impl FakeCluster {
         self.lock().asked.clone()
     }
 
+    /// Requests like this are answered when this is called again with None.
+    pub fn holds(&self, asked: Option<Asked>) {
+        self.lock().held = asked;
+        self.news.send_modify(|news| *news += 1);
+    }
+
+    pub fn deletions(&self) -> Vec<Deletion> {
+        self.lock().deletions.clone()
+    }
+
     pub fn asked(&self, begins: &str) -> usize {
         self.lock().asked.iter().filter(|asked| asked.starts_with(begins)).count()
     }
@@ -162,6 +182,7 @@ async fn answer(State(cluster): State<Arc<FakeCluster>>, method: Method, uri: Ur
         cluster.news.send_modify(|news| *news += 1);
         news.wait_for(|_| cluster.lock().gathered >= count).await.unwrap();
     }
+    news.wait_for(|_| !cluster.lock().held.as_ref().is_some_and(fits)).await.unwrap();
     let mut inner = cluster.lock();
     let failing = inner.fails.iter().find(|(asked, status)| fits(asked) && **status != 0).map(|(_, status)| *status);
     if let Some(status) = failing {
@@ -173,6 +194,9 @@ async fn answer(State(cluster): State<Arc<FakeCluster>>, method: Method, uri: Ur
     }
     if method == Method::GET && path.ends_with("/pods") {
         return listed(&inner, &path, uri.query().unwrap_or_default());
+    }
+    if method == Method::GET && path.ends_with("/configmaps") {
+        return labelled(&inner, &path, uri.query().unwrap_or_default());
     }
     let version = inner.version + 1;
     let object = |body: Value| {
@@ -191,7 +215,8 @@ async fn answer(State(cluster): State<Arc<FakeCluster>>, method: Method, uri: Ur
             if inner.objects.contains_key(&path) {
                 return refused(409, "already exists");
             }
-            let new = object(body);
+            let mut new = object(body);
+            new["metadata"]["uid"] = json!(format!("uid-{version}"));
             inner.version = version;
             inner.objects.insert(path, new.clone());
             said(201, new)
@@ -205,6 +230,18 @@ async fn answer(State(cluster): State<Arc<FakeCluster>>, method: Method, uri: Ur
             inner.version = version;
             inner.objects.insert(path, new.clone());
             said(200, new)
+        }
+        Method::DELETE => {
+            let Some(known) = inner.objects.get(&path) else { return refused(404, "not found") };
+            let conditions = body["preconditions"].as_object().unwrap();
+            let done = conditions.iter().all(|(field, value)| known["metadata"][field] == *value);
+            let conditions = conditions.keys().cloned().collect();
+            inner.deletions.push(Deletion { path: path.clone(), conditions, done });
+            if !done {
+                return refused(409, "the object has been modified");
+            }
+            inner.objects.remove(&path);
+            said(200, json!({"apiVersion": "v1", "kind": "Status", "metadata": {}, "status": "Success"}))
         }
         _ => refused(405, "no such method"),
     }
@@ -238,12 +275,28 @@ fn reviewed(inner: &Inner, body: &Value) -> Said {
     )
 }
 
+fn pairs(query: &str) -> HashMap<String, String> {
+    let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
+    pairs.map(|(key, value)| (key.to_owned(), percent(value))).collect()
+}
+
+/// By one label, in pages: where the next one begins is the path of its first object.
+fn labelled(inner: &Inner, path: &str, query: &str) -> Said {
+    let query = pairs(query);
+    let (label, value) = query["labelSelector"].split_once('=').unwrap();
+    let first = query.get("continue").cloned().unwrap_or_default();
+    let fits = |(at, object): &(&String, &Value)| {
+        at.starts_with(&format!("{path}/")) && **at >= first && object["metadata"]["labels"][label] == value
+    };
+    let mut found = inner.objects.iter().filter(fits);
+    let page: Vec<&Value> = found.by_ref().take(query["limit"].parse().unwrap()).map(|(_, object)| object).collect();
+    let next = found.next().map(|(at, _)| at.as_str()).unwrap_or_default();
+    let metadata = json!({"resourceVersion": "1", "continue": next});
+    said(200, json!({"apiVersion": "v1", "kind": "ConfigMapList", "metadata": metadata, "items": page}))
+}
+
 fn listed(inner: &Inner, path: &str, query: &str) -> Said {
-    let query: HashMap<String, String> = query
-        .split('&')
-        .filter_map(|pair| pair.split_once('='))
-        .map(|(key, value)| (key.to_owned(), percent(value)))
-        .collect();
+    let query = pairs(query);
     let cached = query.get("resourceVersion").is_some_and(|version| version == "0");
     let fits = |pod: &Value| {
         query["fieldSelector"].split(',').all(|term| match term.split_once("!=") {

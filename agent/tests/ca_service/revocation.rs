@@ -86,6 +86,35 @@ async fn a_node_that_is_let_in_again_gets_new_certificates_and_the_old_ones_stay
 }
 
 #[tokio::test]
+async fn what_has_expired_goes_from_the_list_and_what_is_not_known_to_have_stays() {
+    let bed = Bed::start("").await;
+    let (web, db) = (bed.ask(TOKEN_A, WEB).await.unwrap(), bed.ask(TOKEN_A, DB).await.unwrap());
+    revoked(&bed, "node-a");
+    assert_eq!(list(&bed).1, [serial(&web), serial(&db)].into());
+    // The ledger says that one had expired before it was listed, and of the other nothing any more.
+    let mut lines = bed.ledger();
+    lines.retain(|line| line["serial"] != serial(&db));
+    lines
+        .iter_mut()
+        .filter(|line| line["serial"] == serial(&web))
+        .for_each(|line| line["not_after"] = "2026-01-01T00:00:00Z".into());
+    bed.write("state/ledger.jsonl", &lines.iter().map(|line| format!("{line}\n")).collect::<String>());
+    let api = bed.ask(TOKEN_B, API).await.unwrap();
+    let outcome = revoked(&bed, "node-b");
+    assert_eq!(outcome.list.unwrap().1, 1);
+    assert_eq!(list(&bed).1, [serial(&db), serial(&api)].into());
+    // What another key has signed is not the certificate that is listed.
+    let mut lines = bed.ledger();
+    let line = lines.iter_mut().find(|line| line["serial"] == serial(&api)).unwrap();
+    (line["not_after"], line["signer"]) = ("2026-01-01T00:00:00Z".into(), "00".into());
+    bed.write("state/ledger.jsonl", &lines.iter().map(|line| format!("{line}\n")).collect::<String>());
+    revoke::undo(&bed.kept(), "node-b").unwrap();
+    let next = bed.ask(TOKEN_B, API).await.unwrap();
+    revoked(&bed, "node-b");
+    assert_eq!(list(&bed).1, [serial(&db), serial(&api), serial(&next)].into());
+}
+
+#[tokio::test]
 async fn a_node_can_be_shut_out_while_no_service_runs() {
     let mut bed = Bed::start("").await;
     let chain = bed.ask(TOKEN_A, WEB).await.unwrap();

@@ -9,6 +9,12 @@ async fn the_cas_roles_grant_what_it_asks_for_and_nothing_else() {
     api.pod("marline-system", "agent-a", "marline-agent", "node-a");
     api.pod("shop", "web-1", "web", "node-a");
     let mut bed = api.service();
+    // Something is over, and is deleted.
+    let gone = "marline-ca.gone";
+    api.write("configmaps", gone, |object| {
+        object["metadata"]["labels"] = serde_json::json!({"marline.io/ca-ledger": "true"});
+        object["data"] = serde_json::json!({"ledger.json": "{\"node\": \"gone\"}"});
+    });
     bed.run().await;
     bed.write("ca/root-cert.pem", &api.root());
     let agent = "pod:marline-system/marline-agent/agent-a";
@@ -18,6 +24,7 @@ async fn the_cas_roles_grant_what_it_asks_for_and_nothing_else() {
     let (code, text) = tokio::task::block_in_place(|| cluster::revoke(&bed, &["--node", "node-a"]));
     assert_eq!(code, 0, "{text}");
     assert!(bed.ask(agent, WEB).await.is_err(), "shut out");
+    until("the end of what is over", async || api.object("configmaps", gone).is_none()).await;
     let granted = rights::granted("marline-ca");
     let mut used = rights::Rights::new();
     for asked in api.all_asked() {

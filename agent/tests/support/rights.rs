@@ -61,6 +61,7 @@ pub fn taken(method: &str, path: &str, query: &str) -> (String, Option<String>) 
         ("GET", Some(_)) => "get",
         ("POST", None) => "create",
         ("PUT", Some(_)) => "update",
+        ("DELETE", Some(_)) => "delete",
         _ => panic!("{method} {path} is not known here"),
     };
     (format!("{group}/{resource} {verb}"), name)

@@ -9,7 +9,7 @@ use aws_lc_rs::{
 };
 
 use super::{Authenticate, Authenticated, Caller, CallerKind, Token};
-use crate::{ca::refusal::Refusal, config::TokenEntry};
+use crate::{ca::refusal::Refusal, config::TokenEntry, identity::hex};
 
 /// What all that are made here begin with.
 pub const PREFIX: &str = "marline-";
@@ -24,8 +24,8 @@ pub struct Tokens {
 /// A new token and its hash, both as text.
 pub fn generate() -> (String, String) {
     let bytes: [u8; 32] = rand::random();
-    let token = format!("{PREFIX}{}", hex(&bytes));
-    let hash = hex(digest(&SHA256, token.as_bytes()).as_ref());
+    let token = format!("{PREFIX}{}", hex::lower(&bytes));
+    let hash = hex::lower(digest(&SHA256, token.as_bytes()).as_ref());
     (token, hash)
 }
 
@@ -75,10 +75,6 @@ impl Authenticate for Tokens {
     fn authenticate<'a>(&'a self, token: &'a Token, peer: IpAddr) -> Authenticated<'a> {
         Box::pin(std::future::ready(self.check(token, peer, SystemTime::now())))
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

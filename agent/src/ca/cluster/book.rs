@@ -21,9 +21,12 @@ use tokio::{
 };
 
 use super::{Cluster, Fault, TRIES, authority::object, get, put};
-use crate::ca::{
-    ledger::{NotNoted, REFUSALS_AT_ONCE, REFUSALS_PER_MINUTE, entry::Entry},
-    limits::Limiter,
+use crate::{
+    ca::{
+        ledger::{NotNoted, REFUSALS_AT_ONCE, REFUSALS_PER_MINUTE, entry::Entry},
+        limits::Limiter,
+    },
+    identity::hex,
 };
 
 pub const LABEL: &str = "marline.io/ca-ledger";
@@ -41,6 +44,8 @@ const OF_PODS: usize = OF_ONE_NODE / 2;
 const WRITE: Duration = Duration::from_secs(25);
 /// The clocks of services, and of whoever believes a certificate, differ.
 const SKEW: Duration = Duration::from_secs(600);
+/// After it what a ledger lists has expired whatever somebody's clock says.
+const SPENT: Duration = Duration::from_secs(86_400);
 /// As much of a signing key's fingerprint tells it from all others.
 const SIGNER: usize = 16;
 
@@ -180,6 +185,12 @@ pub(super) async fn change<T>(
     Err(Fault::Conflict)
 }
 
+/// The ledger that an object is, if it can be read and has that ledger's name.
+pub(super) fn of(object: &ConfigMap) -> Option<Book> {
+    let book: Book = serde_json::from_str(object.data.as_ref()?.get(DATA)?).ok()?;
+    (object.metadata.name.as_ref()? == &name_of(&book.node)).then_some(book)
+}
+
 fn read(object: &ConfigMap, name: &str, node: &str) -> Result<Book, Fault> {
     let Some(text) = object.data.as_ref().and_then(|data| data.get(DATA)) else {
         // One that was there without it is nobody's work of ours.
@@ -215,8 +226,7 @@ impl Book {
         let (Some(identity), Some(serial), Some(signer)) = (&entry.identity, &entry.serial, &entry.signer) else {
             return Err(NotNoted::Failed);
         };
-        let end = entry.not_after.as_deref().and_then(|text| humantime::parse_rfc3339(text).ok());
-        let end = end.ok_or(NotNoted::Failed)?;
+        let end = entry.expires().ok_or(NotNoted::Failed)?;
         let (keep, most) = if entry.by_agent { (0, OF_ONE_IDENTITY) } else { (OF_PODS, ASKED_BY_PODS) };
         let of_it = self.certificates.get(identity).map_or(0, Vec::len);
         if *left <= keep || of_it >= most {
@@ -237,6 +247,12 @@ impl Book {
         self.certificates.retain(|_, certificates| !certificates.is_empty());
     }
 
+    /// Whether nothing would be forgotten with it: neither that its node is shut out, nor a certificate that could count.
+    pub(super) fn is_spent(&self, now: SystemTime) -> bool {
+        let then = seconds(now.checked_sub(SPENT).unwrap_or(UNIX_EPOCH));
+        self.shut_out.is_none() && self.certificates.values().flatten().all(|certificate| certificate.1 <= then)
+    }
+
     pub fn is_signed_by(certificate: &Certificate, fingerprint: &str) -> bool {
         certificate.2.len() == SIGNER && fingerprint.starts_with(&certificate.2)
     }
@@ -251,8 +267,7 @@ fn name_of(node: &str) -> String {
     if fits && bytes.iter().copied().all(known) && ends(bytes.first()) && ends(bytes.last()) && !node.contains("..") {
         return format!("{PREFIX}{node}");
     }
-    let hash: String = digest(&SHA256, bytes).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("{PREFIX}sha256-{hash}")
+    format!("{PREFIX}sha256-{}", hex::lower(digest(&SHA256, bytes).as_ref()))
 }
 
 fn seconds(time: SystemTime) -> u64 {

@@ -1,7 +1,10 @@
 //! Shuts a node of a cluster out: first its ledger says so, and from there on no service hands it a certificate; then those in the ledger
 //! go on the revocation list, which is in the ConfigMap with the roots. Any number of services may run meanwhile.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use super::{
     Cluster, Fault, TRIES,
@@ -14,6 +17,8 @@ use crate::{
     identity::{Ca, IdentityError},
 };
 
+/// Beside the lists: the second in which each certificate on ours expires, by its serial number.
+const EXPIRIES: &str = "ca-crl-expiries.json";
 /// The last second that a date can be written of.
 const YEAR_9999: u64 = 253_402_300_799;
 
@@ -38,11 +43,10 @@ pub async fn revoke(cluster: &Cluster, node: &str) -> Result<Outcome, CaError> {
     let signer = ca.key_fingerprint();
     let (ours, others): (Vec<_>, Vec<_>) =
         certificates.into_iter().partition(|certificate| Book::is_signed_by(certificate, &signer));
-    let serials: Vec<String> = ours.into_iter().map(|certificate| certificate.0).collect();
-    let list = if serials.is_empty() { None } else { listed(cluster, &ca, &serials).await? };
+    let list = if ours.is_empty() { None } else { listed(cluster, &ca, &ours).await? };
     let last = others.iter().map(|certificate| certificate.1).max();
     // A ledger that somebody has written over may name any second; one that has no date is not told.
-    let until = last.filter(|end| *end < YEAR_9999).map(|end| UNIX_EPOCH + Duration::from_secs(end));
+    let until = last.filter(|end| *end < YEAR_9999).and_then(at);
     Ok(Outcome {
         changed,
         known,
@@ -63,22 +67,31 @@ pub async fn undo(cluster: &Cluster, node: &str) -> Result<bool, CaError> {
     changed.await.map_err(|fault| failed(format!("the ledger of node {node}"), fault))
 }
 
-/// Puts certificates on the list, on top of whatever is there by then.
-async fn listed(cluster: &Cluster, ca: &Ca, serials: &[String]) -> Result<Option<(u64, usize)>, CaError> {
+/// Puts certificates on the list, on top of whatever is there by then and has not expired.
+async fn listed(cluster: &Cluster, ca: &Ca, certificates: &[Certificate]) -> Result<Option<(u64, usize)>, CaError> {
     let name = &cluster.names.root_config_map;
     let wrong = |fault| failed(format!("ConfigMap {name}"), fault);
+    let serials: Vec<String> = certificates.iter().map(|certificate| certificate.0.clone()).collect();
     for _ in 0..TRIES {
         let mut found = get(&cluster.config_maps, name).await.map_err(wrong)?.unwrap_or_else(|| object(name));
         let data = found.data.get_or_insert_default();
         let lists = data.get(LISTS).map(String::as_bytes).unwrap_or_default();
-        let revoked = ca.revoke(lists, serials).map_err(|what| {
+        // Without it entries stay, and that is all.
+        let ends = data.get(EXPIRIES).and_then(|text| serde_json::from_str(text).ok());
+        let mut ends: BTreeMap<String, u64> = ends.unwrap_or_default();
+        ends.extend(certificates.iter().map(|certificate| (certificate.0.clone(), certificate.1)));
+        let expiry = |(serial, end): (&String, &u64)| Some((serial.clone(), at(*end)?));
+        let revoked = ca.revoke(lists, &serials, &ends.iter().filter_map(expiry).collect()).map_err(|what| {
             let path = std::path::Path::new("ConfigMap").join(name).join(LISTS);
             CaError::Identity(IdentityError::File { path, what })
         })?;
         if revoked.added == 0 {
             return Ok(None);
         }
+        ends.retain(|serial, _| revoked.serials.contains(serial));
+        let ends = serde_json::to_string(&ends).map_err(|error| wrong(Fault::Other(error.to_string())))?;
         data.insert(LISTS.to_owned(), revoked.pem);
+        data.insert(EXPIRIES.to_owned(), ends);
         match put(&cluster.config_maps, name, &found).await {
             Ok(()) => return Ok(Some((revoked.number, revoked.added))),
             Err(Fault::Conflict) => {}
@@ -86,6 +99,10 @@ async fn listed(cluster: &Cluster, ca: &Ca, serials: &[String]) -> Result<Option
         }
     }
     Err(wrong(Fault::Conflict))
+}
+
+fn at(second: u64) -> Option<SystemTime> {
+    UNIX_EPOCH.checked_add(Duration::from_secs(second))
 }
 
 fn failed(what: String, fault: Fault) -> CaError {

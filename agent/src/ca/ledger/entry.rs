@@ -55,10 +55,14 @@ impl Entry {
         (self.serial, self.not_after, self.signer) = (None, None, None);
     }
 
+    /// When the certificate expires, if that can be read.
+    pub fn expires(&self) -> Option<SystemTime> {
+        self.not_after.as_deref().and_then(|text| humantime::parse_rfc3339(text).ok())
+    }
+
     /// Whether the certificate has not expired. What cannot be read has not.
     pub fn counts_at(&self, now: SystemTime) -> bool {
-        let end = self.not_after.as_deref().and_then(|text| humantime::parse_rfc3339(text).ok());
-        end.is_none_or(|end| end > now)
+        self.expires().is_none_or(|end| end > now)
     }
 
     pub(super) fn append_to(&self, lines: &mut Vec<u8>) {

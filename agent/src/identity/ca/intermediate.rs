@@ -9,7 +9,7 @@ use super::{
     CA_CERT, CA_KEY, CERT_CHAIN, CLOCK_SKEW, Ca, IdentityError, ROOT_CERT, ROOT_LIFETIME, TrustDomain, file_paths,
     random_serial, uri_san, write_new,
 };
-use crate::identity::manager::pem;
+use crate::identity::{hex, manager::pem};
 
 impl Ca {
     /// Writes an intermediate that this CA signs to `dir`, in Istio's layout, with the roots that are in `own`, this CA's directory. Never
@@ -28,7 +28,7 @@ impl Ca {
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::OrganizationName, trust_domain.as_str());
         // CAs that follow each other shall be told apart by people, too.
-        let number: String = serial.to_bytes().iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+        let number: String = hex::lower(&serial.to_bytes()).chars().take(8).collect();
         params.distinguished_name.push(DnType::CommonName, format!("Marline intermediate {number}"));
         params.serial_number = Some(serial);
         params.subject_alt_names = vec![uri_san(format!("spiffe://{trust_domain}"))?];

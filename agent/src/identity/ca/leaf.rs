@@ -19,7 +19,7 @@ use rustls::{
 use zeroize::Zeroize as _;
 
 use super::{CLOCK_SKEW, Ca, SHORTEST_LEAF, random_serial, uri_san, whole_seconds};
-use crate::identity::{IdentityError, SpiffeId, Svid};
+use crate::identity::{IdentityError, SpiffeId, Svid, hex};
 
 /// A certificate without its key.
 #[derive(Clone, Debug)]
@@ -126,7 +126,7 @@ impl Ca {
         let leaf = params.signed_by(key, &self.issuer)?;
         Ok(Signed {
             chain: std::iter::once(leaf.der().clone()).chain(self.chain.iter().cloned()).collect(),
-            serial: serial.to_bytes().iter().map(|byte| format!("{byte:02X}")).collect(),
+            serial: hex::upper(&serial.to_bytes()),
             not_before,
             not_after,
         })

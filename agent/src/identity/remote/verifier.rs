@@ -3,7 +3,7 @@
 use std::{fmt, sync::Arc};
 
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error, PeerIncompatible, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, OtherError, PeerIncompatible, SignatureScheme,
     client::{
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
         verify_server_name,
@@ -14,7 +14,7 @@ use rustls::{
     version::TLS13,
 };
 
-use crate::identity::{Trust, TrustDomain};
+use crate::identity::{Trust, TrustDomain, trust::refusal};
 
 pub(super) fn config(trust: Arc<Trust>, domain: TrustDomain) -> Result<ClientConfig, Error> {
     let provider = Arc::new(aws_lc_rs::default_provider());
@@ -46,17 +46,8 @@ impl ServerCertVerifier for CaServer {
         let usage = webpki::KeyUsage::server_auth();
         let verified = self.trust.verify(&self.domain, end_entity, intermediates, now, usage);
         verified.map_err(|error| {
-            Error::InvalidCertificate(match error {
-                webpki::Error::CertExpired { time, not_after } => CertificateError::ExpiredContext { time, not_after },
-                webpki::Error::CertNotValidYet { time, not_before } => {
-                    CertificateError::NotValidYetContext { time, not_before }
-                }
-                webpki::Error::CertRevoked => CertificateError::Revoked,
-                webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey => {
-                    CertificateError::UnknownIssuer
-                }
-                other => CertificateError::Other(rustls::OtherError(Arc::new(other))),
-            })
+            let other = |error| CertificateError::Other(OtherError(Arc::new(error)));
+            Error::InvalidCertificate(refusal::with_alert(error).unwrap_or_else(other))
         })?;
         verify_server_name(&ParsedCertificate::try_from(end_entity)?, server_name)?;
         Ok(ServerCertVerified::assertion())

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 use super::TrustDomains;
-use crate::identity::TrustDomain;
+use crate::identity::{TrustDomain, hex};
 
 /// A key by its fingerprint. The key itself is not known where a predecessor of this agent has noted the fingerprint alone.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -111,11 +111,11 @@ impl Voucher {
 
     /// How the leaf's serial number is written everywhere.
     pub fn serial(&self) -> String {
-        hex(&self.serial)
+        hex::upper(&self.serial)
     }
 
     pub fn kept(&self) -> KeptVoucher {
-        let link = |(serial, key): (&[u8], &Key)| format!("{}:{}", hex(serial), hex(&key.fingerprint));
+        let link = |(serial, key): (&[u8], &Key)| format!("{}:{}", hex::upper(serial), hex::upper(&key.fingerprint));
         KeptVoucher(self.links().map(link).collect())
     }
 }
@@ -129,8 +129,8 @@ impl KeptVoucher {
     pub fn restore(&self) -> Option<Voucher> {
         let link = |text: &String| {
             let (serial, fingerprint) = text.split_once(':')?;
-            let key = Key { fingerprint: unhex(fingerprint)?.try_into().ok()?, spki: None };
-            Some((unhex(serial)?.into_boxed_slice(), key))
+            let key = Key { fingerprint: hex::parse(fingerprint)?.try_into().ok()?, spki: None };
+            Some((hex::parse(serial)?.into_boxed_slice(), key))
         };
         let mut links = self.0.iter().map(link).collect::<Option<Vec<_>>>()?.into_iter();
         let (serial, leaf) = links.next()?;
@@ -194,15 +194,4 @@ pub(super) fn try_sha256(bytes: &[u8]) -> Option<[u8; 32]> {
 
 pub(super) fn same_key(spki: &SubjectPublicKeyInfoDer<'_>, key: &Key) -> bool {
     sha256(spki) == key.fingerprint
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02X}")).collect()
-}
-
-fn unhex(text: &str) -> Option<Vec<u8>> {
-    if !text.len().is_multiple_of(2) || !text.is_ascii() {
-        return None;
-    }
-    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(text.get(at..at + 2)?, 16).ok()).collect()
 }
