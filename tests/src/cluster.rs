@@ -288,19 +288,10 @@ impl Cluster {
 
     /// Starts a second agent beside that of a node, in a cgroup of its own, to wait for its turn. Put it in its place with `follow`.
     pub fn launch_successor(&self, side: Side) -> Result<Agent> {
-        self.launch_successor_without(side, &[])
-    }
-
-    /// The same in a container that lacks these capabilities.
-    pub fn launch_successor_without(&self, side: Side, missing: &[&str]) -> Result<Agent> {
         let place = self.agent_place(side);
         let next = format!("{}-next", place.cgroup.display());
         let place = Place { cgroup: next.into(), ..place };
-        let mut settings = self.settings(side);
-        if let Some((_, container)) = &mut settings.container {
-            container.capabilities.retain(|name| !missing.contains(&name.as_str()));
-        }
-        Agent::launch_waiting(side, place, &self.config_directory(side), settings)
+        Agent::launch_waiting(side, place, &self.config_directory(side), self.settings(side))
     }
 
     /// A successor, whose predecessor has ended, is the node's agent from here on.

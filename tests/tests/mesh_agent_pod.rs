@@ -9,7 +9,7 @@ use marline_tests::{
     access_log::{Entry, Records},
     capture::LinkCapture,
     cgroup, chart,
-    cluster::{AgentPod, Cluster, ClusterSpec, Family, Pod, Side},
+    cluster::{AgentPod, Cluster, ClusterSpec, Family, Pod, Side, network, remains},
     config::Mode,
     flow::{Route, observe},
     process::{Place, Process},
@@ -153,10 +153,22 @@ fn an_agent_that_waits_disturbs_nobody_and_takes_over_when_its_predecessor_ends(
         let mut given_up = cluster.launch_successor(Side::A)?;
         given_up.wait_log("that it waits", 0, |log| log.contains("waiting for the agent"))?;
         ensure!(given_up.stop()?.success(), "told to stop while it waits, it fails: {}", given_up.log());
-        // One that could not do its work does not wait for it, and its pod is not ready.
-        let mut unable = cluster.launch_successor_without(Side::A, &["SYS_ADMIN"])?;
-        ensure!(!unable.wait_end(seconds(30))?.success(), "without a capability it needs: {}", unable.log());
-        ensure!(unable.log().contains("could not follow the one that has this node"), "{}", unable.log());
+        // One that could not go on with the maps that are there does not wait for them.
+        let maps = remains::pins(&network::node_name(cluster.name(), Side::A)).join("maps");
+        let swap = || {
+            let names = [("PROBES", "kept"), ("REFUSED", "PROBES"), ("kept", "REFUSED")];
+            names.iter().try_for_each(|(from, to)| fs::rename(maps.join(from), maps.join(to)))
+        };
+        swap()?;
+        let mut unable = cluster.launch_successor(Side::A)?;
+        ensure!(!unable.wait_end(seconds(30))?.success(), "it cannot take these maps over: {}", unable.log());
+        let why = "this agent could not follow the one that has this node, which goes on";
+        ensure!(
+            unable.log().contains(why) && unable.log().contains("left by another version of the agent"),
+            "{}",
+            unable.log()
+        );
+        swap()?;
         for side in Side::BOTH {
             let skip = cluster.agent(side)?.log().len();
             let mut successor = cluster.launch_successor(side)?;
