@@ -64,6 +64,8 @@ pub struct Snapshot {
     pub probes: BTreeMap<PathBuf, Arc<[u16]>>,
     /// Some pod of the mesh is here and nobody knows in which namespace: it could be any that an earlier agent has closed.
     pub unplaced: bool,
+    /// Addresses of pods of which no more is known than that they are pods'.
+    pub unheard: HashSet<IpAddr>,
     /// Set by `State`; grows by one with each replacement.
     pub generation: u64,
     workloads: Vec<Arc<Workload>>,
@@ -110,6 +112,7 @@ impl Snapshot {
             closed: Vec::new(),
             probes: BTreeMap::new(),
             unplaced: false,
+            unheard: HashSet::new(),
             generation: 0,
             workloads,
             by_address,
@@ -253,6 +256,7 @@ impl Snapshot {
             && self.closed == other.closed
             && self.probes == other.probes
             && self.unplaced == other.unplaced
+            && self.unheard == other.unheard
             && self.workloads == other.workloads
             && self.services == other.services
             && self.nodes == other.nodes

@@ -61,7 +61,7 @@ impl ResponseFlags {
             "policy" | "revoked" => Self::Unauthorized,
             // Envoy finds no filter chain for it.
             "plaintext_under_strict" | "not_captured" | "no_port" => Self::NoRoute,
-            "no_endpoint" => Self::NoHealthyUpstream,
+            "no_endpoint" | "pod_not_told" => Self::NoHealthyUpstream,
             "max_connections" => Self::UpstreamOverflow,
             "refused" | "unreachable" => Self::UpstreamFailure,
             "client" => Self::DownstreamTermination,
@@ -109,6 +109,7 @@ mod tests {
             (Some("revoked"), false, "UAEX", "UAEX"),
             (Some("plaintext_under_strict"), true, "NR", "NR"),
             (Some("no_endpoint"), true, "UH", "UH"),
+            (Some("pod_not_told"), true, "UH", "UH"),
             (Some("no_port"), true, "NR", "NR"),
             (Some("max_connections"), true, "UO", "UO"),
             (Some("refused"), true, "UF", "UF"),

@@ -1,6 +1,6 @@
 //! Why a captured connection goes no further, in one type for all stages: the label it is counted by and the words it is logged with.
 
-use std::io;
+use std::{io, net::IpAddr};
 
 use super::{authorize::Denied, handshake::HandshakeError, offload::OffloadError};
 use crate::{
@@ -31,6 +31,8 @@ pub enum Refusal {
     NoPort { host: String, port: u16 },
     #[error("the service {host} has no endpoint for port {port}")]
     NoEndpoint { host: String, port: u16 },
+    #[error("a pod is said to be at {0}, and nothing was told of it: whether it is in the mesh is not known")]
+    NotTold(IpAddr),
     #[error("the pod has the {limit} connections to {host} that a DestinationRule allows it")]
     TooMany { host: String, limit: usize },
     #[error("the destination refuses")]
@@ -63,6 +65,7 @@ impl Refusal {
             Self::Offload(_) => "offload",
             Self::NoPort { .. } => "no_port",
             Self::NoEndpoint { .. } => "no_endpoint",
+            Self::NotTold(_) => "pod_not_told",
             Self::TooMany { .. } => "max_connections",
             Self::Refused(_) => "refused",
             Self::Unreachable(_) => "unreachable",

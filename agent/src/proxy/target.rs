@@ -82,6 +82,10 @@ impl Loads {
     /// Where to connect to, the best first.
     pub fn targets(&self, snapshot: &Snapshot, pod: &Pod, to: SocketAddr) -> Result<Vec<Target>, Refusal> {
         let Some(Called { service, port, traffic }) = snapshot.called(snapshot.now(&pod.workload), to) else {
+            // It may be in the mesh: until that is known it gets no plaintext.
+            if snapshot.unheard.contains(&to.ip().to_canonical()) {
+                return Err(Refusal::NotTold(to.ip()));
+            }
             let (workload, traffic, port) = (snapshot.workload(to.ip()).cloned(), Arc::default(), to.port());
             let (service, slot, affinity) = (None, None, None);
             return Ok(vec![Target { address: to, called: to, port, workload, service, traffic, slot, affinity }]);

@@ -30,7 +30,7 @@ fn service(world: &World<'_>, name: &str, spec: Value) {
 fn slice(world: &World<'_>, service: &str, endpoints: &[(&Pod, bool, Option<&str>)]) {
     let endpoint = |(pod, ready, zone): &(&Pod, bool, Option<&str>)| {
         let hints = zone.map(|zone| json!({"forZones": [{"name": zone}]}));
-        json!({"addresses": [pod.v4.to_string()], "nodeName": format!("node-{}", pod.side.letter()), "hints": hints,
+        json!({"addresses": [pod.v4.to_string()], "nodeName": format!("node-{}", pod.side.letter()), "hints": hints, "targetRef": {"kind": "Pod", "name": pod.name},
                "conditions": {"ready": ready, "serving": ready, "terminating": false}})
     };
     world.api.apply(
@@ -169,5 +169,37 @@ fn services_lead_where_kube_proxy_would_send_the_same_connection_and_by_mtls() -
         })?;
         let refused = |entry: &Entry| entry.reason.as_deref() == Some("no_endpoint");
         world.cluster.agent(Side::A)?.wait_entries("no_endpoint", before, 1, refused).map(drop)
+    })
+}
+
+/// Slices and pods are told of apart. Whether a pod of which a slice alone has told is in the mesh is not known, and plaintext to it could be a mistake.
+#[test]
+fn nobody_speaks_to_an_endpoint_whose_pod_was_not_told_of() -> Result<()> {
+    on_kubernetes(|world| {
+        world.cluster.start_agents()?;
+        let client = world.start("foo", "client", Side::A)?;
+        let late = world.sandbox("late", Side::B)?;
+        let _serving = Nginx::start(&late, "from late")?;
+        let [service_address, pod_address] = ["10.96.1.1:80".to_owned(), format!("{}:80", late.v4)];
+        service(world, "web", json!({"clusterIP": "10.96.1.1", "ports": [{"port": 80, "protocol": "TCP"}]}));
+        slice(world, "web", &[(&late, true, None)]);
+        let agent = || world.cluster.agent(Side::A);
+        wait_for("the slice to be heard of", seconds(20), || {
+            let (before, went) = (agent()?.entries()?.len(), who(&client, &pod_address));
+            let Err(refused) = went else { return Ok(Look::NotYet("it answers: nothing was told of it".into())) };
+            let is_so = |entry: &Entry| entry.reason.as_deref() == Some("pod_not_told");
+            agent()?.wait_entries("pod_not_told", before, 1, is_so)?;
+            Ok(Look::Done(refused))
+        })?;
+        let before = agent()?.entries()?.len();
+        let refused = who(&client, &service_address);
+        ensure!(refused.is_err(), "{refused:?}");
+        agent()?.wait_entries("no_endpoint", before, 1, |entry| entry.reason.as_deref() == Some("no_endpoint"))?;
+
+        // Outside of the mesh, and known to be.
+        world.schedule("foo", "late", Side::B, json!({"marline.io/mesh": "disabled"}));
+        world.report("foo", &late)?;
+        leads_to(&client, &service_address, &["late"])?;
+        leads_to(&client, &pod_address, &["late"])
     })
 }

@@ -65,7 +65,8 @@ pub fn compile(model: &mut Model, viewpoint: &Viewpoint, places: &Places) -> (Sn
     let by_address: HashMap<IpAddr, &Arc<Workload>> =
         workloads.iter().flat_map(|(_, _, it)| it.addresses.iter().map(move |address| (*address, it))).collect();
     let here = Here { node: &viewpoint.node, zone: own.get(ZONE) };
-    let services = services::services(model, here, &by_address);
+    let unheard = services::unheard(model, &by_address);
+    let services = services::services(model, here, &by_address, &unheard);
     let nodes = services::nodes(model);
     let virtual_addresses: HashSet<IpAddr> = services.iter().flat_map(|service| service.addresses.clone()).collect();
     let taken = |address: IpAddr| by_address.contains_key(&address) || virtual_addresses.contains(&address);
@@ -124,7 +125,7 @@ pub fn compile(model: &mut Model, viewpoint: &Viewpoint, places: &Places) -> (Sn
     snapshot = snapshot.with_services(services).with_nodes(nodes);
     snapshot.warnings = [facts.errors.clone(), facts.warnings.clone()].concat();
     snapshot.sources = sources(model);
-    (snapshot.closed, snapshot.unplaced) = (closed, unplaced);
+    (snapshot.closed, snapshot.unplaced, snapshot.unheard) = (closed, unplaced, unheard);
     snapshot.probes = probes;
     (snapshot, facts)
 }

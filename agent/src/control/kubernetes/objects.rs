@@ -141,6 +141,8 @@ pub struct Endpoint {
     pub address: IpAddr,
     pub node: Option<Arc<str>>,
     pub condition: Condition,
+    /// Whether it is said to be a pod's.
+    pub of_pod: bool,
     /// For whom it is meant, where that is said.
     pub hints: Option<Box<Hints>>,
 }
@@ -428,7 +430,14 @@ struct WireEndpoint {
     addresses: Vec<String>,
     conditions: Conditions,
     node_name: Option<String>,
+    target_ref: Option<Target>,
     hints: Option<WireHints>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Target {
+    kind: String,
 }
 
 #[derive(Default, Deserialize)]
@@ -481,6 +490,7 @@ impl Trimmed for Slice {
                 address: endpoint.addresses.first().and_then(|text| address(text))?,
                 node: endpoint.node_name.as_deref().map(|name| names.shared(name)),
                 condition: endpoint.conditions.condition()?,
+                of_pod: endpoint.target_ref.as_ref().is_some_and(|target| target.kind == "Pod"),
                 hints: hints.filter(|hints| *hints != Hints::default()).map(Box::new),
             })
         };

@@ -46,6 +46,7 @@ pub(super) fn services(
     model: &Model,
     here: Here<'_>,
     by_address: &HashMap<IpAddr, &Arc<Workload>>,
+    unheard: &HashSet<IpAddr>,
 ) -> Vec<Arc<policy::Service>> {
     let mut slices: HashMap<(&str, &str), Vec<(&Key, &Slice)>> = HashMap::new();
     for (key, slot) in model.slices.iter() {
@@ -58,7 +59,9 @@ pub(super) fn services(
         let mut slices = slices.get(&(&*key.namespace, &*key.name)).cloned().unwrap_or_default();
         slices.sort_unstable_by_key(|(key, _)| *key);
         let led = |port: &ServicePort, reach| {
-            let there = usable(&places(&slices, &port.name, here), reach, here);
+            let mut all = places(&slices, &port.name, here);
+            all.retain(|place| !unheard.contains(&place.address.ip()));
+            let there = usable(&all, reach, here);
             let endpoint = |place: Place<'_>| ServiceEndpoint {
                 address: place.address,
                 workload: by_address.get(&place.address.ip()).map(|workload| Arc::clone(workload)),
@@ -94,6 +97,22 @@ pub(super) fn services(
         })
     };
     all.into_iter().map(|(key, slot)| made(key, &slot.object)).collect()
+}
+
+/// Addresses that slices say are pods', and of whose pods nothing was told: slices and pods are told of apart, and either may come first, or go
+/// first. Nobody knows whether such a pod is in the mesh.
+pub(super) fn unheard(model: &Model, by_address: &HashMap<IpAddr, &Arc<Workload>>) -> HashSet<IpAddr> {
+    let endpoints = model.slices.iter().flat_map(|(_, slot)| &slot.object.endpoints);
+    let of_pods = endpoints.filter(|endpoint| endpoint.of_pod).map(|endpoint| endpoint.address);
+    let mut unheard: HashSet<IpAddr> = of_pods.filter(|address| !by_address.contains_key(address)).collect();
+    if !unheard.is_empty() {
+        // In its node's network a pod is no workload, and known.
+        let known = model.pods.iter().map(|(_, slot)| &slot.object).filter(|pod| pod.host_network && !pod.ended);
+        for address in known.flat_map(|pod| &pod.addresses) {
+            unheard.remove(address);
+        }
+    }
+    unheard
 }
 
 /// The addresses of all nodes, where any service has a port there: those that their pods tell of. Nodes' own objects would have them, too, and

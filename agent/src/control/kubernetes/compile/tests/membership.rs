@@ -85,3 +85,45 @@ fn pods_whose_namespace_goes_first_are_closed_and_nobody_else_is_touched() {
     let (snapshot, facts) = compile(&mut model, &viewpoint(), &places);
     assert_eq!((snapshot.workloads().len(), facts.warnings.len()), (1, 0));
 }
+
+/// Slices are told of apart from pods, too.
+#[test]
+fn an_endpoint_of_a_pod_that_was_not_told_of_is_left_out_until_it_is_and_so_is_one_whose_pod_is_gone() {
+    let of = |address: &str, kind: &str| {
+        let mut endpoint = endpoint(address, true, true, "node-b");
+        endpoint["targetRef"] = json!({"kind": kind, "name": "some"});
+        endpoint
+    };
+    let in_nodes_network = pod("host", |pod| {
+        pod["spec"]["hostNetwork"] = json!(true);
+        pod["spec"]["nodeName"] = json!("node-b");
+        pod["status"] = json!({"phase": "Running", "podIP": "192.0.2.1", "hostIP": "192.0.2.1"});
+    });
+    let nobodys = endpoint("198.51.100.1", true, true, "node-b");
+    let all = json!([of("10.0.0.1", "Pod"), of("192.0.2.1", "Pod"), of("198.51.100.2", "Node"), nobodys]);
+    let mut model = Cluster {
+        namespaces: vec![namespace("foo", true)],
+        pods: vec![in_nodes_network],
+        services: vec![
+            json!({"metadata": {"name": "web", "namespace": "foo", "resourceVersion": "1"}, "spec": spec()}),
+        ],
+        slices: vec![slice("a", all)],
+        ..Cluster::default()
+    }
+    .model();
+    let seen = |model: &mut Model| {
+        let snapshot = compile(model, &viewpoint(), &Places::default()).0;
+        let service = snapshot.service_of_host("web.foo.svc.cluster.local").unwrap();
+        let led: Vec<_> = service.ports[&80].iter().map(|endpoint| endpoint.address.ip().to_string()).collect();
+        (led, snapshot.unheard.iter().map(ToString::to_string).collect::<Vec<_>>())
+    };
+    let rest = ["192.0.2.1", "198.51.100.1", "198.51.100.2"].map(String::from);
+    assert_eq!(seen(&mut model), (rest.to_vec(), vec!["10.0.0.1".to_owned()]));
+
+    let item = Item { version: Some(2), ..trimmed::<Pod>(addressed("web", "10.0.0.1")) };
+    let (key, uid) = (item.key.clone(), item.uid.clone());
+    model.apply(Update::Pods(Change::Apply(item)));
+    assert_eq!(seen(&mut model), ([&["10.0.0.1".to_owned()][..], &rest].concat(), Vec::new()));
+    model.apply(Update::Pods(Change::Delete { key, uid, version: Some(9) }));
+    assert_eq!(seen(&mut model), (rest.to_vec(), vec!["10.0.0.1".to_owned()]));
+}
