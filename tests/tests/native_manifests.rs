@@ -12,7 +12,7 @@ use marline_tests::{chart, process::output, wait::seconds};
 
 /// The oldest that the chart is for, the one that its code knows, and the newest there are schemas of.
 const VERSIONS: [&str; 3] = ["1.30", "1.33", "1.37"];
-const MONITORED: [&str; 2] = ["--api-versions", "monitoring.coreos.com/v1/PodMonitor"];
+const MONITORED: [&str; 2] = ["--api-versions", "monitoring.coreos.com/v1/ServiceMonitor"];
 
 /// A program that the runner has fetched, or the words that there is none.
 fn program(variable: &str, test: &str) -> Option<PathBuf> {
@@ -62,7 +62,7 @@ fn valid(schemas: &PathBuf, what: &str, text: &str) -> Result<()> {
     let said = String::from_utf8_lossy(&judged.stdout).into_owned() + &String::from_utf8_lossy(&judged.stderr);
     let passed = said.matches(" passed for resource ").count();
     // Of the operator's kind there is no schema.
-    let expected = (documents(text) - names(text, "PodMonitor").len()) * VERSIONS.len();
+    let expected = (documents(text) - names(text, "ServiceMonitor").len()) * VERSIONS.len();
     ensure!(judged.status.success() && passed == expected && passed > 0, "{what}: {passed} of {expected}:\n{said}");
     Ok(())
 }
@@ -79,7 +79,7 @@ fn every_object_is_valid_by_kubernetes_own_schemas_whatever_the_chart_is_told() 
     let uninstalling = chart::render(&helm, &["--set=cni.uninstall=true,imagePullSecrets[0].name=pull"])?;
     valid(&schemas, "uninstalling", &uninstalling)?;
     let other = [
-        "--set=keeper.enabled=false,networkPolicy.enabled=false,ca.enabled=false,podMonitor.enabled=false",
+        "--set=keeper.enabled=false,networkPolicy.enabled=false,ca.enabled=false,serviceMonitor.enabled=false",
         "--set=image.repository=registry.example/marline,image.tag=1.2.3,imagePullSecrets[0].name=pull,agent.maxSurge=1",
         "--set-json=agent.config={\"ca\":{\"path\":\"ca\"},\"accessLog\":{\"sample\":0.1}}",
     ];
@@ -100,14 +100,24 @@ fn kinds_that_a_cluster_has_are_left_alone_and_those_that_it_lacks_are_not_used(
     let Some(helm) = program("MARLINE_HELM", test) else { return Ok(()) };
     let bare = chart::render(&helm, &[])?;
     let ours = names(&bare, "CustomResourceDefinition");
-    ensure!(ours.len() == 5 && names(&bare, "PodMonitor").is_empty(), "{ours:?}");
+    ensure!(ours.len() == 5 && names(&bare, "ServiceMonitor").is_empty(), "{ours:?}");
     // An Istio from before v1.
     let old = ["--api-versions", "security.istio.io/v1beta1/PeerAuthentication"];
     let left = names(&chart::render(&helm, &old)?, "CustomResourceDefinition");
     let missing: Vec<_> = ours.iter().filter(|name| !left.contains(name)).collect();
     ensure!(missing == ["peerauthentications.security.istio.io"], "{missing:?}");
-    let monitored = names(&chart::render(&helm, &MONITORED)?, "PodMonitor");
+    let monitored = names(&chart::render(&helm, &MONITORED)?, "ServiceMonitor");
     ensure!(monitored == ["marline", "marline-ca"], "{monitored:?}");
+    // What they select, by the names of its ports.
+    for (service, port) in
+        [("marline-agent", "{name: metrics, port: 15020"), ("marline-ca", "{name: status, port: 15014")]
+    {
+        let is_it = |document: &&str| {
+            document.contains("kind: Service\n") && document.contains(&format!("  name: {service}\n"))
+        };
+        let found = bare.split("\n---\n").find(is_it).with_context(|| format!("no Service {service}"))?;
+        ensure!(found.contains(port), "{found}");
+    }
     Ok(())
 }
 
