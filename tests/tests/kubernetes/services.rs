@@ -36,7 +36,9 @@ fn slice(world: &World<'_>, service: &str, endpoints: &[(&Pod, bool, Option<&str
     world.api.apply(
         SLICES,
         json!({
-            "metadata": {"name": format!("{service}-1"), "namespace": "foo", "labels": {"kubernetes.io/service-name": service}},
+            "metadata": {"name": format!("{service}-1"), "namespace": "foo", "labels": {
+                "kubernetes.io/service-name": service, "endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io",
+            }},
             "addressType": "IPv4", "ports": [{"name": "", "port": 80, "protocol": "TCP"}],
             "endpoints": endpoints.iter().map(endpoint).collect::<Vec<_>>(),
         }),

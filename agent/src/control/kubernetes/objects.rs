@@ -141,7 +141,7 @@ pub struct Endpoint {
     pub address: IpAddr,
     pub node: Option<Arc<str>>,
     pub condition: Condition,
-    /// Whether it is said to be a pod's.
+    /// Whether one of [`OWN_CONTROLLERS`] says that it is a pod's.
     pub of_pod: bool,
     /// For whom it is meant, where that is said.
     pub hints: Option<Box<Hints>>,
@@ -417,6 +417,9 @@ impl Trimmed for Service {
     }
 }
 
+/// Kubernetes' own: of a pod they name the addresses that its status has. Those of others may be in networks of their own.
+const OWN_CONTROLLERS: [&str; 2] = ["endpointslice-controller.k8s.io", "endpointslicemirroring-controller.k8s.io"];
+
 #[derive(Deserialize)]
 pub struct WireSlice {
     metadata: Metadata,
@@ -479,6 +482,8 @@ impl Trimmed for Slice {
         let labels = wire.metadata.labels.take().unwrap_or_default();
         let service = labels.get("kubernetes.io/service-name").map(String::as_str).unwrap_or_default();
         let service = names.shared(service);
+        let managed = labels.get("endpointslice.kubernetes.io/managed-by");
+        let own = managed.is_some_and(|by| OWN_CONTROLLERS.contains(&by.as_str()));
         let endpoint = |endpoint: &WireEndpoint| {
             let mut shared = |all: &Option<Vec<Named>>| {
                 all.iter().flatten().map(|named| names.shared(&named.name)).collect::<Box<[_]>>()
@@ -490,7 +495,7 @@ impl Trimmed for Slice {
                 address: endpoint.addresses.first().and_then(|text| address(text))?,
                 node: endpoint.node_name.as_deref().map(|name| names.shared(name)),
                 condition: endpoint.conditions.condition()?,
-                of_pod: endpoint.target_ref.as_ref().is_some_and(|target| target.kind == "Pod"),
+                of_pod: own && endpoint.target_ref.as_ref().is_some_and(|target| target.kind == "Pod"),
                 hints: hints.filter(|hints| *hints != Hints::default()).map(Box::new),
             })
         };

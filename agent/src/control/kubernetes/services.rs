@@ -99,8 +99,8 @@ pub(super) fn services(
     all.into_iter().map(|(key, slot)| made(key, &slot.object)).collect()
 }
 
-/// Addresses that slices say are pods', and of whose pods nothing was told: slices and pods are told of apart, and either may come first, or go
-/// first. Nobody knows whether such a pod is in the mesh.
+/// Addresses that slices say are pods', and of whose pods nothing was told: slices and pods are told of apart, and either may come or go first.
+/// Nobody knows whether such a pod is in the mesh.
 pub(super) fn unheard(model: &Model, by_address: &HashMap<IpAddr, &Arc<Workload>>) -> HashSet<IpAddr> {
     let endpoints = model.slices.iter().flat_map(|(_, slot)| &slot.object.endpoints);
     let of_pods = endpoints.filter(|endpoint| endpoint.of_pod).map(|endpoint| endpoint.address);

@@ -100,14 +100,25 @@ fn an_endpoint_of_a_pod_that_was_not_told_of_is_left_out_until_it_is_and_so_is_o
         pod["status"] = json!({"phase": "Running", "podIP": "192.0.2.1", "hostIP": "192.0.2.1"});
     });
     let nobodys = endpoint("198.51.100.1", true, true, "node-b");
+    let managed = |name: &str, by: &str, endpoints: Json| {
+        let mut slice = slice(name, endpoints);
+        slice["metadata"]["labels"]["endpointslice.kubernetes.io/managed-by"] = json!(by);
+        slice
+    };
     let all = json!([of("10.0.0.1", "Pod"), of("192.0.2.1", "Pod"), of("198.51.100.2", "Node"), nobodys]);
+    // It may mean an address of the pod in a network of its own.
+    let others = json!([of("198.51.100.3", "Pod")]);
     let mut model = Cluster {
         namespaces: vec![namespace("foo", true)],
         pods: vec![in_nodes_network],
         services: vec![
             json!({"metadata": {"name": "web", "namespace": "foo", "resourceVersion": "1"}, "spec": spec()}),
         ],
-        slices: vec![slice("a", all)],
+        slices: vec![
+            managed("a", "endpointslice-controller.k8s.io", all),
+            managed("b", "another.example", others.clone()),
+            slice("c", others),
+        ],
         ..Cluster::default()
     }
     .model();
@@ -117,7 +128,7 @@ fn an_endpoint_of_a_pod_that_was_not_told_of_is_left_out_until_it_is_and_so_is_o
         let led: Vec<_> = service.ports[&80].iter().map(|endpoint| endpoint.address.ip().to_string()).collect();
         (led, snapshot.unheard.iter().map(ToString::to_string).collect::<Vec<_>>())
     };
-    let rest = ["192.0.2.1", "198.51.100.1", "198.51.100.2"].map(String::from);
+    let rest = ["192.0.2.1", "198.51.100.1", "198.51.100.2", "198.51.100.3"].map(String::from);
     assert_eq!(seen(&mut model), (rest.to_vec(), vec!["10.0.0.1".to_owned()]));
 
     let item = Item { version: Some(2), ..trimmed::<Pod>(addressed("web", "10.0.0.1")) };
