@@ -23,6 +23,8 @@ struct Left {
     path: PathBuf,
     /// Another namespace is served, or was, at its path.
     replaced: bool,
+    /// Why it could not be let go when that was tried last, which is said once.
+    trouble: Option<String>,
 }
 
 /// What is to be done about one.
@@ -51,14 +53,14 @@ impl Left {
 impl Closed {
     /// It is not served any more.
     pub fn keep(&self, cookie: NetnsCookie, path: PathBuf) {
-        lock(&self.0).insert(cookie, Left { path, replaced: false });
+        lock(&self.0).insert(cookie, Left { path, replaced: false, trouble: None });
     }
 
     /// A namespace is served at a path from here on, instead of `before` and of what else was there.
     pub fn replace(&self, path: &Path, cookie: NetnsCookie, before: Option<NetnsCookie>) {
         let mut all = lock(&self.0);
         if let Some(before) = before {
-            all.insert(before, Left { path: path.to_path_buf(), replaced: true });
+            all.insert(before, Left { path: path.to_path_buf(), replaced: true, trouble: None });
         }
         all.remove(&cookie);
         for left in all.values_mut().filter(|left| left.path == path) {
@@ -73,6 +75,13 @@ impl Closed {
     fn done(&self, cookie: NetnsCookie) {
         lock(&self.0).remove(&cookie);
     }
+
+    /// True if it is news.
+    fn failed(&self, cookie: NetnsCookie, why: &str) -> bool {
+        let mut all = lock(&self.0);
+        let Some(left) = all.get_mut(&cookie) else { return false };
+        left.trouble.replace(why.to_owned()).is_none_or(|before| before != why)
+    }
 }
 
 /// Lets go of those that need not be closed any more.
@@ -81,57 +90,54 @@ pub(super) fn let_go(ctx: &Context) {
     for (cookie, left) in ctx.closed.all() {
         let done = match left.due(&snapshot) {
             // Two paths may lead to one namespace.
-            _ if lock(&ctx.served).contains_key(&cookie) => true,
-            Due::Nothing => false,
+            _ if lock(&ctx.served).contains_key(&cookie) => Ok(true),
+            Due::Nothing => Ok(false),
             Due::Leave => leave(ctx, &snapshot, &left.path, cookie),
             Due::Expire => expire(ctx, &left.path, cookie),
         };
-        if done {
-            ctx.closed.done(cookie);
+        match done {
+            Ok(true) => ctx.closed.done(cookie),
+            Ok(false) => {}
+            Err(why) if ctx.closed.failed(cookie, &why) => {
+                tracing::warn!(pod = %left.path.display(), netns = cookie.0, "the pod stays closed for now: {why}");
+            }
+            Err(_) => {}
         }
     }
 }
 
 /// Opens a pod that has left the mesh, unless its namespace is another wanted pod's, by another path. One whose path leads nowhere has none; if
-/// it cannot be told where it leads, this may be the one. False if it is to be tried again.
-fn leave(ctx: &Context, snapshot: &Snapshot, path: &Path, cookie: NetnsCookie) -> bool {
+/// it cannot be told where it leads, this may be the one.
+fn leave(ctx: &Context, snapshot: &Snapshot, path: &Path, cookie: NetnsCookie) -> Result<bool, String> {
     let mut unknown = None;
     for other in &snapshot.local {
         match Netns::open(&other.netns) {
-            Ok(netns) if netns.cookie() == cookie => return true,
+            Ok(netns) if netns.cookie() == cookie => return Ok(true),
             Err(error) if !leads_nowhere(&error) => unknown = Some((other, error)),
             Ok(_) | Err(_) => {}
         }
     }
-    if let Some((other, error)) = unknown {
-        let other = other.netns.display();
-        tracing::warn!(pod = %path.display(), %other, %error, "the pod stays closed for now: its namespace may be another pod's");
-        return false;
+    match unknown {
+        Some((other, error)) => {
+            Err(format!("its namespace may be that of another pod, {}: {error}", other.netns.display()))
+        }
+        None => withdraw(ctx, path, cookie, "pod has left the mesh"),
     }
-    withdraw(ctx, path, cookie, "pod has left the mesh")
 }
 
 /// A namespace is no more when nothing refers to it, by a process, a name or a descriptor.
-fn expire(ctx: &Context, path: &Path, cookie: NetnsCookie) -> bool {
+fn expire(ctx: &Context, path: &Path, cookie: NetnsCookie) -> Result<bool, String> {
     match ctx.capture.outlives(cookie) {
         Ok(true) => withdraw(ctx, path, cookie, "a namespace that was replaced is no more"),
-        Ok(false) => false,
-        Err(error) => {
-            tracing::error!(pod = %path.display(), "it cannot be told whether a namespace is there: {}", with_causes(&error));
-            false
-        }
+        Ok(false) => Ok(false),
+        Err(error) => Err(format!("it cannot be told whether its namespace is there: {}", with_causes(&error))),
     }
 }
 
-fn withdraw(ctx: &Context, path: &Path, cookie: NetnsCookie, why: &str) -> bool {
-    match ctx.capture.withdraw(cookie) {
-        Ok(()) => tracing::info!(pod = %path.display(), netns = cookie.0, "{why}"),
-        Err(ref error) => {
-            tracing::error!(pod = %path.display(), "the pod could not be let go: {}", with_causes(error));
-            return false;
-        }
-    }
-    true
+fn withdraw(ctx: &Context, path: &Path, cookie: NetnsCookie, done: &str) -> Result<bool, String> {
+    ctx.capture.withdraw(cookie).map_err(|error| with_causes(&error))?;
+    tracing::info!(pod = %path.display(), netns = cookie.0, "{done}");
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -195,6 +201,15 @@ mod tests {
         // It is back.
         closed.replace(path, NetnsCookie(1), Some(NetnsCookie(3)));
         assert_eq!(due(&closed, &snapshot(&["/web"], &[])), [(2, Due::Expire), (3, Due::Expire)]);
+    }
+
+    #[test]
+    fn why_a_namespace_stays_closed_is_said_once() {
+        let closed = Closed::default();
+        closed.keep(NetnsCookie(1), "/left".into());
+        let said = ["this", "this", "that", "this"].map(|why| closed.failed(NetnsCookie(1), why));
+        assert_eq!(said, [true, false, true, true]);
+        assert!(!closed.failed(NetnsCookie(2), "this"), "nobody's");
     }
 
     #[test]
