@@ -1,10 +1,10 @@
 //! Namespaces that come into the mesh and leave it while their pods run.
 
-use std::fs;
+use std::{fs, net::SocketAddr};
 
 use anyhow::{Result, ensure};
 use marline_tests::{
-    cluster::{Family, Side},
+    cluster::{Family, Pod, Side},
     wait::{Look, seconds, wait_for},
 };
 use serde_json::json;
@@ -23,6 +23,19 @@ fn label(world: &World<'_>, value: Option<&str>) {
     world.api.apply(NAMESPACES, json!({"metadata": {"name": "legacy", "labels": labels}}));
 }
 
+/// By mTLS, as soon as the other node has heard of it.
+fn reaches(world: &World<'_>, client: &Pod, to: SocketAddr) -> Result<()> {
+    wait_for("the other node to hear of it", seconds(20), || {
+        Ok(match talks(&client.place, to)? {
+            Ok(()) => Look::Done(()),
+            Err(why) => Look::NotYet(why),
+        })
+    })?;
+    let entries = world.cluster.agent(client.side)?.wait_entries("mTLS", 0, 1, |entry| entry.connects(client, to))?;
+    ensure!(entries.iter().all(|entry| entry.tls.is_some()), "{entries:?}");
+    Ok(())
+}
+
 #[test]
 fn pods_of_a_namespace_that_gets_the_label_are_captured_at_once_and_flagged_for_they_started_without() -> Result<()> {
     on_kubernetes(|world| {
@@ -39,14 +52,7 @@ fn pods_of_a_namespace_that_gets_the_label_are_captured_at_once_and_flagged_for_
         // As when pod and label are made together, and the pod is heard of first: its ADD has been answered.
         label(world, Some("enabled"));
         captured(world, Side::A, "early", true)?;
-        wait_for("the other node to hear of it", seconds(20), || {
-            Ok(match talks(&early.place, to)? {
-                Ok(()) => Look::Done(()),
-                Err(why) => Look::NotYet(why),
-            })
-        })?;
-        let entries = world.cluster.agent(Side::A)?.wait_entries("mTLS", 0, 1, |entry| entry.connects(&early, to))?;
-        ensure!(entries.iter().all(|entry| entry.tls.is_some()), "{entries:?}");
+        reaches(world, &early, to)?;
         // Whose ADD comes after the label has not run without.
         let _after = world.start("legacy", "after", Side::A)?;
         captured(world, Side::A, "after", true)?;
@@ -97,14 +103,7 @@ fn a_pod_starts_when_its_namespace_is_known_and_not_before() -> Result<()> {
         captured(world, Side::A, "early", true)?;
         world.report("new", &early)?;
         let to = server.socket(Family::V4, PORT);
-        wait_for("the other node to hear of it", seconds(20), || {
-            Ok(match talks(&early.place, to)? {
-                Ok(()) => Look::Done(()),
-                Err(why) => Look::NotYet(why),
-            })
-        })?;
-        let entries = world.cluster.agent(Side::A)?.wait_entries("mTLS", 0, 1, |entry| entry.connects(&early, to))?;
-        ensure!(entries.iter().all(|entry| entry.tls.is_some()), "{entries:?}");
+        reaches(world, &early, to)?;
         ensure!(
             world.cluster.agent(Side::A)?.metric("marline_kubernetes_pods_captured_late")? == 0.0,
             "it never ran without"
