@@ -46,8 +46,8 @@ use view::status::{About, Reloads};
 
 /// So often a successor looks whether it is its turn.
 const TURN: Duration = Duration::from_millis(50);
-/// How long the API server may take to list one object of each kind. The chart's `minReadySeconds` is longer.
-const REHEARSAL: Duration = Duration::from_secs(10);
+/// How long the API server may take to list one object of each kind. The chart's `minReadySeconds` is twice as long, for what is done before.
+pub const REHEARSAL: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {

@@ -45,6 +45,15 @@ fn every_containers_arguments_are_taken_by_the_program() {
     assert!(marline::cli::command().try_get_matches_from(["marline", "agent", "--waits"]).is_err(), "others are not");
 }
 
+/// Its readiness is the predecessor's until then: a pod that ends must not have counted as available before.
+#[test]
+fn an_agent_that_could_not_follow_its_predecessor_has_said_so_before_its_pod_counts() {
+    let documents = manifests::documents("marline.yaml");
+    let agent = documents.iter().find(|document| name(document) == "DaemonSet marline-agent").unwrap();
+    let counts_after = agent["spec"]["minReadySeconds"].as_u64().unwrap();
+    assert!(counts_after >= 2 * marline::app::REHEARSAL.as_secs(), "{counts_after} s");
+}
+
 /// Whoever follows them must not be left with nodes on which no pod starts, or pods that are shut.
 #[test]
 fn uninstalling_opens_the_chain_then_the_pods_and_the_documents_wait_for_that_before_they_take_the_agents_away() {
